@@ -1,0 +1,57 @@
+"""The callback that keeps the backbone frozen, thaws it on time, and owns every learning rate."""
+
+import lightning as L
+from torch.utils.hooks import RemovableHandle
+
+from cifar_tl.callbacks import freezing
+from cifar_tl.callbacks.phases import Phase, Plan
+from cifar_tl.errors import check_choice
+from cifar_tl.model.module import TransferClassifier
+
+
+class BackboneUnfreeze(L.Callback):
+    """Freeze the backbone until `plan.unfreeze_at_epoch`, then thaw it and drop the learning rates.
+
+    What trains and how fast is a function of the epoch (see Plan), applied anew at the start of every epoch: a resumed
+    run is in the right phase by construction (Lightning issue 21901). Parameter groups exist from step 0, and no
+    scheduler touches their rates.
+
+    Args:
+        plan: Phases and learning rates.
+        batchnorm: One of freezing.BATCHNORM_POLICIES, for the stages that train.
+    """
+
+    def __init__(self, plan: Plan, batchnorm: str) -> None:
+        self.plan = plan
+        self.batchnorm = check_choice("finetune.batchnorm", batchnorm, freezing.BATCHNORM_POLICIES)
+        self._adapting: list[RemovableHandle] = []
+
+    def apply(self, module: TransferClassifier, phase: Phase) -> None:
+        """Put the module into a phase, whatever phase it was in."""
+        for handle in self._adapting:
+            handle.remove()
+        freezing.freeze(module.backbone)
+        module.head.requires_grad_(True)
+        module.head.train()
+        training = [m for stage in phase.stages for m in freezing.stage_modules(module.backbone, stage)]
+        freezing.thaw(training, self.batchnorm)
+        self._adapting = freezing.adapt_statistics(training) if self.batchnorm == "adapt" else []
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Enter the epoch's phase; at the thaw, drop what the optimizer remembers of the frozen phase."""
+        assert isinstance(pl_module, TransferClassifier)
+        epoch = trainer.current_epoch
+        self.apply(pl_module, self.plan.phase(epoch))
+        if epoch == self.plan.unfreeze_at_epoch:
+            for optimizer in trainer.optimizers:
+                optimizer.state.clear()  # a second phase is a second training: moments of the first would steer it
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        """Set every group's learning rate for this step."""
+        rates = self.plan.learning_rates(trainer.current_epoch, batch_idx, int(trainer.num_training_batches))
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rates[group["part"]]
+        pl_module.log_dict({f"lr/{part}": rate for part, rate in rates.items()})

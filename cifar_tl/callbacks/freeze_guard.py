@@ -1,0 +1,108 @@
+"""A proof, early in every phase, that the frozen part is frozen and the thawed part moves."""
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from cifar_tl.callbacks.freezing import stage_modules
+from cifar_tl.callbacks.phases import Plan
+from cifar_tl.errors import UserError
+from cifar_tl.model.module import TransferClassifier
+
+CHECKED_STEPS = 3
+
+
+class FreezeViolationError(UserError):
+    """The model did not train as the phase says; going on would give a result that the config does not describe."""
+
+
+class FreezeGuard(L.Callback):
+    """Compare the model before and after the first steps of each phase with what the plan says should have changed.
+
+    What should train must have had gradients and have changed; what should not must be bit-identical, BatchNorm's
+    running statistics included. The expectation comes from the plan alone, never from the flags that the freezing code
+    sets. A resumed run is checked where it resumes, too.
+
+    Args:
+        plan: The phases.
+        batchnorm: The BatchNorm policy; under `frozen` the statistics of training stages must stay as they are.
+
+    Raises:
+        FreezeViolationError: From `on_train_batch_end`, with what is wrong, the tensors and the likely reason.
+    """
+
+    def __init__(self, plan: Plan, batchnorm: str) -> None:
+        self.plan = plan
+        self.batchnorm = batchnorm
+        self._before: dict[str, Tensor] = {}
+        self._had_gradient: set[str] = set()
+        self._resuming = True
+
+    def expected_to_change(self, module: TransferClassifier, epoch: int) -> set[str]:
+        """Return the names of the parameters and buffers that training must change in an epoch's phase."""
+        training = [m for s in self.plan.phase(epoch).stages for m in stage_modules(module.backbone, s)]
+        changing = {id(p) for m in [module.head, *training] for p in m.parameters()}
+        if self.batchnorm != "frozen":
+            # num_batches_tracked counts under `train` only
+            changing |= {
+                id(b)
+                for m in training
+                for name, b in m.named_buffers()
+                if self.batchnorm == "train" or not name.endswith("num_batches_tracked")
+            }
+        return {name for name, tensor in module.state_dict(keep_vars=True).items() if id(tensor) in changing}
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Copy the model where a phase, or a resumed run, starts."""
+        if self._resuming or trainer.current_epoch == self.plan.phase(trainer.current_epoch).start:
+            self._before = {name: tensor.clone() for name, tensor in pl_module.state_dict().items()}
+            self._had_gradient = set()
+        self._resuming = False
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Note which parameters have a gradient."""
+        if self._before:
+            self._had_gradient |= {n for n, p in pl_module.named_parameters() if p.grad is not None and p.grad.any()}
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Compare, once the checked steps are done."""
+        if not self._before or batch_idx + 1 < min(CHECKED_STEPS, int(trainer.num_training_batches)):
+            return
+        assert isinstance(pl_module, TransferClassifier)
+        before, self._before = self._before, {}
+        epoch = trainer.current_epoch
+        changed = {n for n, t in pl_module.state_dict().items() if not torch.equal(t, before[n])}
+        expected = self.expected_to_change(pl_module, epoch)
+        parameters = {name for name, _ in pl_module.named_parameters()}
+        rates = self.plan.learning_rates(epoch, batch_idx, int(trainer.num_training_batches))
+        still = {n for n in expected - changed if n not in parameters or rates[n.split(".")[0]] > 0}
+        without_gradient = (expected & parameters) - self._had_gradient
+
+        in_optimizer = {id(p) for optimizer in trainer.optimizers for g in optimizer.param_groups for p in g["params"]}
+        orphans = {n for n, p in pl_module.named_parameters() if n in expected and id(p) not in in_optimizer}
+        where = f"epoch {epoch}, phase '{self.plan.phase(epoch).name}', after {batch_idx + 1} steps"
+        if moved := changed - expected:
+            raise FreezeViolationError(
+                f"{where}: {_listing(moved)} changed although frozen. "
+                f"Something un-froze them or left BatchNorm in train mode after BackboneUnfreeze had frozen them."
+            )
+        if orphans:
+            raise FreezeViolationError(
+                f"{where}: {_listing(orphans)} should train but are in no optimizer group. "
+                f"configure_optimizers must give both the head and the whole backbone to the optimizer from step 0."
+            )
+        if without_gradient:
+            raise FreezeViolationError(
+                f"{where}: {_listing(without_gradient)} should train but had no gradient. "
+                f"They were never thawed, or a compiled or traced graph from the frozen phase is still in use."
+            )
+        if still:
+            raise FreezeViolationError(f"{where}: {_listing(still)} should train but did not change.")
+
+
+def _listing(names: set[str]) -> str:
+    some = ", ".join(sorted(names)[:3])
+    return f"{len(names)} tensors ({some}{', ...' if len(names) > 3 else ''})"

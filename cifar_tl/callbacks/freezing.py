@@ -1,0 +1,72 @@
+"""Freezing and thawing as pure functions on modules, usable and testable without a Trainer."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
+
+BATCHNORM_POLICIES = ("frozen", "train", "adapt")
+"""What BatchNorm does in stages that train. Its weight and bias train under every policy.
+
+frozen: normalises with the statistics it came with, which stay as they are.
+train: normalises with each batch's statistics and tracks them, as PyTorch does by default.
+adapt: normalises with its running statistics, which move towards each batch's (no gradient flows through them).
+"""
+
+ADAPT_MOMENTUM = 0.01
+
+
+def stage_modules(backbone: nn.Module, stage: str) -> list[nn.Module]:
+    """Return the modules of a torchvision ResNet's stage: `stem` is conv1 and bn1, the others are themselves."""
+    names = ("conv1", "bn1") if stage == "stem" else (stage,)
+    return [backbone.get_submodule(name) for name in names]
+
+
+def batchnorms(modules: Iterable[nn.Module]) -> Iterator[_BatchNorm]:
+    """Yield every BatchNorm layer in the modules."""
+    for module in modules:
+        yield from (m for m in module.modules() if isinstance(m, _BatchNorm))
+
+
+def freeze(module: nn.Module) -> None:
+    """Stop a module from changing: no gradient, and eval mode, which alone keeps BatchNorm's statistics still."""
+    module.requires_grad_(False)
+    module.eval()  # requires_grad=False alone still updates BatchNorm's running statistics
+
+
+def thaw(modules: Iterable[nn.Module], batchnorm: str) -> None:
+    """Let modules train, with one of the BATCHNORM_POLICIES for their BatchNorm layers."""
+    modules = list(modules)
+    for module in modules:
+        module.requires_grad_(True)
+        module.train()
+    if batchnorm != "train":
+        for layer in batchnorms(modules):
+            layer.eval()
+
+
+def adapt_statistics(modules: Iterable[nn.Module], momentum: float = ADAPT_MOMENTUM) -> list[RemovableHandle]:
+    """Make BatchNorm layers in eval mode move their running statistics towards those of every batch they see.
+
+    Statistics move before the batch is normalised with them, and only while gradients are enabled, so evaluation
+    leaves them alone.
+
+    Returns:
+        One handle per layer; `handle.remove()` ends it.
+    """
+
+    def move(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if not torch.is_grad_enabled():
+            return
+        assert isinstance(layer, _BatchNorm)
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        with torch.no_grad():
+            images = inputs[0].detach().float()
+            variance, mean = torch.var_mean(images, dim=(0, 2, 3))
+            layer.running_mean.lerp_(mean, momentum)
+            layer.running_var.lerp_(variance, momentum)
+
+    return [layer.register_forward_pre_hook(move) for layer in batchnorms(modules)]

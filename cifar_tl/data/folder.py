@@ -1,0 +1,76 @@
+"""Class folders of images, `train/CLASS/*` and `test/CLASS/*`, brought to 32x32."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from cifar_tl.errors import UserError
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"}
+SIZE = 32
+
+
+class ImageFolders:
+    """A folder of images in torchvision's ImageFolder layout, once for training and once for testing.
+
+    Images that are not 32x32 are resized to it (bicubic), and how many is logged.
+
+    Args:
+        root: Has `train` and `test`, each with one folder per class.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.classes = self._classes("train")
+        if (test := self._classes("test")) != self.classes:
+            differing = sorted(set(test) ^ set(self.classes))
+            raise UserError(f"{self.root}: train and test have different classes: {', '.join(differing)}.")
+
+    def _classes(self, split: str) -> tuple[str, ...]:
+        folder = self.root / split
+        names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+        if len(names) < 2:
+            raise UserError(
+                f"data=folder data.root={self.root}: {folder} needs at least two class folders of images, "
+                f"has {len(names)}. Lay images out as {self.root}/train/CLASS/*.png and {self.root}/test/CLASS/*.png."
+            )
+        return tuple(names)
+
+    def prepare(self) -> None:
+        """Do nothing: files are read when the split is."""
+
+    def train(self) -> tuple[Tensor, Tensor]:
+        """Return images (examples, 3, 32, 32), uint8, and targets (examples,), int64."""
+        return self._read("train")
+
+    def test(self) -> tuple[Tensor, Tensor]:
+        """Return images (examples, 3, 32, 32), uint8, and targets (examples,), int64."""
+        return self._read("test")
+
+    def _read(self, split: str) -> tuple[Tensor, Tensor]:
+        images, targets, resized = [], [], 0
+        for label, name in enumerate(self.classes):
+            folder = self.root / split / name
+            files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+            if not files:
+                raise UserError(f"{folder} has no images ({', '.join(sorted(SUFFIXES))}). Add some or remove it.")
+            for path in files:
+                try:
+                    with Image.open(path) as opened:
+                        image = opened.convert("RGB")
+                except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+                    raise UserError(f"{path} is not a readable image ({error}). Replace or remove it.") from error
+                if image.size != (SIZE, SIZE):
+                    image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+                    resized += 1
+                images.append(np.asarray(image).transpose(2, 0, 1))
+                targets.append(label)
+        if resized:
+            log.info("%s: %d of %d images resized to %dx%d", self.root / split, resized, len(images), SIZE, SIZE)
+        return torch.from_numpy(np.stack(images)), torch.tensor(targets)

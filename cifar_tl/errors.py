@@ -1,0 +1,44 @@
+"""The one error class for mistakes that a person can put right, and the checks that raise it."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake that the person at the keyboard can put right.
+
+    Its text says what was given, what is allowed and what to do. It is printed without a traceback, exit code 1.
+    """
+
+
+class Interrupted(Exception):
+    """The person pressed Ctrl-C; the text says what is saved and how to go on. Exit code 130."""
+
+
+def suggest(given: str, allowed: Iterable[str]) -> str:
+    """Return ` Did you mean X?` for the closest allowed name, or an empty string."""
+    close = difflib.get_close_matches(given, list(allowed), n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def check_int(key: str, value: object, minimum: int) -> int:
+    """Return `value` if it is a whole number of at least `minimum`; raise UserError naming `key` otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise UserError(f"{key}={value} is not allowed: give a whole number of at least {minimum}.")
+    return value
+
+
+def check_number(key: str, value: object, minimum: float, below: float = float("inf")) -> float:
+    """Return `value` as a float if minimum <= value < below; raise UserError naming `key` otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not minimum <= value < below:
+        upper = "" if below == float("inf") else f" and below {below:g}"
+        raise UserError(f"{key}={value} is not allowed: give a number of at least {minimum:g}{upper}.")
+    return float(value)
+
+
+def check_choice(key: str, value: object, allowed: Iterable[str]) -> str:
+    """Return `value` if it is one of `allowed`; raise UserError naming `key` and the choices otherwise."""
+    choices = list(allowed)
+    if value not in choices:
+        raise UserError(f"{key}={value} is not allowed: choose {', '.join(choices)}.{suggest(str(value), choices)}")
+    return str(value)

@@ -1,0 +1,66 @@
+"""Which device and precision a run uses, what they are called, and which software drives them."""
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cifar_tl.errors import UserError, check_choice
+
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "torchmetrics")
+
+
+def resolve_accelerator(requested: str) -> str:
+    """Return `cuda`, `mps` or `cpu` for trainer.accelerator.
+
+    Raises:
+        UserError: An unknown name, or a device that is not there.
+    """
+    check_choice("trainer.accelerator", requested, ACCELERATORS)
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    match requested:
+        case "auto":
+            return "cuda" if cuda else "mps" if mps else "cpu"
+        case "cpu":
+            return "cpu"
+        case "mps" if not mps:
+            raise UserError("trainer.accelerator=mps, but there is no Apple GPU here. Use trainer.accelerator=auto.")
+        case "gpu" if mps and not cuda:
+            return "mps"
+        case "gpu" | "cuda" if not cuda:
+            built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
+            raise UserError(
+                f"trainer.accelerator={requested}, but torch sees no CUDA GPU here (torch {torch.__version__} {built}; "
+                f"`nvidia-smi` says whether the driver sees one). Use trainer.accelerator=cpu or auto."
+            )
+    return "mps" if requested == "mps" else "cuda"
+
+
+def resolve_precision(requested: str, accelerator: str) -> str:
+    """Return Lightning's precision for trainer.precision: `auto` is bf16-mixed where a GPU computes in it."""
+    if requested != "auto":
+        return requested
+    return "bf16-mixed" if accelerator == "cuda" and torch.cuda.get_device_capability() >= (8, 0) else "32-true"
+
+
+def device_name(accelerator: str) -> str:
+    """Return the GPU's name, or the CPU's with its cores."""
+    if accelerator == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def environment(accelerator: str) -> dict[str, Any]:
+    """Return the device and the versions of what computes on it, as plain values."""
+    return {
+        "device": device_name(accelerator),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }

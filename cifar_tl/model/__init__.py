@@ -1,0 +1,1 @@
+"""The backbone, the head, the optimizer groups and the LightningModule."""

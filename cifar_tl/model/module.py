@@ -1,0 +1,162 @@
+"""The LightningModule: a ResNet-50 backbone and a dense head that classify 32x32 images."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+from torchmetrics import MetricCollection
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassCalibrationError,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+    MulticlassPrecision,
+    MulticlassRecall,
+)
+
+from cifar_tl.errors import check_number
+from cifar_tl.model.backbone import FEATURES, build_backbone
+from cifar_tl.model.head import dense_head
+from cifar_tl.model.optim import build_optimizer, parameter_groups
+
+Batch = tuple[Tensor, Tensor]
+"""Images (batch, 3, height, width), float, normalised; targets (batch,) class indices, or (batch, classes) one-hot."""
+
+
+class TransferClassifier(L.LightningModule):
+    """Backbone, head, loss, metrics and optimizer. Which part trains, and how fast, is BackboneUnfreeze's business.
+
+    The backbone starts random; `backbone.load_weights` or a checkpoint fills it.
+
+    Args:
+        classes: Class names, in the order of their indices.
+        head: Units of the head's hidden layers.
+        dropout: Probability of dropping a hidden unit of the head while training.
+        optimizer: `adam`, `adamw` or `sgd`.
+        momentum: For `sgd`.
+        weight_decay: For weight matrices and kernels; biases and norms have none.
+        label_smoothing: Share of the target spread over all classes, in the training loss only.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        head: Sequence[int],
+        dropout: float,
+        optimizer: str,
+        momentum: float,
+        weight_decay: float,
+        label_smoothing: float,
+    ) -> None:
+        super().__init__()
+        self.provenance: dict[str, Any] = {}
+        """Plain values that say where the weights come from; they travel in checkpoints under `cifar_tl`."""
+        self.classes = list(classes)
+        self.optimizer = optimizer
+        self.momentum = momentum
+        self.weight_decay = check_number("finetune.weight_decay", weight_decay, 0)
+        self.label_smoothing = check_number("finetune.label_smoothing", label_smoothing, 0, below=1)
+        self.backbone = build_backbone()
+        self.head = dense_head(FEATURES, head, len(self.classes), dropout)
+        self.train_acc = MulticlassAccuracy(len(self.classes), average="micro")
+        self.val_metrics = self._metrics("val/")
+        self.test_metrics = self._metrics("test/")
+
+    def _metrics(self, prefix: str) -> MetricCollection:
+        n = len(self.classes)
+        return MetricCollection(
+            {
+                "acc": MulticlassAccuracy(n, average="micro"),
+                "ece": MulticlassCalibrationError(n, n_bins=15),
+                "precision": MulticlassPrecision(n, average="none"),
+                "recall": MulticlassRecall(n, average="none"),
+                "f1": MulticlassF1Score(n, average="none"),
+                "confusion": MulticlassConfusionMatrix(n),
+            },
+            prefix=prefix,
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classify images.
+
+        Args:
+            images: (batch, 3, height, width), float, ImageNet-normalised.
+
+        Returns:
+            Logits, (batch, classes), before the softmax.
+        """
+        logits: Tensor = self.head(self.backbone(images))
+        return logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the cross-entropy of a batch, a scalar."""
+        images, targets = batch
+        logits = self(images)
+        loss = cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        self.train_acc(logits, class_indices(targets))
+        self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=len(images))
+        self.log("train/acc", self.train_acc, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the validation metrics."""
+        self._evaluate(batch, "val", self.val_metrics)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the test metrics."""
+        self._evaluate(batch, "test", self.test_metrics)
+
+    def _evaluate(self, batch: Batch, split: str, metrics: MetricCollection) -> None:
+        images, targets = batch
+        logits = self(images).float()
+        self.log(f"{split}/loss", cross_entropy(logits, targets), batch_size=len(images))
+        metrics.update(logits.softmax(dim=1), class_indices(targets))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics."""
+        self.val_details = self._log_metrics(self.val_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test metrics."""
+        self.test_details = self._log_metrics(self.test_metrics)
+
+    def _log_metrics(self, metrics: MetricCollection) -> dict[str, list[float] | list[list[int]]]:
+        """Log scalars and per-class scalars; return what has no scalar form, as plain lists, and start over."""
+        values = metrics.compute()
+        metrics.reset()
+        details: dict[str, list[float] | list[list[int]]] = {}
+        for name, value in values.items():
+            if value.ndim == 0:
+                self.log(name, value)
+                continue
+            details[name] = value.tolist()
+            if value.ndim == 1:
+                self.log_dict({f"{name}/{c}": v for c, v in zip(self.classes, value, strict=True)})
+        return details
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return probabilities, (batch, classes), for normalised images."""
+        return self(batch[0]).float().softmax(dim=1)  # type: ignore[no-any-return]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make a checkpoint, a weights-only one too, sufficient by itself."""
+        checkpoint["cifar_tl"] = self.provenance
+
+    def configure_optimizers(self) -> Optimizer:
+        """Return one optimizer over all groups; it exists with both parts from step 0."""
+        groups = parameter_groups(self.head, self.backbone, self.weight_decay)
+        return build_optimizer(self.optimizer, groups, self.momentum)
+
+
+def class_indices(targets: Tensor) -> Tensor:
+    """Return class indices, (batch,), of targets given as indices or one-hot."""
+    return targets.argmax(dim=1) if targets.ndim == 2 else targets
+
+
+def one_hot(targets: Tensor, num_classes: int) -> Tensor:
+    """Return class indices (batch,) as float one-hot rows, (batch, num_classes)."""
+    return torch.nn.functional.one_hot(targets, num_classes).float()

@@ -1,0 +1,1 @@
+"""What a run leaves behind, read back from its files; nothing here imports torch."""

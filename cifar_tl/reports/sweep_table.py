@@ -1,0 +1,58 @@
+"""The table at the end of a sweep."""
+
+import csv
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+log = logging.getLogger(__name__)
+
+COLUMNS = ("job", "overrides", "best val/acc", "test/acc", "minutes", "state")
+
+
+class SweepTable(Callback):
+    """Collect the jobs of a multirun; print them as a table and write sweep.csv when the last one has ended."""
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, Any]] = []
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Take down a job of a sweep."""
+        assert job_return.hydra_cfg is not None
+        hydra = job_return.hydra_cfg.hydra
+        if hydra.mode.name != "MULTIRUN":
+            return
+        path = Path(hydra.runtime.output_dir) / "metrics.json"
+        metrics = json.loads(path.read_text()) if path.is_file() else {}
+        done = job_return.status is JobStatus.COMPLETED
+        self._rows.append(
+            {
+                "job": hydra.job.num,
+                "overrides": " ".join(job_return.overrides or []),
+                "best val/acc": metrics.get("best/val/acc"),
+                "test/acc": metrics.get("test/acc"),
+                "minutes": sum(metrics.get("seconds", [])) / 60,
+                "state": metrics.get("status", "?") if done else f"failed: {job_return._return_value}",
+            }
+        )
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Print the table, and keep it as sweep.csv in the sweep's folder."""
+        if not self._rows:
+            return
+        folder = Path(config.hydra.sweep.dir)
+        with (folder / "sweep.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(self._rows)
+        table = Table(*COLUMNS, title=str(folder))
+        for row in self._rows:
+            table.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()))
+        Console().print(table)

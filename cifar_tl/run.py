@@ -1,0 +1,256 @@
+"""A training run as a function of its config: build, fit, choose by validation, test once."""
+
+import logging
+import math
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from omegaconf import DictConfig, OmegaConf
+
+from cifar_tl.callbacks.backbone_unfreeze import BackboneUnfreeze
+from cifar_tl.callbacks.console import Console, duration_text
+from cifar_tl.callbacks.freeze_guard import FreezeGuard
+from cifar_tl.callbacks.phases import Plan, epochs_text, stages_text
+from cifar_tl.callbacks.run_record import RunRecord, config_sha256, git_state
+from cifar_tl.checkpoints import BEST, LAST, checkpoint_callbacks, read_checkpoint
+from cifar_tl.data.augment import Augment
+from cifar_tl.data.datamodule import ImageDataModule, build_datamodule
+from cifar_tl.errors import Interrupted, UserError
+from cifar_tl.hardware import environment, resolve_accelerator, resolve_precision
+from cifar_tl.model.backbone import load_weights
+from cifar_tl.model.module import TransferClassifier
+
+log = logging.getLogger(__name__)
+
+
+def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
+    """Carry out a run, or continue the one in `folder` if `cfg.resume` is set.
+
+    Args:
+        cfg: As composed from conf/train.yaml.
+        folder: The run's; gets checkpoints, logs and metrics.json.
+        experiment: Name of the choice in conf/experiment, for the record.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        UserError: A mistake in the config, the data, the weights or the checkpoint.
+        Interrupted: Ctrl-C.
+    """
+    quieten_lightning()
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    plan = build_plan(cfg)
+    callbacks: list[L.Callback] = [
+        BackboneUnfreeze(plan, cfg.finetune.batchnorm),
+        FreezeGuard(plan, cfg.finetune.batchnorm),
+    ]
+    datamodule = build_datamodule(cfg.data, Augment(**cfg.augment), cfg.seed)
+    module = build_module(cfg, datamodule.classes)
+    accelerator = resolve_accelerator(cfg.trainer.accelerator)
+
+    last = folder / "checkpoints" / LAST
+    if cfg.resume is None:
+        sha256 = load_weights(module.backbone, cfg.model.weights) if cfg.model.weights is not None else None
+    else:
+        sha256 = read_checkpoint(last)["cifar_tl"]["facts"]["weights_sha256"]
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+
+    config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    facts = {
+        "experiment": experiment,
+        "seed": cfg.seed,
+        "weights": cfg.model.weights,
+        "weights_sha256": sha256,
+        "config_sha256": config_sha256({key: value for key, value in config.items() if key != "resume"}),
+        "split_sha256": datamodule.split_sha256,
+        "images": datamodule.sizes,
+        "classes": list(datamodule.classes),
+        "normalisation": {"mean": list(datamodule.mean), "std": list(datamodule.std)},
+        "precision": resolve_precision(cfg.trainer.precision, accelerator),
+        **environment(accelerator),
+        **git_state(),
+    }
+    module.provenance = {"config": config, "facts": facts}
+    record = RunRecord(folder, plan, facts)
+    callbacks += [record, Console(plan, cfg.finetune.batchnorm, record)]
+    batches = math.ceil(datamodule.sizes["train"] / cfg.data.batch_size)
+    trainer = build_trainer(
+        {**cfg.trainer, "log_every_n_steps": min(cfg.trainer.log_every_n_steps, batches)},
+        logger=build_loggers(cfg.logger, folder),
+        callbacks=[*callbacks, *progress_bar(), *checkpoint_callbacks(last.parent)],
+        default_root_dir=folder,
+    )
+    for logger in trainer.loggers:
+        logger.log_hyperparams(config)
+    log.info("%s", plan_text(cfg, plan, datamodule, facts, folder))
+
+    resume_from = last if cfg.resume is not None else None
+    try:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=resume_from, weights_only=True)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU ran out of memory at data.batch_size={cfg.data.batch_size}. Lower it. ({error})"
+        ) from error
+    except SystemExit as stop:  # how Lightning ends a fit after Ctrl-C
+        raise Interrupted(interrupted_text(record, last)) from stop
+    return test(trainer, module, datamodule, record, folder)
+
+
+def test(
+    trainer: L.Trainer, module: TransferClassifier, datamodule: ImageDataModule, record: RunRecord, folder: Path
+) -> dict[str, Any]:
+    """Measure the best epoch's weights on the test set, the run's one look at it, and say what came out."""
+    module.load_state_dict(read_checkpoint(folder / "checkpoints" / BEST)["state_dict"])
+    (scalars,) = trainer.test(module, datamodule=datamodule, verbose=False)
+    examples = datamodule.sizes["test"]
+    result = test_result(scalars, module, examples)
+    record.finish(trainer, result)
+    speeds = record.phase_speeds()
+    log.info(
+        "\n%s\n  best epoch  %d of 0..%d, validation accuracy %.4f\n  time        %s\n  results     %s\n"
+        "  pictures    tensorboard --logdir %s",
+        result_text(result, examples),
+        record.best["epoch"],
+        record.plan.max_epochs - 1,
+        record.best["val/acc"],
+        ", ".join(f"{s['name']} {duration_text(s['seconds'])} ({s['images_per_s']:,.0f} images/s)" for s in speeds),
+        folder / "metrics.json",
+        folder,
+    )
+    return record.content()
+
+
+def test_result(scalars: Mapping[str, float], module: TransferClassifier, examples: int) -> dict[str, Any]:
+    """Return a test's figures as metrics.json holds them."""
+    return {
+        "test/acc": scalars["test/acc"],
+        "test/acc_interval": list(wilson_interval(scalars["test/acc"], examples)),
+        "test/loss": scalars["test/loss"],
+        "test/ece": scalars["test/ece"],
+        **module.test_details,
+    }
+
+
+def result_text(result: dict[str, Any], examples: int) -> str:
+    """Return a test's figures for people."""
+    low, high = result["test/acc_interval"]
+    return (
+        f"Test accuracy {100 * result['test/acc']:.2f} % (95 % interval {100 * low:.2f} to {100 * high:.2f} % for "
+        f"{examples:,} images), loss {result['test/loss']:.4f}, ECE {result['test/ece']:.4f}"
+    )
+
+
+def wilson_interval(accuracy: float, examples: int, z: float = 1.959964) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of an accuracy measured on so many independent examples."""
+    center = (accuracy + z**2 / (2 * examples)) / (1 + z**2 / examples)
+    spread = math.sqrt(accuracy * (1 - accuracy) / examples + z**2 / (4 * examples**2))
+    half = z / (1 + z**2 / examples) * spread
+    return center - half, center + half
+
+
+def build_plan(cfg: DictConfig) -> Plan:
+    """Build the phases and learning rates of a config."""
+    finetune = cfg.finetune
+    return Plan(
+        max_epochs=cfg.trainer.max_epochs,
+        unfreeze_at_epoch=finetune.unfreeze_at_epoch,
+        stage_epochs=finetune.stage_epochs,
+        head_lr=finetune.head_lr,
+        backbone_lr=finetune.backbone_lr,
+        head_lr_unfrozen=finetune.head_lr_unfrozen,
+        schedule=finetune.schedule,
+        warmup_epochs=finetune.warmup_epochs,
+    )
+
+
+def build_module(cfg: DictConfig, classes: Any) -> TransferClassifier:
+    """Build the LightningModule of a config, with a random backbone."""
+    return TransferClassifier(
+        classes=classes,
+        head=list(cfg.model.head),
+        dropout=cfg.model.dropout,
+        optimizer=cfg.finetune.optimizer,
+        momentum=cfg.finetune.momentum,
+        weight_decay=cfg.finetune.weight_decay,
+        label_smoothing=cfg.finetune.label_smoothing,
+    )
+
+
+def build_trainer(trainer: Mapping[Any, Any], **extra: Any) -> L.Trainer:
+    """Build Lightning's Trainer from the `trainer` group; keys added with +trainer. are passed on."""
+    accelerator = resolve_accelerator(trainer["accelerator"])
+    keys = {**trainer, "accelerator": accelerator, "precision": resolve_precision(trainer["precision"], accelerator)}
+    try:
+        return L.Trainer(
+            **{str(key): value for key, value in keys.items()},
+            num_sanity_val_steps=0,
+            enable_model_summary=False,
+            enable_progress_bar=bool(progress_bar()),
+            **extra,
+        )
+    except (TypeError, ValueError) as error:  # MisconfigurationException is no ValueError, but says enough by itself
+        raise UserError(f"trainer: Lightning's Trainer refuses its keys: {error}") from error
+
+
+def progress_bar() -> list[L.Callback]:
+    """Return a progress bar where somebody can see it."""
+    return [RichProgressBar()] if sys.stdout.isatty() else []
+
+
+def build_loggers(loggers: DictConfig, folder: Path) -> list[Logger]:
+    """Build the loggers that the `logger` group names."""
+    built: list[Logger] = []
+    if "tensorboard" in loggers:
+        built.append(TensorBoardLogger(folder, name=None, version="tensorboard", default_hp_metric=False))
+    if "csv" in loggers:
+        built.append(CSVLogger(folder, name="csv"))
+    return built
+
+
+def plan_text(cfg: DictConfig, plan: Plan, datamodule: ImageDataModule, facts: dict[str, Any], folder: Path) -> str:
+    """Return what is about to happen, for people."""
+    sizes = datamodule.sizes
+    sha256 = f" (SHA-256 {facts['weights_sha256'][:12]})" if facts["weights_sha256"] else ""
+    source = f"{cfg.data.name}, {cfg.data.root}" if "root" in cfg.data else cfg.data.name
+    lines = [
+        f"data       {source}: {sizes['train']:,} images to train, {sizes['val']:,} to validate, 32x32",
+        f"weights    {cfg.model.weights or 'random'}{sha256}",
+        f"device     {facts['device']}, {facts['precision']}, {facts['threads']} threads",
+        f"folder     {folder}",
+    ]
+    for phase in plan.phases:
+        rates = plan.peak_learning_rates(phase)
+        backbone = f", backbone {rates['backbone']:g}" if phase.stages else ""
+        lines.append(
+            f"phase      {phase.name}, epochs {epochs_text(phase)}: {stages_text(phase.stages)}; "
+            f"{cfg.finetune.optimizer}, {plan.schedule} learning rate, head {rates['head']:g}{backbone}"
+        )
+    if cfg.resume is not None:
+        lines.append(f"resuming   after the last finished epoch in {folder / 'checkpoints' / LAST}")
+    return "\n".join(lines)
+
+
+def interrupted_text(record: RunRecord, last: Path) -> str:
+    """Return what Ctrl-C left and how to go on."""
+    if not last.is_file():
+        return "Interrupted before the first epoch was over: nothing to resume. Start the run again."
+    return (
+        f"Interrupted. {len(record.epochs)} of {record.plan.max_epochs} epochs are saved in {last}. Continue with\n"
+        f"  python -m cifar_tl.train resume={last.parents[1]}"
+    )
+
+
+def quieten_lightning() -> None:
+    """Silence what Lightning says about itself; its warnings stay."""
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`")  # Lightning 2.6 on torch 2.14
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
