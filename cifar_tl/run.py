@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cifar_tl.callbacks.backbone_unfreeze import BackboneUnfreeze
 from cifar_tl.callbacks.console import Console, duration_text
+from cifar_tl.callbacks.epoch_seed import EpochSeed
 from cifar_tl.callbacks.freeze_guard import FreezeGuard
 from cifar_tl.callbacks.phases import Plan, epochs_text, stages_text
 from cifar_tl.callbacks.run_record import RunRecord, config_sha256, git_state
@@ -49,6 +50,7 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     plan = build_plan(cfg)
     callbacks: list[L.Callback] = [
+        EpochSeed(cfg.seed),
         BackboneUnfreeze(plan, cfg.finetune.batchnorm),
         FreezeGuard(plan, cfg.finetune.batchnorm),
     ]
@@ -250,7 +252,8 @@ def interrupted_text(record: RunRecord, last: Path) -> str:
 
 
 def quieten_lightning() -> None:
-    """Silence what Lightning says about itself; its warnings stay."""
+    """Silence what Lightning says about itself; its warnings stay, but for those that do not fit here."""
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`")  # Lightning 2.6 on torch 2.14
+    warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")  # a resumed run's
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,0 +1,38 @@
+# Every target works on a fresh clone: `setup` makes the virtual environment that the others use.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+DONE := $(VENV)/.installed
+# The folder with real data and weights that some tests use; they are skipped without it.
+export CIFAR_TL_SHARED ?= $(if $(wildcard ../shared/data),$(abspath ../shared))
+
+.PHONY: help setup demo train test check tensorboard clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+$(DONE): pyproject.toml
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $(DONE)
+
+setup: $(DONE)  ## make .venv and install everything into it (5 GB, some minutes)
+
+demo: $(DONE)  ## both phases on generated images, offline, about a minute
+	$(PYTHON) -m cifar_tl.train experiment=demo
+
+train: $(DONE)  ## the default run on CIFAR-10; ARGS="key=value ..." overrides
+	$(PYTHON) -m cifar_tl.train $(ARGS)
+
+test: $(DONE)  ## run the tests
+	$(PYTHON) -m pytest $(ARGS)
+
+check: $(DONE)  ## lint, format and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+tensorboard: $(DONE)  ## open TensorBoard on all runs
+	$(VENV)/bin/tensorboard --logdir outputs
+
+clean:  ## remove .venv and caches, never outputs
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist

@@ -1,0 +1,119 @@
+"""The frozen phase leaves every backbone tensor as it is, and the guard catches what would break that silently."""
+
+import pytest
+import torch
+from conftest import TINY
+
+from cifar_tl import run
+from cifar_tl.callbacks import freezing
+from cifar_tl.callbacks.backbone_unfreeze import BackboneUnfreeze
+from cifar_tl.callbacks.freeze_guard import FreezeGuard, FreezeViolationError
+from cifar_tl.model import optim
+
+
+def test_frozen_phase_leaves_every_backbone_tensor_untouched(compose, tmp_path, monkeypatch):
+    initial = {}
+    build = run.build_module
+
+    def remember(*args):
+        module = build(*args)
+        initial.update({k: v.clone() for k, v in module.state_dict().items()})
+        return module
+
+    monkeypatch.setattr(run, "build_module", remember)
+    run.train(compose(*TINY, "finetune=linear_probe", "trainer.max_epochs=2"), tmp_path, "demo")
+    final = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    moved = {name for name in initial if not torch.equal(initial[name], final[name])}
+    assert {name for name in initial if name.startswith("backbone.")}.isdisjoint(moved)
+    assert {name for name in initial if name.startswith("head.")} == moved
+
+
+@pytest.mark.parametrize("policy", freezing.BATCHNORM_POLICIES)
+@pytest.mark.parametrize("finetune", ["two_phase", "gradual"])
+def test_guard_passes_honest_runs(compose, tmp_path, policy, finetune):
+    overrides = (*TINY, f"finetune={finetune}", "finetune.unfreeze_at_epoch=1", f"finetune.batchnorm={policy}")
+    epochs = 2 if finetune == "two_phase" else 6
+    run.train(compose(*overrides, f"trainer.max_epochs={epochs}"), tmp_path, "demo")
+
+
+def train_with_bug(compose, tmp_path):
+    run.train(compose(*TINY, "finetune.unfreeze_at_epoch=1", "trainer.max_epochs=2"), tmp_path, "demo")
+
+
+def test_guard_catches_a_backbone_that_is_never_thawed(compose, tmp_path, monkeypatch):
+    monkeypatch.setattr(freezing, "thaw", lambda modules, batchnorm: None)
+    with pytest.raises(FreezeViolationError, match=r"epoch 1.*no gradient.*never thawed"):
+        train_with_bug(compose, tmp_path)
+
+
+def test_guard_catches_batchnorm_left_training(compose, tmp_path, monkeypatch):
+    # what Lightning's BackboneFinetuning does: no gradient, but statistics that move
+    monkeypatch.setattr(freezing, "freeze", lambda module: module.requires_grad_(False))
+    with pytest.raises(FreezeViolationError, match=r"epoch 0.*running_mean.*changed although frozen"):
+        train_with_bug(compose, tmp_path)
+
+
+def test_guard_catches_a_group_missing_from_the_optimizer(compose, tmp_path, monkeypatch):
+    groups = optim.parameter_groups
+    monkeypatch.setattr(
+        "cifar_tl.model.module.parameter_groups",
+        lambda *args: [g for g in groups(*args) if g["name"] != "backbone"],
+    )
+    with pytest.raises(FreezeViolationError, match=r"epoch 1.*in no optimizer group"):
+        train_with_bug(compose, tmp_path)
+
+
+def test_guard_catches_a_stale_compiled_graph(compose, tmp_path, monkeypatch):
+    # a graph traced while the backbone is frozen has its weights as constants: no gradient ever reaches them
+    apply = BackboneUnfreeze.apply
+
+    def trace_when_frozen(self, module, phase):
+        apply(self, module, phase)
+        if not phase.stages:
+            graph = torch.export.export(module.backbone, (torch.randn(2, 3, 32, 32),), strict=False).module()
+            for name, parameter in graph.named_parameters():
+                graph.get_parameter(name).data = parameter.data.clone()
+            object.__setattr__(module, "stale", lambda images: torch.cat([graph(i) for i in images.split(2)]))
+            monkeypatch.setattr(module.backbone, "forward", module.stale)
+
+    monkeypatch.setattr(BackboneUnfreeze, "apply", trace_when_frozen)
+    with pytest.raises(FreezeViolationError, match=r"epoch 1.*compiled or traced graph"):
+        train_with_bug(compose, tmp_path)
+
+
+def test_guard_checks_a_resumed_run_where_it_resumes(compose, tmp_path, monkeypatch):
+    cfg = compose(*TINY, "finetune.unfreeze_at_epoch=1", "trainer.max_epochs=3")
+    checked = []
+    check = FreezeGuard.expected_to_change
+    monkeypatch.setattr(
+        FreezeGuard, "expected_to_change", lambda self, m, epoch: checked.append(epoch) or check(self, m, epoch)
+    )
+    epoch_end = run.Console.on_train_epoch_end
+
+    def die_in_epoch_2(self, trainer, module):
+        if trainer.current_epoch == 2:
+            raise SystemError
+        epoch_end(self, trainer, module)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run.Console, "on_train_epoch_end", die_in_epoch_2)
+        with pytest.raises(SystemError):
+            run.train(cfg, tmp_path, "demo")
+    assert checked == [0, 1]
+    run.train(
+        compose(*TINY, "finetune.unfreeze_at_epoch=1", "trainer.max_epochs=3", f"resume={tmp_path}"), tmp_path, ""
+    )
+    assert checked == [0, 1, 2]
+
+
+def test_rates_in_the_optimizer_are_the_plans(compose, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        run.Console,
+        "on_train_batch_end",
+        lambda self, trainer, *args: seen.append({g["name"]: g["lr"] for g in trainer.optimizers[0].param_groups}),
+    )
+    overrides = ("finetune.schedule=constant", "finetune.warmup_epochs=0", "finetune.backbone_lr=1e-4")
+    run.train(compose(*TINY, *overrides), tmp_path, "demo")
+    assert seen[0] == {"head": 1e-3, "head_no_decay": 1e-3, "backbone": 0.0, "backbone_no_decay": 0.0}
+    assert seen[-1] == dict.fromkeys(seen[0], 1e-4)

@@ -1,0 +1,70 @@
+import pytest
+import torch
+from torch import nn
+
+from cifar_tl.callbacks import freezing
+from cifar_tl.callbacks.phases import STAGES
+from cifar_tl.model.backbone import build_backbone
+
+
+def block():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+
+def copy(module):
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def changed(module, before):
+    return {name for name, tensor in module.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+def step(module):
+    module(torch.randn(8, 3, 8, 8) + 3).square().sum().backward()
+    torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1).step()
+
+
+def test_frozen_module_keeps_its_batchnorm_statistics():
+    module = nn.Sequential(block(), nn.Conv2d(4, 1, 1))
+    freezing.freeze(module[0])
+    before = copy(module)
+    step(module)
+    assert changed(module, before) == {"1.weight", "1.bias"}
+
+
+@pytest.mark.parametrize(
+    ("policy", "statistics"),
+    [
+        ("frozen", set()),
+        ("train", {"1.running_mean", "1.running_var", "1.num_batches_tracked"}),
+        ("adapt", {"1.running_mean", "1.running_var"}),
+    ],
+)
+def test_thawed_module_trains_its_weights_and_the_policy_says_which_statistics(policy, statistics):
+    module = block()
+    freezing.freeze(module)
+    freezing.thaw([module], policy)
+    if policy == "adapt":
+        freezing.adapt_statistics([module])
+    before = copy(module)
+    step(module)
+    assert changed(module, before) == {"0.weight", "0.bias", "1.weight", "1.bias"} | statistics
+
+
+def test_adapting_statistics_stay_without_gradients_and_after_removal():
+    module = block()
+    freezing.thaw([module], "adapt")
+    handles = freezing.adapt_statistics([module])
+    before = copy(module)
+    with torch.no_grad():
+        module(torch.randn(8, 3, 8, 8))
+    for handle in handles:
+        handle.remove()
+    module(torch.randn(8, 3, 8, 8))
+    assert changed(module, before) == set()
+
+
+def test_stages_cover_every_backbone_parameter_once():
+    backbone = build_backbone()
+    stages = [p for stage in STAGES for m in freezing.stage_modules(backbone, stage) for p in m.parameters()]
+    assert len(stages) == len({id(p) for p in stages}) == len(list(backbone.parameters()))

@@ -1,0 +1,77 @@
+import pytest
+
+from cifar_tl.callbacks.phases import STAGES, Plan
+from cifar_tl.errors import UserError
+
+TWO_PHASE = {
+    "max_epochs": 20,
+    "unfreeze_at_epoch": 10,
+    "stage_epochs": 0,
+    "head_lr": 1e-3,
+    "backbone_lr": 1e-4,
+    "head_lr_unfrozen": 2e-4,
+    "schedule": "constant",
+    "warmup_epochs": 0.0,
+}
+
+
+def plan(**changes):
+    return Plan(**{**TWO_PHASE, **changes})
+
+
+def test_two_phases_meet_at_the_unfreeze():
+    two = plan()
+    assert [(p.start, p.end, p.stages) for p in two.phases] == [(0, 10, ()), (10, 20, STAGES)]
+    assert two.phase(9).stages == ()
+    assert two.phase(10).stages == STAGES
+
+
+def test_learning_rates_drop_at_the_unfreeze():
+    assert plan().learning_rates(9, 99, 100) == {"head": 1e-3, "backbone": 0.0}
+    assert plan().learning_rates(10, 0, 100) == {"head": 2e-4, "backbone": 1e-4}
+
+
+def test_linear_probe_never_thaws_and_full_never_freezes():
+    assert [p.stages for p in plan(unfreeze_at_epoch=None).phases] == [()]
+    assert [p.stages for p in plan(unfreeze_at_epoch=0).phases] == [STAGES]
+
+
+def test_gradual_thaws_from_the_top_and_ends_with_everything():
+    phases = plan(stage_epochs=2).phases
+    assert [p.start for p in phases] == [0, 10, 12, 14, 16, 18]
+    assert [p.stages for p in phases[1:]] == [STAGES[:n] for n in range(1, 6)]
+    assert phases[-1].end == 20
+
+
+def test_cosine_runs_from_the_peak_to_zero_within_each_segment():
+    cosine = plan(schedule="cosine")
+    assert cosine.learning_rates(0, 0, 100)["head"] == 1e-3
+    assert cosine.learning_rates(5, 0, 100)["head"] == pytest.approx(0.5e-3)
+    assert cosine.learning_rates(9, 99, 100)["head"] < 1e-6
+    assert cosine.learning_rates(10, 0, 100)["backbone"] == 1e-4
+    assert cosine.learning_rates(19, 99, 100)["backbone"] < 1e-7
+
+
+def test_warmup_rises_linearly_and_never_starts_at_zero():
+    warm = plan(warmup_epochs=2.0)
+    assert warm.learning_rates(10, 0, 100)["backbone"] == pytest.approx(1e-4 / 200)
+    assert warm.learning_rates(11, 0, 100)["backbone"] == pytest.approx(1e-4 * 101 / 200)
+    assert warm.learning_rates(12, 0, 100)["backbone"] == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"unfreeze_at_epoch": 20}, "never reached"),
+        ({"unfreeze_at_epoch": -1}, "unfreeze_at_epoch"),
+        ({"stage_epochs": 3}, "stage_epochs=3 is too long"),
+        ({"max_epochs": 0}, "max_epochs"),
+        ({"head_lr": -1.0}, "head_lr"),
+        ({"backbone_lr": "fast"}, "backbone_lr"),
+        ({"schedule": "cosin"}, "Did you mean cosine"),
+        ({"warmup_epochs": float("nan")}, "warmup_epochs"),
+    ],
+)
+def test_impossible_plans_are_refused(changes, key):
+    with pytest.raises(UserError, match=key):
+        plan(**changes)

@@ -1,0 +1,39 @@
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+import pytest
+from omegaconf import DictConfig
+
+from cifar_tl.cli import conf_folder
+
+TINY = (
+    "experiment=demo",
+    "data.train_size=60",
+    "data.val_size=20",
+    "data.test_size=20",
+    "data.batch_size=16",
+    "logger=csv",
+)
+"""Both phases on 40 generated images: 3 steps an epoch, 2 + 2 epochs, seconds."""
+
+
+@pytest.fixture(scope="session")
+def compose() -> Callable[..., DictConfig]:
+    """Compose conf/train.yaml with overrides, as the command line does."""
+
+    def compose(*overrides: str, config_name: str = "train") -> DictConfig:
+        with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            return hydra.compose(config_name, list(overrides))
+
+    return compose
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with the real CIFAR-10 and real ImageNet weights."""
+    folder = os.environ.get("CIFAR_TL_SHARED")
+    if not folder:
+        pytest.skip("CIFAR_TL_SHARED names no folder with the real data and weights")
+    return Path(folder)

@@ -1,0 +1,160 @@
+"""Mistakes that people make, and what they get: a readable error, exit code 1, nothing lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import TINY
+
+from cifar_tl import cli
+from cifar_tl.data import fetch
+from cifar_tl.evaluate import evaluate
+from cifar_tl.train import main
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Run a command in an empty folder; return its exit code and what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments, task=main, config_name="train"):
+        code = cli.run(task, config_name, list(arguments))
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["modle.dropout=0.5"], "modle.dropout is no key of this program. Did you mean model.dropout?"),
+        (["finetune.head_rl=1"], "Did you mean finetune.head_lr"),
+        (["experiment=dmo"], "demo"),
+        (["+model.dropuot=0.5"], "adds a key that nothing reads"),
+        ([*TINY, "finetune.unfreeze_at_epoch=4"], "unfreeze_at_epoch=4 is never reached: trainer.max_epochs=4"),
+        ([*TINY, "data.batch_size=0"], "data.batch_size=0 is not allowed: give a whole number of at least 1"),
+        ([*TINY, "data.batch_size=abc"], "data.batch_size=abc"),
+        ([*TINY, "finetune.batchnorm=frosen"], "Did you mean frozen"),
+        ([*TINY, "finetune.optimizer=adamm"], "choose adam, adamw, sgd"),
+        ([*TINY, "seed=-1"], "seed=-1"),
+        ([*TINY, "+trainer.gradient_clip=1"], "gradient_clip"),
+        ([*TINY, "trainer.precision=16-mixd"], "16-mixd"),
+        ([*TINY, "model.weights=nowhere.pth"], "model.weights=nowhere.pth: no such file"),
+        (["resume=nowhere"], "nowhere is no run's folder"),
+        (["data.download=false", "model.weights=null"], "python -m cifar_tl.data fetch"),
+        ([*TINY, "hydra.run.dir=/dev/null/run"], "hydra.run.dir=FOLDER"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_a_mistake_gets_a_readable_error(command, arguments, said):
+    code, _, err = command(*arguments)
+    assert code == 1
+    assert said in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize("accelerator", ["cuda", "gpu"])
+def test_cuda_asked_for_and_absent(command, accelerator):
+    code, _, err = command(*TINY, f"trainer.accelerator={accelerator}")
+    assert code == 1
+    assert "sees no CUDA GPU here" in err
+    assert "trainer.accelerator=cpu" in err
+
+
+def test_missing_data_names_the_file_and_the_commands(command, tmp_path):
+    code, _, err = command("data.download=false", "model.weights=null", "data.root=somewhere")
+    assert code == 1
+    assert str(tmp_path / "somewhere" / fetch.FOLDER) in err
+    assert "experiment=demo" in err
+
+
+@pytest.mark.parametrize(("damage", "said"), [(lambda b: b[:-5], "truncated"), (lambda b: b[:-1] + b"!", "MD5")])
+def test_a_damaged_data_file_is_named(command, tmp_path, shared, damage, said):
+    real, copy = shared / "data" / fetch.FOLDER, tmp_path / "data" / fetch.FOLDER
+    copy.mkdir(parents=True)
+    for name in fetch.FILES:
+        (copy / name).symlink_to(real / name)
+    (copy / "test_batch").unlink()
+    (copy / "test_batch").write_bytes(damage((real / "test_batch").read_bytes()))
+    code, _, err = command("model.weights=null", "data.download=false", f"data.root='{tmp_path / 'data'}'")
+    assert code == 1
+    assert "test_batch" in err
+    assert said in err
+
+
+def test_a_truncated_checkpoint_is_named(command, tmp_path):
+    torch.save({"x": torch.zeros(1000)}, tmp_path / "c.ckpt")
+    (tmp_path / "c.ckpt").write_bytes((tmp_path / "c.ckpt").read_bytes()[:2000])
+    code, _, err = command("checkpoint=c.ckpt", task=evaluate, config_name="evaluate")
+    assert code == 1
+    assert "c.ckpt cannot be read: it is truncated" in err
+
+
+def test_somebody_elses_checkpoint_is_refused(command, tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "c.ckpt")
+    code, _, err = command("checkpoint=c.ckpt", task=evaluate, config_name="evaluate")
+    assert code == 1
+    assert "was not written by cifar_tl.train" in err
+
+
+def test_sweep_runs_four_jobs_in_four_folders_and_ends_with_a_table(command, tmp_path):
+    code, out, err = command("-m", "model.dropout=0.0,0.2", "seed=1,2", *TINY, "trainer.max_epochs=3")
+    assert code == 0, err
+    (sweep,) = (tmp_path / "outputs" / "demo").iterdir()
+    assert sorted(p.parent.name for p in sweep.glob("*/metrics.json")) == ["0", "1", "2", "3"]
+    rows = (sweep / "sweep.csv").read_text().splitlines()
+    assert len(rows) == 5
+    assert all("finished" in row for row in rows[1:])
+    assert "best val/acc" in out
+    assert "model.dropout=0.2" in out
+
+
+def test_a_failing_job_leaves_the_others_and_the_table_alone(command, tmp_path):
+    code, out, err = command("-m", "data.batch_size=0,16", *TINY, "trainer.max_epochs=3")
+    assert code == 1
+    assert "data.batch_size=0 is not allowed" in err
+    (table,) = tmp_path.glob("outputs/demo/*/sweep.csv")
+    rows = table.read_text().splitlines()
+    assert "failed" in rows[1]
+    assert "finished" in rows[2]
+
+
+def test_ctrl_c_says_what_is_saved_and_how_to_resume(tmp_path):
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    arguments = [sys.executable, "-m", "cifar_tl.train", *TINY, "trainer.max_epochs=500", "hydra.run.dir=run"]
+    process = subprocess.Popen(
+        arguments, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "are saved in" in err
+    assert "python -m cifar_tl.train resume=" in err
+    assert "Traceback" not in err
+    resumed = subprocess.run(
+        [sys.executable, "-m", "cifar_tl.train", "resume=last", "trainer.max_epochs=500"],
+        cwd=tmp_path,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=60,
+    )
+    assert "no run under" in resumed.stderr  # it lies outside outputs: named, not guessed
+
+
+def test_help_does_not_wait_for_torch(tmp_path):
+    code = (
+        "import sys; from cifar_tl import cli, train; cli.run(train.main, 'train', ['--cfg', 'job']); "
+        "assert 'torch' not in sys.modules and 'lightning' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=tmp_path)

@@ -1,0 +1,105 @@
+"""A run that was stopped and resumed equals a run that was not, bit for bit."""
+
+import json
+
+import pytest
+import torch
+from conftest import TINY
+
+from cifar_tl.errors import UserError
+from cifar_tl.model.module import TransferClassifier
+from cifar_tl.resume import with_overrides_of_resumed_run
+from cifar_tl.run import train
+
+# everything random is on: shuffling, augmentation, dropout; the unfreeze is at epoch 2 of 4
+RANDOM = (*TINY, "model.dropout=0.2", "finetune.warmup_epochs=0.5")
+
+
+class Killed(BaseException):
+    """Like the end of a process, nothing may catch it."""
+
+
+@pytest.fixture(scope="module")
+def straight(compose, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    train(compose(*RANDOM), folder, "demo")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("epoch", "batch"),
+    [(1, 0), (2, 0), (3, 0), (2, 1)],
+    ids=["before-the-unfreeze", "at-the-unfreeze", "after-the-unfreeze", "in-mid-epoch"],
+)
+def test_resumed_run_equals_straight_run(straight, compose, tmp_path, monkeypatch, epoch, batch):
+    step = TransferClassifier.training_step
+
+    def dies(self, images_and_targets, batch_idx):
+        if (self.current_epoch, batch_idx) == (epoch, batch):
+            raise Killed
+        return step(self, images_and_targets, batch_idx)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TransferClassifier, "training_step", dies)
+        with pytest.raises(Killed):
+            train(compose(*RANDOM), tmp_path, "demo")
+    train(compose(*RANDOM, f"resume={tmp_path}"), tmp_path, "demo")
+
+    def state(folder, name):
+        return torch.load(folder / "checkpoints" / name, weights_only=True)
+
+    for name in ("last.ckpt", "best.ckpt"):
+        expected, resumed = state(straight, name), state(tmp_path, name)
+        assert expected["epoch"] == resumed["epoch"]
+        assert expected["global_step"] == resumed["global_step"]
+        assert_same(expected["state_dict"], resumed["state_dict"])
+    assert_same(state(straight, "last.ckpt")["optimizer_states"], state(tmp_path, "last.ckpt")["optimizer_states"])
+
+    before, after = (json.loads((folder / "metrics.json").read_text()) for folder in (straight, tmp_path))
+    for key in ("train/loss", "train/acc", "val/loss", "val/acc", "lr/head", "lr/backbone", "test/acc", "test/loss"):
+        assert before[key] == after[key], key
+    assert before["config_sha256"] == after["config_sha256"]
+
+
+def assert_same(a, b):
+    """Compare nested dicts and lists of tensors and plain values exactly."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+def test_resume_repeats_the_runs_own_overrides_in_its_own_folder(tmp_path):
+    run = tmp_path / "outputs" / "demo" / "now"
+    (run / ".hydra").mkdir(parents=True)
+    (run / ".hydra" / "overrides.yaml").write_text("- seed=3\n- resume=x\n")
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "last.ckpt").touch()
+    arguments = with_overrides_of_resumed_run(["resume=last", "trainer.max_epochs=30"], tmp_path / "outputs")
+    assert arguments == ["seed=3", "trainer.max_epochs=30", f"resume='{run}'", f"hydra.run.dir='{run}'"]
+
+
+@pytest.mark.parametrize("arguments", [["resume=nowhere"], ["resume=last"], ["-m", "resume=last"]])
+def test_resume_of_nothing_is_refused(arguments, tmp_path):
+    with pytest.raises(UserError, match="resume"):
+        with_overrides_of_resumed_run(arguments, tmp_path)
+
+
+def test_resume_before_the_first_epoch_ended_is_refused(tmp_path):
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "overrides.yaml").write_text("[]")
+    with pytest.raises(UserError, match="before its first epoch"):
+        with_overrides_of_resumed_run([f"resume={tmp_path}"])
+
+
+def test_arguments_without_resume_stay_as_they_are():
+    assert with_overrides_of_resumed_run(["seed=1", "resume=null"]) == ["seed=1", "resume=null"]

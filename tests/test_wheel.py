@@ -1,0 +1,30 @@
+"""The built wheel runs from any folder: it carries the configs."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_wheel_contains_the_configs_and_finds_them(tmp_path):
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    configs = {p.relative_to(ROOT) for p in (ROOT / "conf").rglob("*.yaml")}
+    assert configs == {
+        p.relative_to(tmp_path / "installed" / "cifar_tl")
+        for p in (tmp_path / "installed" / "cifar_tl").rglob("*.yaml")
+    }
+    shown = subprocess.run(
+        [sys.executable, "-m", "cifar_tl.train", "--cfg", "job", "experiment=demo"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "installed")},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "synthetic" in shown.stdout
