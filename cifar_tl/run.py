@@ -23,7 +23,7 @@ from cifar_tl.callbacks.run_record import RunRecord, config_sha256, git_state
 from cifar_tl.checkpoints import BEST, LAST, checkpoint_callbacks, read_checkpoint
 from cifar_tl.data.augment import Augment
 from cifar_tl.data.datamodule import ImageDataModule, build_datamodule
-from cifar_tl.errors import Interrupted, UserError
+from cifar_tl.errors import Interrupted, UserError, check_int
 from cifar_tl.hardware import environment, resolve_accelerator, resolve_precision
 from cifar_tl.model.backbone import load_weights
 from cifar_tl.model.module import TransferClassifier
@@ -47,7 +47,7 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
         Interrupted: Ctrl-C.
     """
     quieten_lightning()
-    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    L.seed_everything(check_int("seed", cfg.seed, 0), workers=True, verbose=False)
     plan = build_plan(cfg)
     callbacks: list[L.Callback] = [
         EpochSeed(cfg.seed),

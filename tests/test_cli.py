@@ -116,7 +116,7 @@ def test_sweep_runs_four_jobs_in_four_folders_and_ends_with_a_table(command, tmp
 
 
 def test_a_failing_job_leaves_the_others_and_the_table_alone(command, tmp_path):
-    code, out, err = command("-m", "data.batch_size=0,16", *TINY, "trainer.max_epochs=3")
+    code, _, err = command("-m", "data.batch_size=0,16", *TINY, "trainer.max_epochs=3")
     assert code == 1
     assert "data.batch_size=0 is not allowed" in err
     (table,) = tmp_path.glob("outputs/demo/*/sweep.csv")

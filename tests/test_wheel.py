@@ -14,11 +14,9 @@ def test_wheel_contains_the_configs_and_finds_them(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
-    configs = {p.relative_to(ROOT) for p in (ROOT / "conf").rglob("*.yaml")}
-    assert configs == {
-        p.relative_to(tmp_path / "installed" / "cifar_tl")
-        for p in (tmp_path / "installed" / "cifar_tl").rglob("*.yaml")
-    }
+    installed = tmp_path / "installed" / "cifar_tl"
+    expected = {p.relative_to(ROOT) for p in (ROOT / "conf").rglob("*.yaml")}
+    assert {p.relative_to(installed) for p in installed.rglob("*.yaml")} == expected
     shown = subprocess.run(
         [sys.executable, "-m", "cifar_tl.train", "--cfg", "job", "experiment=demo"],
         cwd=tmp_path,

@@ -72,7 +72,7 @@ class Plan:
             if unfreeze_at_epoch >= max_epochs:
                 raise UserError(
                     f"finetune.unfreeze_at_epoch={unfreeze_at_epoch} is never reached: trainer.max_epochs={max_epochs} "
-                    f"and epochs count from 0. Lower it, raise trainer.max_epochs, or use finetune=linear_probe."
+                    f"and epochs count from 0. Lower it, raise trainer.max_epochs, or stay frozen with null."
                 )
         self.phases = self._phases(stage_epochs)
 

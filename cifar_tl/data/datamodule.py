@@ -76,7 +76,7 @@ class ImageDataModule(L.LightningDataModule):
         self.split_seed = check_int("data.split_seed", split_seed, 0)
         self.num_classes = len(source.classes) if one_hot else None
         self.augment = augment
-        self.seed = check_int("seed", seed, 0)
+        self.seed = seed
         self._train: tuple[Tensor, Tensor] | None = None
         self._val: tuple[Tensor, Tensor] | None = None
         self._test: tuple[Tensor, Tensor] | None = None

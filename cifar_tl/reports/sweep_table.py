@@ -22,6 +22,7 @@ class SweepTable(Callback):
 
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
+        self._folder = Path()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Take down a job of a sweep."""
@@ -29,6 +30,7 @@ class SweepTable(Callback):
         hydra = job_return.hydra_cfg.hydra
         if hydra.mode.name != "MULTIRUN":
             return
+        self._folder = Path(hydra.sweep.dir)  # can be resolved while a job is on, not after the last one
         path = Path(hydra.runtime.output_dir) / "metrics.json"
         metrics = json.loads(path.read_text()) if path.is_file() else {}
         done = job_return.status is JobStatus.COMPLETED
@@ -47,12 +49,11 @@ class SweepTable(Callback):
         """Print the table, and keep it as sweep.csv in the sweep's folder."""
         if not self._rows:
             return
-        folder = Path(config.hydra.sweep.dir)
-        with (folder / "sweep.csv").open("w", newline="") as file:
+        with (self._folder / "sweep.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(self._rows)
-        table = Table(*COLUMNS, title=str(folder))
+        table = Table(*COLUMNS, title=str(self._folder))
         for row in self._rows:
             table.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()))
         Console().print(table)
