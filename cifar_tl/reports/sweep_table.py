@@ -30,8 +30,9 @@ class SweepTable(Callback):
         hydra = job_return.hydra_cfg.hydra
         if hydra.mode.name != "MULTIRUN":
             return
-        self._folder = Path(hydra.sweep.dir)  # can be resolved while a job is on, not after the last one
-        path = Path(hydra.runtime.output_dir) / "metrics.json"
+        folder = Path(hydra.runtime.output_dir)
+        self._folder = folder.parents[len(Path(hydra.sweep.subdir).parts) - 1]  # sweep.dir has the time of each look
+        path = folder / "metrics.json"
         metrics = json.loads(path.read_text()) if path.is_file() else {}
         done = job_return.status is JobStatus.COMPLETED
         self._rows.append(
