@@ -14,6 +14,7 @@ TINY = (
     "data.val_size=20",
     "data.test_size=20",
     "data.batch_size=16",
+    "trainer.max_epochs=4",
     "logger=csv",
 )
 """Both phases on 40 generated images: 3 steps an epoch, 2 + 2 epochs, seconds."""

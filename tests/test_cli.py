@@ -115,10 +115,10 @@ def test_sweep_runs_four_jobs_in_four_folders_and_ends_with_a_table(command, tmp
     assert "model.dropout=0.2" in out
 
 
-def test_a_failing_job_leaves_the_others_and_the_table_alone(command, tmp_path):
-    code, _, err = command("-m", "data.batch_size=0,16", *TINY, "trainer.max_epochs=3")
+def test_a_failing_job_leaves_the_others_and_their_record_alone(command, tmp_path):
+    code, _, err = command("-m", "data.eval_batch_size=0,500", *TINY, "trainer.max_epochs=3")
     assert code == 1
-    assert "data.batch_size=0 is not allowed" in err
+    assert "data.eval_batch_size=0 is not allowed" in err
     (table,) = tmp_path.glob("outputs/demo/*/sweep.csv")
     rows = table.read_text().splitlines()
     assert "failed" in rows[1]

@@ -12,7 +12,8 @@ BATCHNORM_POLICIES = ("frozen", "train", "adapt")
 
 frozen: normalises with the statistics it came with, which stay as they are.
 train: normalises with each batch's statistics and tracks them, as PyTorch does by default.
-adapt: normalises with its running statistics, which move towards each batch's (no gradient flows through them).
+adapt: normalises with its running statistics, which move towards each batch's. No gradient flows through them, so
+    nothing keeps weights from growing: training can diverge at rates that suit the other two.
 """
 
 ADAPT_MOMENTUM = 0.01

@@ -18,7 +18,7 @@ COLUMNS = ("job", "overrides", "best val/acc", "test/acc", "minutes", "state")
 
 
 class SweepTable(Callback):
-    """Collect the jobs of a multirun; print them as a table and write sweep.csv when the last one has ended."""
+    """Collect the jobs of a multirun: sweep.csv after each job, in the sweep's folder, and a table after the last."""
 
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
@@ -46,14 +46,13 @@ class SweepTable(Callback):
             }
         )
 
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Print the table, and keep it as sweep.csv in the sweep's folder."""
-        if not self._rows:
-            return
         with (self._folder / "sweep.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(self._rows)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Print the table; Hydra does not get here if a job failed, sweep.csv has its line."""
         table = Table(*COLUMNS, title=str(self._folder))
         for row in self._rows:
             table.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()))
