@@ -8,7 +8,7 @@ export CIFAR_TL_SHARED ?= $(if $(wildcard ../shared/data),$(abspath ../shared))
 .PHONY: help setup demo train test check tensorboard clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 $(DONE): pyproject.toml
 	python3 -m venv $(VENV)
