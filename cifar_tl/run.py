@@ -5,6 +5,7 @@ import math
 import sys
 import warnings
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -69,6 +70,7 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     facts = {
         "experiment": experiment,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": cfg.seed,
         "weights": cfg.model.weights,
         "weights_sha256": sha256,
@@ -98,13 +100,13 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     resume_from = last if cfg.resume is not None else None
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=resume_from, weights_only=True)
+        return test(trainer, module, datamodule, record, folder)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"the GPU ran out of memory at data.batch_size={cfg.data.batch_size}. Lower it. ({error})"
         ) from error
-    except SystemExit as stop:  # how Lightning ends a fit after Ctrl-C
+    except SystemExit as stop:  # how Lightning ends after Ctrl-C
         raise Interrupted(interrupted_text(record, last)) from stop
-    return test(trainer, module, datamodule, record, folder)
 
 
 def test(
