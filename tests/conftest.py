@@ -1,7 +1,4 @@
 import os
-
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch: bit-for-bit equality was seen with one thread
-
 from collections.abc import Callable
 from pathlib import Path
 

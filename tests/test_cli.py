@@ -129,15 +129,25 @@ def test_a_failing_job_leaves_the_others_and_their_record_alone(command, tmp_pat
 def test_ctrl_c_says_what_is_saved_and_the_run_can_be_resumed(tmp_path):
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     arguments = [sys.executable, "-m", "cifar_tl.train", *TINY, "trainer.max_epochs=500", "hydra.run.dir=run"]
-    process = subprocess.Popen(
-        arguments, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    with subprocess.Popen(
+        arguments,
+        cwd=tmp_path,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # a shell starts background jobs with SIGINT ignored, and tests may be one
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file():
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "are saved in" in err
     assert "python -m cifar_tl.train resume=" in err
