@@ -26,8 +26,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """
     from cifar_tl import run  # late: `--help` should not wait for torch
     from cifar_tl.checkpoints import read_checkpoint
-    from cifar_tl.data.augment import Augment
     from cifar_tl.data.datamodule import build_datamodule
+    from cifar_tl.hardware import prepare_for, resolve_accelerator
 
     run.quieten_lightning()
     checkpoint = read_checkpoint(Path(cfg.checkpoint))
@@ -35,9 +35,10 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     for key, value in cfg.data.items():
         if value is not None:
             trained.data[key] = value
-    datamodule = build_datamodule(trained.data, Augment(**trained.augment), trained.seed)
+    datamodule = build_datamodule(trained.data, run.build_augment(trained, run.build_plan(trained)), trained.seed)
     module = run.build_module(trained, checkpoint["cifar_tl"]["facts"]["classes"])
     module.load_state_dict(checkpoint["state_dict"])
+    prepare_for(resolve_accelerator(cfg.trainer.accelerator), module)
     trainer = run.build_trainer(cfg.trainer, logger=False, enable_checkpointing=False)
     (scalars,) = trainer.test(module, datamodule=datamodule, verbose=False)
     examples = datamodule.sizes["test"]

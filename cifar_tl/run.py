@@ -4,7 +4,8 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -18,16 +19,17 @@ from omegaconf import DictConfig, OmegaConf
 from cifar_tl.callbacks.backbone_unfreeze import BackboneUnfreeze
 from cifar_tl.callbacks.console import Console, duration_text
 from cifar_tl.callbacks.epoch_seed import EpochSeed
+from cifar_tl.callbacks.feature_cache import CacheDecision, FeatureCache, decide, memory_for_features
 from cifar_tl.callbacks.freeze_guard import FreezeGuard
 from cifar_tl.callbacks.phases import Plan, epochs_text, stages_text
 from cifar_tl.callbacks.run_record import RunRecord, config_sha256, git_state
-from cifar_tl.checkpoints import BEST, LAST, checkpoint_callbacks, read_checkpoint
+from cifar_tl.checkpoints import BEST, LAST, PacedCheckpointIO, checkpoint_callbacks, read_checkpoint
 from cifar_tl.data.augment import Augment
 from cifar_tl.data.datamodule import ImageDataModule, build_datamodule
-from cifar_tl.errors import Interrupted, UserError, check_int
-from cifar_tl.hardware import environment, resolve_accelerator, resolve_precision
-from cifar_tl.model.backbone import load_weights
+from cifar_tl.errors import Interrupted, UserError, check_choice, check_int
+from cifar_tl.hardware import environment, prepare_for, resolve_accelerator, resolve_precision
 from cifar_tl.model.module import TransferClassifier
+from cifar_tl.model.weights import load_weights
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +54,16 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     plan = build_plan(cfg)
     callbacks: list[L.Callback] = [
         EpochSeed(cfg.seed),
-        BackboneUnfreeze(plan, cfg.finetune.batchnorm),
+        BackboneUnfreeze(plan, cfg.finetune.batchnorm, compiled=cfg.model.compile),
         FreezeGuard(plan, cfg.finetune.batchnorm),
     ]
-    datamodule = build_datamodule(cfg.data, Augment(**cfg.augment), cfg.seed)
-    module = build_module(cfg, datamodule.classes)
+    augment = build_augment(cfg, plan)
+    datamodule = build_datamodule(cfg.data, augment, cfg.seed)
     accelerator = resolve_accelerator(cfg.trainer.accelerator)
+    module = build_module(cfg, datamodule.classes)
+    prepare_for(accelerator, module)
+    if cfg.model.compile:
+        module.backbone.compile()
 
     last = folder / "checkpoints" / LAST
     if cfg.resume is None:
@@ -86,20 +92,37 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     module.provenance = {"config": config, "facts": facts}
     record = RunRecord(folder, plan, facts)
     callbacks += [record, Console(plan, cfg.finetune.batchnorm, record)]
+    cache = decide(
+        str(cfg.finetune.cache_features).lower(),
+        plan,
+        augment(0),
+        datamodule.sizes,
+        memory_for_features(accelerator),
+        cfg.trainer.devices,
+    )
+    if cache.views:
+        kept = Path(cfg.finetune.features_folder) if cfg.finetune.features_folder and sha256 else None
+        callbacks.append(FeatureCache(plan, datamodule, cache.views, kept))  # after the record, which counts its time
     batches = math.ceil(datamodule.sizes["train"] / cfg.data.batch_size)
+    checkpoint_io = PacedCheckpointIO()
     trainer = build_trainer(
         {**cfg.trainer, "log_every_n_steps": min(cfg.trainer.log_every_n_steps, batches)},
         logger=build_loggers(cfg.logger, folder),
         callbacks=[*callbacks, *progress_bar(), *checkpoint_callbacks(last.parent)],
+        plugins=checkpoint_io,
+        benchmark=accelerator == "cuda",
         default_root_dir=folder,
     )
     for logger in trainer.loggers:
         logger.log_hyperparams(config)
-    log.info("%s", plan_text(cfg, plan, datamodule, facts, folder))
+    log.info("%s", plan_text(cfg, plan, datamodule, facts, cache, folder))
 
     resume_from = last if cfg.resume is not None else None
     try:
-        trainer.fit(module, datamodule=datamodule, ckpt_path=resume_from, weights_only=True)
+        try:
+            trainer.fit(module, datamodule=datamodule, ckpt_path=resume_from, weights_only=True)
+        finally:
+            checkpoint_io.flush()
         return test(trainer, module, datamodule, record, folder)
     except torch.OutOfMemoryError as error:
         raise UserError(
@@ -176,10 +199,19 @@ def build_plan(cfg: DictConfig) -> Plan:
     )
 
 
+def build_augment(cfg: DictConfig, plan: Plan) -> Callable[[int], Augment]:
+    """Build the augmentation of a config as a function of the epoch."""
+    full = Augment(**cfg.augment)
+    choice = check_choice("finetune.frozen_augment", cfg.finetune.frozen_augment, ("none", "flip", "full"))
+    frozen = {"none": replace(full.only_flips, flip="none"), "flip": full.only_flips, "full": full}[choice]
+    return lambda epoch: full if plan.phase(epoch).stages else frozen
+
+
 def build_module(cfg: DictConfig, classes: Any) -> TransferClassifier:
     """Build the LightningModule of a config, with a random backbone."""
     return TransferClassifier(
         classes=classes,
+        upscale=cfg.model.upscale,
         head=list(cfg.model.head),
         dropout=cfg.model.dropout,
         optimizer=cfg.finetune.optimizer,
@@ -220,7 +252,14 @@ def build_loggers(loggers: DictConfig, folder: Path) -> list[Logger]:
     return built
 
 
-def plan_text(cfg: DictConfig, plan: Plan, datamodule: ImageDataModule, facts: dict[str, Any], folder: Path) -> str:
+def plan_text(
+    cfg: DictConfig,
+    plan: Plan,
+    datamodule: ImageDataModule,
+    facts: dict[str, Any],
+    cache: CacheDecision,
+    folder: Path,
+) -> str:
     """Return what is about to happen, for people."""
     sizes = datamodule.sizes
     sha256 = f" (SHA-256 {facts['weights_sha256'][:12]})" if facts["weights_sha256"] else ""
@@ -238,6 +277,7 @@ def plan_text(cfg: DictConfig, plan: Plan, datamodule: ImageDataModule, facts: d
             f"phase      {phase.name}, epochs {epochs_text(phase)}: {stages_text(phase.stages)}; "
             f"{cfg.finetune.optimizer}, {plan.schedule} learning rate, head {rates['head']:g}{backbone}"
         )
+    lines.append(f"features   {cache.text}")
     if cfg.resume is not None:
         lines.append(f"resuming   after the last finished epoch in {folder / 'checkpoints' / LAST}")
     return "\n".join(lines)

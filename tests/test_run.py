@@ -2,11 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
 
 from cifar_tl.evaluate import evaluate
+from cifar_tl.model.module import TransferClassifier
 from cifar_tl.run import train, wilson_interval
 
 
@@ -75,3 +77,19 @@ def test_interval_is_wilsons():
     assert wilson_interval(0.9, 100) == pytest.approx((0.8256, 0.9448), abs=1e-4)
     low, high = wilson_interval(0.9, 10_000)
     assert high - low == pytest.approx(2 * 0.0059, abs=1e-4)
+
+
+def test_train_loss_is_the_mean_over_the_epochs_images(compose, tmp_path, monkeypatch):
+    losses, sizes, step = [], [], TransferClassifier.training_step
+
+    def spy(self, batch, batch_idx):
+        loss = step(self, batch, batch_idx)
+        losses.append(loss.item())
+        sizes.append(len(batch[1]))
+        return loss
+
+    monkeypatch.setattr(TransferClassifier, "training_step", spy)
+    metrics = train(compose(*TINY), tmp_path, "demo")
+    assert sizes == [16, 16, 8] * 4
+    expected = [np.average(losses[i : i + 3], weights=sizes[i : i + 3]) for i in range(0, 12, 3)]
+    assert metrics["train/loss"] == pytest.approx(expected, rel=1e-6)

@@ -1,6 +1,7 @@
 """The callback that keeps the backbone frozen, thaws it on time, and owns every learning rate."""
 
 import lightning as L
+import torch
 from torch.utils.hooks import RemovableHandle
 
 from cifar_tl.callbacks import freezing
@@ -19,10 +20,12 @@ class BackboneUnfreeze(L.Callback):
     Args:
         plan: Phases and learning rates.
         batchnorm: One of freezing.BATCHNORM_POLICIES, for the stages that train.
+        compiled: The backbone is compiled, and has to be compiled anew for every phase.
     """
 
-    def __init__(self, plan: Plan, batchnorm: str) -> None:
+    def __init__(self, plan: Plan, batchnorm: str, compiled: bool = False) -> None:
         self.plan = plan
+        self.compiled = compiled
         self.batchnorm = check_choice("finetune.batchnorm", batchnorm, freezing.BATCHNORM_POLICIES)
         self._adapting: list[RemovableHandle] = []
 
@@ -41,7 +44,10 @@ class BackboneUnfreeze(L.Callback):
         """Enter the epoch's phase; at the thaw, drop what the optimizer remembers of the frozen phase."""
         assert isinstance(pl_module, TransferClassifier)
         epoch = trainer.current_epoch
-        self.apply(pl_module, self.plan.phase(epoch))
+        phase = self.plan.phase(epoch)
+        self.apply(pl_module, phase)
+        if self.compiled and epoch == phase.start > 0:
+            torch.compiler.reset()  # a graph of the frozen phase gives no gradients
         if epoch == self.plan.unfreeze_at_epoch:
             for optimizer in trainer.optimizers:
                 optimizer.state.clear()  # a second phase is a second training: moments of the first would steer it
@@ -54,4 +60,5 @@ class BackboneUnfreeze(L.Callback):
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rates[group["part"]]
-        pl_module.log_dict({f"lr/{part}": rate for part, rate in rates.items()})
+        if batch_idx % trainer.log_every_n_steps == 0 or trainer.is_last_batch:  # type: ignore[attr-defined]  # Lightning adds it
+            pl_module.log_dict({f"lr/{part}": rate for part, rate in rates.items()})

@@ -11,6 +11,7 @@ from torch import Tensor
 from cifar_tl.data.augment import Augment
 from cifar_tl.data.cifar10 import Cifar10
 from cifar_tl.data.folder import ImageFolders
+from cifar_tl.data.lazy import LazyImages
 from cifar_tl.data.loader import ArrayLoader
 from cifar_tl.data.splits import limited, split_hash, split_train_val
 from cifar_tl.data.synthetic import Synthetic
@@ -28,10 +29,10 @@ class Source(Protocol):
     def prepare(self) -> None:
         """Make sure that everything `train` and `test` need is there and intact."""
 
-    def train(self) -> tuple[Tensor, Tensor]:
+    def train(self) -> tuple[Tensor | LazyImages, Tensor]:
         """Return images (examples, 3, 32, 32), uint8, and targets (examples,), int64."""
 
-    def test(self) -> tuple[Tensor, Tensor]:
+    def test(self) -> tuple[Tensor | LazyImages, Tensor]:
         """Return images (examples, 3, 32, 32), uint8, and targets (examples,), int64."""
 
 
@@ -48,8 +49,11 @@ class ImageDataModule(L.LightningDataModule):
         limit: At most so many images for each of training, validation and test, stratified; None for all.
         split_seed: Of the split and the subsets, apart from the run's seed, so that runs of all seeds share a split.
         one_hot: Give targets as one-hot rows instead of class indices.
-        augment: For the training images.
+        augment: The augmentation of the training images in an epoch.
         seed: Of shuffling and augmentation.
+
+    Attributes:
+        features: What `train` and `val` batches have instead of images, (views, examples, length); empty for images.
     """
 
     mean = IMAGENET_MEAN
@@ -64,7 +68,7 @@ class ImageDataModule(L.LightningDataModule):
         limit: int | None,
         split_seed: int,
         one_hot: bool,
-        augment: Augment,
+        augment: Callable[[int], Augment],
         seed: int,
     ) -> None:
         super().__init__()
@@ -74,12 +78,11 @@ class ImageDataModule(L.LightningDataModule):
         self.val_size = check_int("data.val_size", val_size, 1)
         self.limit = None if limit is None else check_int("data.limit", limit, len(source.classes))
         self.split_seed = check_int("data.split_seed", split_seed, 0)
-        self.num_classes = len(source.classes) if one_hot else None
+        self.one_hot = one_hot
         self.augment = augment
         self.seed = seed
-        self._train: tuple[Tensor, Tensor] | None = None
-        self._val: tuple[Tensor, Tensor] | None = None
-        self._test: tuple[Tensor, Tensor] | None = None
+        self.features: dict[str, Tensor] = {}
+        self.splits: dict[str, tuple[Tensor | LazyImages, Tensor]] = {}
         self.split_sha256 = ""
 
     @property
@@ -90,8 +93,7 @@ class ImageDataModule(L.LightningDataModule):
     @property
     def sizes(self) -> dict[str, int]:
         """Images of each split that is loaded."""
-        splits = {"train": self._train, "val": self._val, "test": self._test}
-        return {name: len(split[1]) for name, split in splits.items() if split is not None}
+        return {name: len(targets) for name, (_, targets) in self.splits.items()}
 
     def prepare_data(self) -> None:
         """Fetch or check the files."""
@@ -99,49 +101,60 @@ class ImageDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Load what a stage needs: `fit` and `validate` the training set and its split, `test` the test set."""
-        if stage in ("fit", "validate") and self._train is None:
+        if stage in ("fit", "validate") and "train" not in self.splits:
             images, targets = self.source.train()
             train, val = split_train_val(targets, self.val_size, self.limit, self.split_seed)
             self.split_sha256 = split_hash(train, val)
-            self._train = images[train], targets[train]
-            self._val = images[val], targets[val]
-        if stage == "test" and self._test is None:
+            self.splits["train"] = images[train], targets[train]
+            self.splits["val"] = images[val], targets[val]
+        if stage == "test" and "test" not in self.splits:
             images, targets = self.source.test()
             chosen = limited(torch.arange(len(targets)), targets, self.limit, self.split_seed)
-            self._test = images[chosen], targets[chosen]
+            self.splits["test"] = images[chosen], targets[chosen]
 
     def train_dataloader(self) -> ArrayLoader:
         """Return shuffled, augmented batches; a function of the seed and the trainer's epoch."""
         trainer = self.trainer
         assert trainer is not None
-        return self._loader(self._train, self.batch_size, self.augment, lambda: trainer.current_epoch)
+        return self._loader("train", self.batch_size, self.augment, lambda: trainer.current_epoch)
 
     def val_dataloader(self) -> ArrayLoader:
         """Return the validation images in order."""
-        return self._loader(self._val, self.eval_batch_size)
+        return self.in_order("val")
 
     def test_dataloader(self) -> ArrayLoader:
         """Return the test images in order."""
-        return self._loader(self._test, self.eval_batch_size)
+        return self.in_order("test")
+
+    def in_order(self, split: str) -> ArrayLoader:
+        """Return a split's images in order, as they are."""
+        return self._loader(split, self.eval_batch_size)
 
     def _loader(
         self,
-        split: tuple[Tensor, Tensor] | None,
+        split: str,
         batch_size: int,
-        augment: Augment | None = None,
+        augment: Callable[[int], Augment] | None = None,
         epoch: Callable[[], int] = lambda: 0,
     ) -> ArrayLoader:
-        assert split is not None, "setup() comes first"
+        assert split in self.splits, "setup() comes first"
         trainer = self.trainer
+        images, targets = self.splits[split]
+        if trainer is not None and isinstance(images, Tensor):
+            device = trainer.strategy.root_device
+            self.splits[split] = images.to(device), targets.to(device)
         return ArrayLoader(
-            *split,
+            *self.splits[split],
             batch_size=batch_size,
             mean=self.mean,
             std=self.std,
-            num_classes=self.num_classes,
+            classes=len(self.classes),
+            one_hot_targets=self.one_hot,
             augment=augment,
+            features=lambda: self.features.get(split),
             seed=self.seed,
             epoch=epoch,
+            device=trainer.strategy.root_device if trainer else "cpu",
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
         )
@@ -153,13 +166,13 @@ def build_source(data: DictConfig) -> Source:
         case "cifar10":
             return Cifar10(data.root, download=data.download)
         case "folder":
-            return ImageFolders(data.root)
+            return ImageFolders(data.root, data.workers)
         case _:
             return Synthetic(data.train_size, data.test_size)
 
 
-def build_datamodule(data: DictConfig, augment: Augment, seed: int) -> ImageDataModule:
-    """Build the data module of a run from its `data` group."""
+def build_datamodule(data: DictConfig, augment: Callable[[int], Augment], seed: int) -> ImageDataModule:
+    """Build the data module of a run from its `data` group and its augmentation as a function of the epoch."""
     return ImageDataModule(
         source=build_source(data),
         batch_size=data.batch_size,

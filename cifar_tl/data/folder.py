@@ -8,7 +8,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from cifar_tl.errors import UserError
+from cifar_tl.data.lazy import LazyImages
+from cifar_tl.errors import UserError, check_int
 
 log = logging.getLogger(__name__)
 
@@ -23,10 +24,12 @@ class ImageFolders:
 
     Args:
         root: Has `train` and `test`, each with one folder per class.
+        workers: 0 reads all images into memory (3 KB each); otherwise so many processes decode them in every epoch.
     """
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, workers: int) -> None:
         self.root = Path(root)
+        self.workers = check_int("data.workers", workers, 0)
         self.classes = self._classes("train")
         if (test := self._classes("test")) != self.classes:
             differing = sorted(set(test) ^ set(self.classes))
@@ -45,32 +48,56 @@ class ImageFolders:
     def prepare(self) -> None:
         """Do nothing: files are read when the split is."""
 
-    def train(self) -> tuple[Tensor, Tensor]:
+    def train(self) -> tuple[Tensor | LazyImages, Tensor]:
         """Return images (examples, 3, 32, 32), uint8, and targets (examples,), int64."""
         return self._read("train")
 
-    def test(self) -> tuple[Tensor, Tensor]:
+    def test(self) -> tuple[Tensor | LazyImages, Tensor]:
         """Return images (examples, 3, 32, 32), uint8, and targets (examples,), int64."""
         return self._read("test")
 
-    def _read(self, split: str) -> tuple[Tensor, Tensor]:
-        images, targets, resized = [], [], 0
+    def _read(self, split: str) -> tuple[Tensor | LazyImages, Tensor]:
+        files: list[Path] = []
+        targets: list[int] = []
         for label, name in enumerate(self.classes):
             folder = self.root / split / name
-            files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-            if not files:
+            found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+            if not found:
                 raise UserError(f"{folder} has no images ({', '.join(sorted(SUFFIXES))}). Add some or remove it.")
-            for path in files:
-                try:
-                    with Image.open(path) as opened:
-                        image = opened.convert("RGB")
-                except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-                    raise UserError(f"{path} is not a readable image ({error}). Replace or remove it.") from error
-                if image.size != (SIZE, SIZE):
-                    image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-                    resized += 1
-                images.append(np.asarray(image).transpose(2, 0, 1))
-                targets.append(label)
+            files += found
+            targets += [label] * len(found)
+        if self.workers:
+            return LazyImages(files, read_image, self.workers), torch.tensor(targets)
+        images = np.empty((len(files), 3, SIZE, SIZE), dtype=np.uint8)
+        resized = 0
+        for image, path in zip(images, files, strict=True):
+            image[:], was_resized = decode(path)
+            resized += was_resized
         if resized:
             log.info("%s: %d of %d images resized to %dx%d", self.root / split, resized, len(images), SIZE, SIZE)
-        return torch.from_numpy(np.stack(images)), torch.tensor(targets)
+        return torch.from_numpy(images), torch.tensor(targets)
+
+
+def decode(path: Path) -> tuple[np.ndarray, bool]:
+    """Read an image file.
+
+    Returns:
+        The image, (3, 32, 32), uint8, and whether it had to be resized (bicubic) to be that.
+
+    Raises:
+        UserError: It is no image, or a broken one.
+    """
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is not a readable image ({error}). Replace or remove it.") from error
+    resize = image.size != (SIZE, SIZE)
+    if resize:
+        image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    return np.asarray(image).transpose(2, 0, 1), resize
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Return the image of a file, (3, 32, 32), uint8."""
+    return decode(path)[0]

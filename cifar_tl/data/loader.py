@@ -1,63 +1,77 @@
-"""Batches straight from arrays in memory: no worker processes, no per-image work."""
+"""Batches straight from arrays on the device: no worker processes, no work per image, no waiting for the host."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torchvision.transforms import v2
 
-from cifar_tl.data.augment import Augment
+from cifar_tl.data.augment import Augment, Draws
+from cifar_tl.data.lazy import LazyImages
 from cifar_tl.data.splits import stream
 from cifar_tl.model.module import Batch, one_hot
 
-SHUFFLE, AUGMENT = 0, 1
-"""Purposes of the random streams of an epoch."""
+SHUFFLE = 0
+"""Purpose of the random stream."""
 
 
 class ArrayLoader:
-    """An iterable over normalised batches of images held as one uint8 array.
+    """An iterable over batches: normalised images, or features of the images where those are cached.
 
     Shuffling and augmentation are functions of (seed, epoch): an epoch can be made again exactly, in a resumed run too.
 
     Args:
-        images: (examples, 3, height, width), uint8.
+        images: (examples, 3, height, width), uint8, on `device` from the first use on; or read anew in every epoch.
         targets: (examples,), int64.
         batch_size: Examples per batch; the last batch has what is left.
         mean: Per channel, of images in [0, 1].
         std: Per channel, of images in [0, 1].
-        num_classes: For one-hot targets; None gives class indices.
-        augment: For training; None leaves order and images as they are.
+        classes: How many there are.
+        one_hot_targets: Give targets as rows of floats instead of class indices.
+        augment: For training: the augmentation of an epoch. None leaves order and images as they are.
+        features: Says, when an epoch starts, what to give instead of images: (views, examples, length), view 1 being
+            that of the mirror image; or None to give images.
         seed: Of the run.
         epoch: Says which epoch it is when an iteration starts.
+        device: Where batches are made.
         rank: This process, of `world_size` that share the examples.
         world_size: Processes.
     """
 
     def __init__(
         self,
-        images: Tensor,
+        images: Tensor | LazyImages,
         targets: Tensor,
         batch_size: int,
         mean: Sequence[float],
         std: Sequence[float],
-        num_classes: int | None = None,
-        augment: Augment | None = None,
+        classes: int = 10,
+        one_hot_targets: bool = False,
+        augment: Callable[[int], Augment] | None = None,
+        features: Callable[[], Tensor | None] = lambda: None,
         seed: int = 0,
         epoch: Callable[[], int] = lambda: 0,
+        device: torch.device | str = "cpu",
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.images = images
-        self.targets = targets
+        self.images = images.to(device) if isinstance(images, Tensor) else images
+        self.targets = targets.to(device)
         self.batch_size = batch_size
-        # (x / 255 - mean) / std as one multiplication and one addition
-        std_tensor = torch.tensor(std).view(1, 3, 1, 1)
+        # (x - 255 mean) / (255 std) as one multiplication and one addition
+        std_tensor = torch.tensor(std, device=device).view(3, 1, 1)
+        mean_tensor = torch.tensor(mean, device=device).view(3, 1, 1)
         self.scale = 1 / (255 * std_tensor)
-        self.offset = -torch.tensor(mean).view(1, 3, 1, 1) / std_tensor
-        self.num_classes = num_classes
+        self.offset = -mean_tensor / std_tensor
+        self.blank = 255 * mean_tensor  # 0 after normalisation
+        self.classes = classes
+        self.one_hot_targets = one_hot_targets
         self.augment = augment
+        self.features = features
         self.seed = seed
         self.epoch = epoch
+        self.device = torch.device(device)
         self.rank = rank
         self.world_size = world_size
 
@@ -71,19 +85,50 @@ class ArrayLoader:
         return len(range(self.rank, len(self.targets), self.world_size))
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch = self.epoch()
+        epoch, features = self.epoch(), self.features()
+        examples = len(self.targets)
+        augment, draws = None, Draws()
+        order = torch.arange(examples)
         if self.augment is not None:
-            order = torch.randperm(len(self.targets), generator=stream(self.seed, epoch, SHUFFLE))
-        else:
-            order = torch.arange(len(self.targets))
+            order = torch.randperm(examples, generator=stream(self.seed, epoch, SHUFFLE))
         order = order[self.rank :: self.world_size][: self._share()]
-        draws = stream(self.seed, epoch, AUGMENT, self.rank)
-        for indices in torch.split(order, self.batch_size):
-            images = self.images[indices]
-            if self.augment is not None:
-                images = self.augment(images, draws)
+        if self.augment is not None:
+            augment = self.augment(epoch)
+            draws = augment.draw(order, examples, self.seed, epoch)
+
+        # to the device once per epoch, not once per step: a copy from the host's memory makes the host wait
+        there = {name: torch.split(values.to(self.device), self.batch_size) for name, values in draws.items()}
+        here = torch.split(order, self.batch_size)
+        mix = _mix(augment, self.classes) if augment is not None and features is None else None
+        pixels = self._pixels(here) if features is None else None
+        for step, indices in enumerate(torch.split(order.to(self.device), self.batch_size)):
+            rows = {name: values[step] for name, values in there.items()}
             targets = self.targets[indices]
-            yield (
-                images.float().mul_(self.scale).add_(self.offset),
-                one_hot(targets, self.num_classes) if self.num_classes else targets,
-            )
+            if features is not None:
+                view = rows["mirrored"].long() * examples if "mirrored" in rows else 0
+                inputs = features.flatten(0, 1).index_select(0, indices + view)
+            else:
+                assert pixels is not None
+                inputs = next(pixels)
+                inputs = augment.apply(inputs, rows, self.blank) if augment is not None else inputs.float()
+                inputs = inputs.mul_(self.scale).add_(self.offset)
+            if mix is not None:
+                yield mix(inputs, targets)
+            else:
+                yield inputs, one_hot(targets, self.classes) if self.one_hot_targets else targets
+
+    def _pixels(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        if isinstance(self.images, LazyImages):
+            return (images.to(self.device, non_blocking=True) for images in self.images.read(batches))
+        images = self.images
+        return (images[indices.to(self.device)] for indices in batches)
+
+
+def _mix(augment: Augment, classes: int) -> v2.Transform | None:
+    """Return what mixes images and targets of a batch; its draws come from torch's generator, seeded every epoch."""
+    choices: list[v2.Transform] = []
+    if augment.mixup:
+        choices.append(v2.MixUp(alpha=augment.mixup, num_classes=classes))
+    if augment.cutmix:
+        choices.append(v2.CutMix(alpha=augment.cutmix, num_classes=classes))
+    return v2.RandomChoice(choices) if choices else None

@@ -1,15 +1,15 @@
-"""torchvision's ResNet-50 without its classifier, with ImageNet weights from torchvision or from a file."""
+"""torchvision's ResNet-50 without its classifier, computed as fast as a CPU can."""
 
-import hashlib
-import pickle
-from pathlib import Path
-from urllib.error import URLError
+import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import ResNet50_Weights, resnet50
+from torch.nn.functional import conv2d, interpolate, linear, relu_
+from torchvision.models import ResNet50_Weights
+from torchvision.models.resnet import Bottleneck, ResNet
 
-from cifar_tl.errors import UserError, suggest
+from cifar_tl.errors import check_int
 
 FEATURES = 2048
 """Length of the feature vector after global average pooling."""
@@ -19,86 +19,101 @@ IMAGENET_STD: tuple[float, ...] = tuple(ResNet50_Weights.IMAGENET1K_V1.transform
 """Per channel, of images in [0, 1]: what every ImageNet ResNet-50 of torchvision was trained with."""
 
 
-def build_backbone() -> nn.Module:
-    """Build ResNet-50 up to and including its global average pooling, randomly initialised.
+class Backbone(ResNet):  # type: ignore[misc]  # torchvision has no types
+    """ResNet-50 up to and including its global average pooling, randomly initialised.
 
-    Returns:
-        A module from (batch, 3, height, width) float images to (batch, 2048) features.
-    """
-    backbone: nn.Module = resnet50(weights=None)
-    backbone.fc = nn.Identity()
-    return backbone
-
-
-def load_weights(backbone: nn.Module, weights: str) -> str:
-    """Load ImageNet weights into a backbone.
+    Its state dict is torchvision's, without `fc`.
 
     Args:
-        backbone: From `build_backbone`.
-        weights: `IMAGENET1K_V1`, `IMAGENET1K_V2` (downloaded once into torch's cache), or the path of a state dict in
-            torchvision's ResNet-50 layout.
+        upscale: Enlarge the images by this factor first (bicubic); 1 leaves them as they are.
+    """
+
+    def __init__(self, upscale: int) -> None:
+        super().__init__(TunedBottleneck, [3, 4, 6, 3])
+        self.fc = nn.Identity()
+        self.upscale = check_int("model.upscale", upscale, 1)
+        self.tuned_for_cpu = False
+
+    @property
+    def tuned_for_cpu(self) -> bool:
+        """Whether layers are computed in the way that is fastest on CPUs (see `convolve`); False at first."""
+        return self._tuned
+
+    @tuned_for_cpu.setter
+    def tuned_for_cpu(self, tuned: bool) -> None:
+        self._tuned = tuned
+        for module in self.modules():
+            if isinstance(module, TunedBottleneck):
+                module.tuned = tuned
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute features.
+
+        Args:
+            images: (batch, 3, height, width), float, ImageNet-normalised.
+
+        Returns:
+            (batch, 2048).
+        """
+        if self.upscale > 1:
+            images = interpolate(images, scale_factor=self.upscale, mode="bicubic")
+        x = self.maxpool(relu_(convolve(images, self.conv1, self.bn1, self._tuned)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return torch.flatten(self.avgpool(x), 1)
+
+
+class TunedBottleneck(Bottleneck):  # type: ignore[misc]  # torchvision has no types
+    """torchvision's bottleneck block, by `convolve`."""
+
+    tuned = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output, of the shape that torchvision's gives."""
+        tuned = self.tuned
+        shortcut = x if self.downsample is None else convolve(x, self.downsample[0], self.downsample[1], tuned)
+        x = relu_(convolve(x, self.conv1, self.bn1, tuned))
+        x = relu_(convolve(x, self.conv2, self.bn2, tuned))
+        return relu_(convolve(x, self.conv3, self.bn3, tuned).add_(shortcut))
+
+
+def convolve(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, tuned: bool) -> Tensor:
+    """Convolve and normalise.
+
+    `tuned` gives the same function and the same gradients, but for rounding. A BatchNorm layer in eval mode is folded
+    into the convolution where there are more activations than weights, which spares passes over them; as this is done
+    anew every time and is part of the gradient, BatchNorm's weight and bias train as always.
+
+    Args:
+        x: (batch, channels, height, width).
+        conv: Without bias.
+        bn: The layer after it.
+        tuned: Compute in the way that is fastest on CPUs.
 
     Returns:
-        The SHA-256 of the file that was read.
-
-    Raises:
-        UserError: Unknown name, no such file, no network, or a file that holds something else.
+        (batch, channels of conv, height / stride, width / stride).
     """
-    names = [w.name for w in ResNet50_Weights]
-    path = _torchvision_file(ResNet50_Weights[weights]) if weights in names else Path(weights)
-    if not path.is_file():
-        raise UserError(
-            f"model.weights={weights}: no such file. "
-            f"Give {', '.join(names)}, the path of a ResNet-50 state dict in torchvision's layout, or null for random "
-            f"weights.{suggest(weights, names)}"
-        )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"model.weights={weights}: {path} is not a readable state dict: it is truncated, or it is something else "
-            f"than torch.save(model.state_dict()). ({_first_line(error)})"
-        ) from error
-    _check_layout(backbone, state, weights)
-    backbone.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    if not tuned:
+        return cast(Tensor, bn(conv(x)))
+    stride, padding = conv.stride[0], int(conv.padding[0])
+    outputs = len(x) * math.ceil(x.shape[2] / stride) * math.ceil(x.shape[3] / stride)
+    hooked = bn._forward_pre_hooks or bn._forward_hooks  # somebody wants the layer to be called
+    if not bn.training and not hooked and outputs > conv.weight[0].numel():
+        assert bn.running_mean is not None
+        assert bn.running_var is not None
+        scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
+        kernel = conv.weight * scale[:, None, None, None]
+        return _convolution(x, kernel, bn.bias - bn.running_mean * scale, stride, padding)
+    return cast(Tensor, bn(_convolution(x, conv.weight, None, stride, padding)))
 
 
-def _torchvision_file(weights: ResNet50_Weights) -> Path:
-    path: Path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
-    if not path.is_file():
-        try:
-            weights.get_state_dict(progress=True, check_hash=True)
-        except (URLError, OSError, RuntimeError) as error:
-            raise UserError(
-                f"model.weights={weights.name} cannot be downloaded ({_first_line(error)}). "
-                f"Put {weights.url} at {path}, "
-                f"give model.weights=PATH to a ResNet-50 state dict, or try experiment=demo, which needs no weights."
-            ) from error
-    return path
-
-
-def _check_layout(backbone: nn.Module, state: object, weights: str) -> None:
-    """Raise a UserError that says how a state dict differs from a ResNet-50's."""
-    expected = backbone.state_dict()
-    problem = ""
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        keys = f" (its keys: {', '.join(map(str, list(state)[:5]))})" if isinstance(state, dict) else ""
-        problem = f"it holds a {type(state).__name__}{keys}, not a dict of tensors"
-    elif missing := expected.keys() - state.keys():
-        problem = f"{len(missing)} of its {len(expected)} tensors are missing, {sorted(missing)[0]} for one"
-    elif unknown := {k for k in state if not k.startswith("fc.")} - expected.keys():
-        problem = f"{len(unknown)} tensors are none of a ResNet-50's, {sorted(unknown)[0]} for one"
-    elif wrong := [k for k in expected if expected[k].shape != state[k].shape]:
-        given, needed = tuple(state[wrong[0]].shape), tuple(expected[wrong[0]].shape)
-        problem = f"{wrong[0]} has shape {given}, a ResNet-50's has {needed}"
-    if problem:
-        raise UserError(
-            f"model.weights={weights} is not a ResNet-50 in torchvision's layout: {problem}. "
-            f"Give the state_dict() of torchvision.models.resnet50, saved with torch.save."
-        )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def _convolution(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    """Convolve; in two cases by a way to the same sums that libraries for CPUs do not take by themselves."""
+    size = kernel.shape[2]
+    if all(n + 2 * padding - size < stride for n in x.shape[2:]):
+        # the result is one pixel, as in layer4 at 32x32: a matrix product over the taps that meet a pixel
+        high, wide = (min(size - padding, n) for n in x.shape[2:])
+        used = kernel[:, :, padding : padding + high, padding : padding + wide]
+        return linear(x[:, :, :high, :wide].flatten(1), used.flatten(1), bias)[:, :, None, None]
+    if size == 1 and stride > 1:
+        x, stride = x[:, :, ::stride, ::stride].contiguous(), 1  # the others are never looked at
+    return conv2d(x, kernel, bias, stride, padding)

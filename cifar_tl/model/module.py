@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassCalibrationError,
@@ -19,21 +19,23 @@ from torchmetrics.classification import (
 )
 
 from cifar_tl.errors import check_number
-from cifar_tl.model.backbone import FEATURES, build_backbone
+from cifar_tl.model.backbone import FEATURES, Backbone
 from cifar_tl.model.head import dense_head
 from cifar_tl.model.optim import build_optimizer, parameter_groups
 
 Batch = tuple[Tensor, Tensor]
-"""Images (batch, 3, height, width), float, normalised; targets (batch,) class indices, or (batch, classes) one-hot."""
+"""Images (batch, 3, height, width), float, normalised, or their features (batch, 2048); targets (batch,) class indices,
+or (batch, classes) with rows that sum to 1."""
 
 
 class TransferClassifier(L.LightningModule):
     """Backbone, head, loss, metrics and optimizer. Which part trains, and how fast, is BackboneUnfreeze's business.
 
-    The backbone starts random; `backbone.load_weights` or a checkpoint fills it.
+    The backbone starts random; `weights.load_weights` or a checkpoint fills it.
 
     Args:
         classes: Class names, in the order of their indices.
+        upscale: Factor by which the model enlarges images before it looks at them.
         head: Units of the head's hidden layers.
         dropout: Probability of dropping a hidden unit of the head while training.
         optimizer: `adam`, `adamw` or `sgd`.
@@ -45,6 +47,7 @@ class TransferClassifier(L.LightningModule):
     def __init__(
         self,
         classes: Sequence[str],
+        upscale: int,
         head: Sequence[int],
         dropout: float,
         optimizer: str,
@@ -60,9 +63,11 @@ class TransferClassifier(L.LightningModule):
         self.momentum = momentum
         self.weight_decay = check_number("finetune.weight_decay", weight_decay, 0)
         self.label_smoothing = check_number("finetune.label_smoothing", label_smoothing, 0, below=1)
-        self.backbone = build_backbone()
+        self.backbone = Backbone(upscale)
         self.head = dense_head(FEATURES, head, len(self.classes), dropout)
-        self.train_acc = MulticlassAccuracy(len(self.classes), average="micro")
+        # validation of arguments and a search for NaN would make every step wait for the GPU
+        self.train_loss = MeanMetric(nan_strategy="disable")
+        self.train_acc = MulticlassAccuracy(len(self.classes), average="micro", validate_args=False)
         self.val_metrics = self._metrics("val/")
         self.test_metrics = self._metrics("test/")
 
@@ -70,12 +75,12 @@ class TransferClassifier(L.LightningModule):
         n = len(self.classes)
         return MetricCollection(
             {
-                "acc": MulticlassAccuracy(n, average="micro"),
-                "ece": MulticlassCalibrationError(n, n_bins=15),
-                "precision": MulticlassPrecision(n, average="none"),
-                "recall": MulticlassRecall(n, average="none"),
-                "f1": MulticlassF1Score(n, average="none"),
-                "confusion": MulticlassConfusionMatrix(n),
+                "acc": MulticlassAccuracy(n, average="micro", validate_args=False),
+                "ece": MulticlassCalibrationError(n, n_bins=15, validate_args=False),
+                "precision": MulticlassPrecision(n, average="none", validate_args=False),
+                "recall": MulticlassRecall(n, average="none", validate_args=False),
+                "f1": MulticlassF1Score(n, average="none", validate_args=False),
+                "confusion": MulticlassConfusionMatrix(n, validate_args=False),
             },
             prefix=prefix,
         )
@@ -84,12 +89,13 @@ class TransferClassifier(L.LightningModule):
         """Classify images.
 
         Args:
-            images: (batch, 3, height, width), float, ImageNet-normalised.
+            images: (batch, 3, height, width), float, ImageNet-normalised; or what the backbone makes of them,
+                (batch, 2048).
 
         Returns:
             Logits, (batch, classes), before the softmax.
         """
-        logits: Tensor = self.head(self.backbone(images))
+        logits: Tensor = self.head(images if images.ndim == 2 else self.backbone(images))
         return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -97,9 +103,13 @@ class TransferClassifier(L.LightningModule):
         images, targets = batch
         logits = self(images)
         loss = cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
-        self.train_acc(logits, class_indices(targets))
-        self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=len(images))
-        self.log("train/acc", self.train_acc, on_step=False, on_epoch=True)
+        # Lightning's log() costs about as much as a step on cached features, so it is called now and then
+        self.train_loss.update(loss.detach().expand(len(images)))  # its weights are ignored without the search for NaN
+        self.train_acc.update(logits.detach(), class_indices(targets))
+        if batch_idx % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # Lightning adds it
+            self.log("train/loss_step", loss)
+        if self.trainer.is_last_batch:
+            self.log_dict({"train/loss": self.train_loss, "train/acc": self.train_acc}, on_step=False, on_epoch=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

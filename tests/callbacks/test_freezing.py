@@ -4,7 +4,7 @@ from torch import nn
 
 from cifar_tl.callbacks import freezing
 from cifar_tl.callbacks.phases import STAGES
-from cifar_tl.model.backbone import build_backbone
+from cifar_tl.model.backbone import Backbone
 
 
 def block():
@@ -65,6 +65,6 @@ def test_adapting_statistics_stay_without_gradients_and_after_removal():
 
 
 def test_stages_cover_every_backbone_parameter_once():
-    backbone = build_backbone()
+    backbone = Backbone(upscale=1)
     stages = [p for stage in STAGES for m in freezing.stage_modules(backbone, stage) for p in m.parameters()]
     assert len(stages) == len({id(p) for p in stages}) == len(list(backbone.parameters()))

@@ -1,15 +1,19 @@
+from dataclasses import replace
 from itertools import chain
 
+import pytest
 import torch
 from torchvision.transforms.v2 import functional as F
 
 from cifar_tl.data.augment import Augment
 from cifar_tl.data.loader import ArrayLoader
-from cifar_tl.data.splits import stream
 
 IMAGES = torch.randint(0, 256, (50, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 TARGETS = torch.arange(50)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+NOTHING = Augment("none", 0, 0, 0, 0, 0, 0, 0)
 
 
 def loader(**options):
@@ -32,7 +36,7 @@ def test_evaluation_keeps_the_order_and_every_image():
 
 
 def test_training_order_is_a_function_of_seed_and_epoch():
-    training = {"augment": Augment(flip=False, crop_padding=0)}
+    training = {"augment": lambda epoch: NOTHING}
     first = order(**training, seed=0, epoch=lambda: 0)
     assert sorted(first) == list(range(50)) != first
     assert first == order(**training, seed=0, epoch=lambda: 0)
@@ -43,42 +47,50 @@ def test_training_order_is_a_function_of_seed_and_epoch():
 def test_ranks_share_an_epoch_without_overlap():
     shares = [order(rank=r, world_size=3) for r in range(3)]
     assert sorted(chain(*shares)) == list(range(50))
-    training = [order(augment=Augment(False, 0), rank=r, world_size=3) for r in range(3)]
+    training = [order(augment=lambda epoch: NOTHING, rank=r, world_size=3) for r in range(3)]
     assert [len(share) for share in training] == [16, 16, 16]
     assert len(set(chain(*training))) == 48
 
 
 def test_one_hot_targets_are_available():
-    _, targets = next(iter(ArrayLoader(IMAGES, TARGETS % 10, 4, MEAN, STD, num_classes=10)))
+    _, targets = next(iter(ArrayLoader(IMAGES, TARGETS % 10, 4, MEAN, STD, one_hot_targets=True)))
     assert targets.shape == (4, 10)
     assert targets.argmax(1).tolist() == [0, 1, 2, 3]
     assert targets.sum().item() == 4
 
 
-def test_flip_mirrors_about_half_and_nothing_else():
-    flipped = Augment(flip=True, crop_padding=0)(IMAGES, stream(0))
-    mirrored = (flipped == IMAGES.flip(3)).flatten(1).all(1)
-    kept = (flipped == IMAGES).flatten(1).all(1)
-    assert (mirrored | kept).all()
-    assert 15 <= mirrored.sum() <= 35
+def test_cached_features_come_with_the_same_targets_and_flips_as_images():
+    # features that say which image they are of, and in which view
+    features = torch.stack([torch.arange(50.0), -torch.arange(50.0)]).unsqueeze(2)
+    training = {"augment": lambda epoch: replace(NOTHING, flip="random"), "epoch": lambda: 3}
+    images = list(loader(**training))
+    cached = list(loader(**training, features=lambda: features))
+    for (pixels, targets), (values, same_targets) in zip(images, cached, strict=True):
+        assert torch.equal(targets, same_targets)
+        kept, _ = next(iter(ArrayLoader(IMAGES[targets], targets, len(targets), MEAN, STD)))
+        mirrored = (pixels == kept.flip(3)).flatten(1).all(1)
+        assert torch.equal(values.flatten(), torch.where(mirrored, -1.0, 1.0) * targets)
+    assert len({v.item() > 0 for values, _ in cached for v in values if v}) == 2  # both views were met
 
 
-def test_crop_shifts_each_image_by_its_own_draw_and_reflects():
-    padding = 4
-    cropped = Augment(flip=False, crop_padding=padding)(IMAGES, stream(0))
-    padded = F.pad(IMAGES, [padding] * 4, padding_mode="reflect")
-    found = set()
-    for image, source in zip(cropped, padded, strict=True):
-        shifts = [
-            (y, x)
-            for y in range(2 * padding + 1)
-            for x in range(2 * padding + 1)
-            if torch.equal(image, source[:, y : y + 32, x : x + 32])
-        ]
-        assert len(shifts) == 1
-        found.add(shifts[0])
-    assert len(found) > 20
+@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
+def test_mixing_gives_targets_that_are_shares(mix):
+    torch.manual_seed(0)
+    augment = replace(NOTHING, **{mix: 1.0})
+    mixed = ArrayLoader(IMAGES, TARGETS % 10, 50, MEAN, STD, augment=lambda epoch: augment)
+    images, targets = next(iter(mixed))
+    assert images.shape == (50, 3, 32, 32)
+    torch.testing.assert_close(targets.sum(dim=1), torch.ones(50))
+    assert ((targets > 0).sum(dim=1) == 2).any()
 
 
-def test_no_augmentation_gives_images_as_they_are():
-    assert Augment(flip=False, crop_padding=0)(IMAGES, stream(0)) is IMAGES
+def test_an_epoch_takes_the_augmentation_of_its_phase():
+    phases = {"augment": lambda epoch: replace(NOTHING, flip="none" if epoch < 2 else "random")}
+    plain = torch.cat([images for images, _ in loader()])
+
+    def unchanged(epoch):
+        batches = loader(**phases, epoch=lambda: epoch)
+        return [torch.equal(x, plain[t]) for images, targets in batches for x, t in zip(images, targets, strict=True)]
+
+    assert all(unchanged(1))
+    assert not all(unchanged(2))

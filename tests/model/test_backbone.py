@@ -2,17 +2,19 @@ import hashlib
 
 import pytest
 import torch
+from torch.nn.functional import interpolate
 from torchvision.models import resnet18, resnet50
 
 from cifar_tl.errors import UserError
-from cifar_tl.model.backbone import FEATURES, build_backbone, load_weights
+from cifar_tl.model.backbone import FEATURES, Backbone
+from cifar_tl.model.weights import load_weights
 
 
 def test_backbone_is_torchvisions_resnet50_up_to_its_pooling(tmp_path):
     original = resnet50().eval()
     path = tmp_path / "weights.pth"
     torch.save(original.state_dict(), path)
-    backbone = build_backbone().eval()
+    backbone = Backbone(upscale=1).eval()
     sha256 = load_weights(backbone, str(path))
     images = torch.randn(2, 3, 32, 32)
     features = backbone(images)
@@ -21,23 +23,64 @@ def test_backbone_is_torchvisions_resnet50_up_to_its_pooling(tmp_path):
     assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("batchnorm_trains", [False, True])
+def test_tuning_for_the_cpu_changes_neither_features_nor_gradients(size, batchnorm_trains):
+    torch.manual_seed(0)
+    plain, tuned = Backbone(upscale=1), Backbone(upscale=1)
+    for name, buffer in plain.named_buffers():  # statistics that make a difference
+        if name.endswith("running_mean"):
+            buffer.normal_(std=0.1)
+        if name.endswith("running_var"):
+            buffer.uniform_(0.5, 2)
+    tuned.load_state_dict(plain.state_dict())
+    tuned.tuned_for_cpu = True
+    images = torch.randn(40, 3, size, size)  # enough that some layers are folded and some are not
+    gradients = []
+    for backbone in (plain, tuned):
+        backbone.train(batchnorm_trains)
+        features = backbone.double()(images.double())
+        features.square().mean().backward()
+        gradients.append({"features": features} | {name: p.grad for name, p in backbone.named_parameters()})
+    torch.testing.assert_close(gradients[0], gradients[1])
+    torch.testing.assert_close(plain.state_dict(), tuned.state_dict())
+
+
+def test_a_hook_on_batchnorm_is_called_in_spite_of_tuning():
+    backbone = Backbone(upscale=1).eval()
+    backbone.tuned_for_cpu = True
+    called = []
+    backbone.layer1[0].bn1.register_forward_pre_hook(lambda module, inputs: called.append(inputs[0].shape))
+    backbone(torch.randn(2, 3, 32, 32))
+    assert called == [(2, 64, 8, 8)]
+
+
+def test_upscale_enlarges_images_inside_the_model():
+    torch.manual_seed(0)
+    plain, enlarging = Backbone(upscale=1).eval(), Backbone(upscale=2).eval()
+    enlarging.load_state_dict(plain.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    large = interpolate(images, size=(64, 64), mode="bicubic")
+    torch.testing.assert_close(enlarging(images), plain(large))
+
+
 def test_weights_of_another_architecture_are_refused(tmp_path):
     torch.save(resnet18().state_dict(), tmp_path / "resnet18.pth")
     with pytest.raises(UserError, match=r"resnet18\.pth is not a ResNet-50.*missing"):
-        load_weights(build_backbone(), str(tmp_path / "resnet18.pth"))
+        load_weights(Backbone(upscale=1), str(tmp_path / "resnet18.pth"))
 
 
 def test_a_whole_checkpoint_is_no_state_dict(tmp_path):
     torch.save({"state_dict": {}, "epoch": 3}, tmp_path / "checkpoint.pth")
     with pytest.raises(UserError, match=r"its keys: state_dict, epoch"):
-        load_weights(build_backbone(), str(tmp_path / "checkpoint.pth"))
+        load_weights(Backbone(upscale=1), str(tmp_path / "checkpoint.pth"))
 
 
 def test_truncated_weights_are_refused(tmp_path):
     torch.save(resnet18().state_dict(), tmp_path / "w.pth")
     (tmp_path / "w.pth").write_bytes((tmp_path / "w.pth").read_bytes()[:1000])
     with pytest.raises(UserError, match="truncated"):
-        load_weights(build_backbone(), str(tmp_path / "w.pth"))
+        load_weights(Backbone(upscale=1), str(tmp_path / "w.pth"))
 
 
 def test_code_in_a_weights_file_is_not_run(tmp_path):
@@ -47,13 +90,13 @@ def test_code_in_a_weights_file_is_not_run(tmp_path):
 
     torch.save(Hostile(), tmp_path / "w.pth")
     with pytest.raises(UserError):
-        load_weights(build_backbone(), str(tmp_path / "w.pth"))
+        load_weights(Backbone(upscale=1), str(tmp_path / "w.pth"))
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_mistyped_name_is_corrected():
     with pytest.raises(UserError, match="Did you mean IMAGENET1K_V2"):
-        load_weights(build_backbone(), "IMAGENET1K_V22")
+        load_weights(Backbone(upscale=1), "IMAGENET1K_V22")
 
 
 def test_no_network_says_where_to_put_the_file(tmp_path, monkeypatch):
@@ -64,4 +107,4 @@ def test_no_network_says_where_to_put_the_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
     with pytest.raises(UserError, match=r"resnet50-0676ba61\.pth at .*model\.weights=PATH"):
-        load_weights(build_backbone(), "IMAGENET1K_V1")
+        load_weights(Backbone(upscale=1), "IMAGENET1K_V1")

@@ -10,6 +10,7 @@ from cifar_tl.model.module import TransferClassifier, class_indices, one_hot
 def module():
     return TransferClassifier(
         classes=[str(n) for n in range(10)],
+        upscale=1,
         head=[128, 64],
         dropout=0.0,
         optimizer="adamw",

@@ -1,0 +1,214 @@
+"""Features of the frozen backbone, computed once instead of in every epoch."""
+
+import hashlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from cifar_tl.callbacks.phases import Plan
+from cifar_tl.data.augment import Augment
+from cifar_tl.data.datamodule import ImageDataModule
+from cifar_tl.errors import UserError, check_choice
+from cifar_tl.model.backbone import FEATURES
+from cifar_tl.model.module import TransferClassifier
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("train", "val")
+VIEW_NAMES = ("no views", "the image", "the image and its mirror image")
+
+
+@dataclass(frozen=True)
+class CacheDecision:
+    """Whether the frozen phase runs on cached features.
+
+    Attributes:
+        views: Views of each training image that are cached; 0 for no cache.
+        size: Bytes that the features take.
+        text: What was decided and why, for people.
+    """
+
+    views: int
+    size: int
+    text: str
+
+
+def decide(
+    mode: str, plan: Plan, augment: Augment, sizes: dict[str, int], available: int, world_size: int
+) -> CacheDecision:
+    """Decide whether features are cached.
+
+    Args:
+        mode: `finetune.cache_features`: `auto`, `true` or `false`.
+        plan: Has the frozen epochs.
+        augment: The augmentation of the frozen phase.
+        sizes: Images of `train` and `val`.
+        available: Bytes that the cache may take.
+        world_size: Processes that train together.
+
+    Raises:
+        UserError: `true`, and it cannot be done.
+    """
+    check_choice("finetune.cache_features", mode, ("auto", "true", "false"))
+    frozen = plan.unfreeze_at_epoch
+    views = augment.views
+    size = (views * sizes["train"] + sizes["val"]) * FEATURES * 4
+    obstacle = ""
+    if views == 0:
+        obstacle = (
+            "the frozen phase's augmentation makes a new image every time; "
+            "finetune.frozen_augment=flip keeps the views that can be cached"
+        )
+    elif world_size > 1:
+        obstacle = f"each of {world_size} processes would compute them all; use trainer.devices=1"
+    elif size > available:
+        obstacle = f"{gigabytes(size)} of features would not fit into the {gigabytes(available)} that they may take"
+    if mode == "true" and obstacle and frozen:
+        raise UserError(f"finetune.cache_features=true: features cannot be cached: {obstacle}.")
+    if mode == "false":
+        obstacle = "finetune.cache_features=false"
+    elif not frozen:
+        obstacle = "no epoch is frozen"
+    elif mode == "auto" and not obstacle and views > frozen:
+        obstacle = f"{frozen} frozen epoch does not pay for {views} views"
+    if obstacle:
+        return CacheDecision(0, 0, f"not cached: {obstacle}")
+    return CacheDecision(views, size, f"cached once for {VIEW_NAMES[views]}, {gigabytes(size)}, instead of in {frozen}")
+
+
+def gigabytes(size: int) -> str:
+    """Return a number of bytes for people."""
+    return f"{size / 1e9:.2f} GB"
+
+
+def memory_for_features(accelerator: str) -> int:
+    """Return how many bytes features may take: half of a GPU's free memory, or half of the host's memory."""
+    if accelerator == "cuda":
+        return int(torch.cuda.mem_get_info()[0]) // 2
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+class FeatureCache(L.Callback):
+    """Give the frozen phase features instead of images, and images back at the unfreeze.
+
+    The frozen backbone in eval mode gives the same features for the same image in every epoch; the head trains on them
+    as it would on images, with the same order and the same flips. Features may be kept on disk, under a name derived
+    from all that they depend on; every other run that would compute the same ones reads them.
+
+    Args:
+        plan: Says which epochs are frozen.
+        datamodule: Its `features` are filled and emptied.
+        views: Views of each training image, from `decide`, at least 1.
+        folder: Where to keep features; None keeps none.
+    """
+
+    def __init__(self, plan: Plan, datamodule: ImageDataModule, views: int, folder: Path | None) -> None:
+        self.plan = plan
+        self.datamodule = datamodule
+        self.views = views
+        self.folder = folder
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Make sure that frozen epochs, and only they, have features."""
+        assert isinstance(pl_module, TransferClassifier)
+        if self.plan.phase(trainer.current_epoch).stages:
+            self.datamodule.features.clear()
+        elif not self.datamodule.features:
+            self.datamodule.features.update(self._get(trainer, pl_module.backbone))
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Free the memory."""
+        self.datamodule.features.clear()
+
+    def _get(self, trainer: L.Trainer, backbone: nn.Module) -> dict[str, Tensor]:
+        start = time.perf_counter()
+        device = trainer.strategy.root_device
+        path = None
+        if self.folder is not None and all(isinstance(self.datamodule.splits[s][0], Tensor) for s in SPLITS):
+            path = self.folder / f"{self._key(trainer, backbone)[:16]}.pt"
+        if path is not None and (features := _read(path, self._shapes())) is not None:
+            log.info("features read from %s (%.1f s)", path, time.perf_counter() - start)
+            return {split: values.to(device) for split, values in features.items()}
+        features = {split: self._compute(trainer, backbone, split) for split in SPLITS}
+        images = sum(values.shape[0] * values.shape[1] for values in features.values())
+        seconds = time.perf_counter() - start
+        log.info("features of %s views computed (%.1f s, %.0f a second)", f"{images:,}", seconds, images / seconds)
+        if path is not None and _write(path, features):
+            log.info("features kept in %s for other runs", path)
+        return features
+
+    def _shapes(self) -> dict[str, tuple[int, int, int]]:
+        sizes = self.datamodule.sizes
+        return {"train": (self.views, sizes["train"], FEATURES), "val": (1, sizes["val"], FEATURES)}
+
+    def _compute(self, trainer: L.Trainer, backbone: nn.Module, split: str) -> Tensor:
+        """Return the features of a split's images, (views, examples, length)."""
+        views: list[Tensor] = []
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            for view in range(self._shapes()[split][0]):
+                loader = self.datamodule.in_order(split)
+                batches: Iterable[Any] = loader
+                if sys.stdout.isatty():
+                    batches = track(loader, f"features, {split}, view {view + 1}", len(loader), transient=True)
+                views.append(torch.cat([backbone(x.flip(3) if view == 1 else x) for x, _ in batches]))
+        return torch.stack(views)
+
+    def _key(self, trainer: L.Trainer, backbone: nn.Module) -> str:
+        """Return a hash of everything that the features depend on."""
+        digest = hashlib.sha256()
+        for name, tensor in backbone.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().numpy().data)
+        for split in SPLITS:
+            images, _ = self.datamodule.splits[split]
+            assert isinstance(images, Tensor)
+            digest.update(images.cpu().contiguous().numpy().data)
+        facts = {
+            "views": self.views,
+            "mean": list(self.datamodule.mean),
+            "std": list(self.datamodule.std),
+            "upscale": backbone.upscale,
+            "precision": trainer.precision,
+            "device": trainer.strategy.root_device.type,
+            "torch": torch.__version__,
+        }
+        digest.update(json.dumps(facts, sort_keys=True).encode())
+        return digest.hexdigest()
+
+
+def _write(path: Path, features: dict[str, Tensor]) -> bool:
+    """Keep features, if there is room; a run does not fail for a cache."""
+    partial = path.with_suffix(f".partial{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({split: values.cpu() for split, values in features.items()}, partial)
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
+        partial.unlink(missing_ok=True)
+        log.warning("features are not kept: %s cannot be written (%s)", path, str(error).splitlines()[0])
+        return False
+    return True
+
+
+def _read(path: Path, shapes: dict[str, tuple[int, int, int]]) -> dict[str, Tensor] | None:
+    """Return kept features, or None if there are none or the file is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        features = torch.load(path, map_location="cpu", weights_only=True)
+        intact = {split: tuple(values.shape) for split, values in features.items()} == shapes
+    except Exception as error:  # torch.load raises about anything for a damaged file; a cache is made again
+        intact, features = False, {}
+        log.warning("%s is damaged (%s)", path, type(error).__name__)
+    return features if intact else None

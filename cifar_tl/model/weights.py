@@ -1,0 +1,86 @@
+"""ImageNet weights for the backbone, from torchvision or from a file."""
+
+import hashlib
+import pickle
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import ResNet50_Weights
+
+from cifar_tl.errors import UserError, suggest
+
+
+def load_weights(backbone: nn.Module, weights: str) -> str:
+    """Load ImageNet weights into a backbone.
+
+    Args:
+        backbone: A `resnet.Backbone`.
+        weights: `IMAGENET1K_V1`, `IMAGENET1K_V2` (downloaded once into torch's cache), or the path of a state dict in
+            torchvision's ResNet-50 layout.
+
+    Returns:
+        The SHA-256 of the file that was read.
+
+    Raises:
+        UserError: Unknown name, no such file, no network, or a file that holds something else.
+    """
+    names = [w.name for w in ResNet50_Weights]
+    path = _torchvision_file(ResNet50_Weights[weights]) if weights in names else Path(weights)
+    if not path.is_file():
+        raise UserError(
+            f"model.weights={weights}: no such file. "
+            f"Give {', '.join(names)}, the path of a ResNet-50 state dict in torchvision's layout, or null for random "
+            f"weights.{suggest(weights, names)}"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"model.weights={weights}: {path} is not a readable state dict: it is truncated, or it is something else "
+            f"than torch.save(model.state_dict()). ({_first_line(error)})"
+        ) from error
+    _check_layout(backbone, state, weights)
+    backbone.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _torchvision_file(weights: ResNet50_Weights) -> Path:
+    path: Path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
+    if not path.is_file():
+        try:
+            weights.get_state_dict(progress=True, check_hash=True)
+        except (URLError, OSError, RuntimeError) as error:
+            raise UserError(
+                f"model.weights={weights.name} cannot be downloaded ({_first_line(error)}). "
+                f"Put {weights.url} at {path}, "
+                f"give model.weights=PATH to a ResNet-50 state dict, or try experiment=demo, which needs no weights."
+            ) from error
+    return path
+
+
+def _check_layout(backbone: nn.Module, state: object, weights: str) -> None:
+    """Raise a UserError that says how a state dict differs from a ResNet-50's."""
+    expected = backbone.state_dict()
+    problem = ""
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        keys = f" (its keys: {', '.join(map(str, list(state)[:5]))})" if isinstance(state, dict) else ""
+        problem = f"it holds a {type(state).__name__}{keys}, not a dict of tensors"
+    elif missing := expected.keys() - state.keys():
+        problem = f"{len(missing)} of its {len(expected)} tensors are missing, {sorted(missing)[0]} for one"
+    elif unknown := {k for k in state if not k.startswith("fc.")} - expected.keys():
+        problem = f"{len(unknown)} tensors are none of a ResNet-50's, {sorted(unknown)[0]} for one"
+    elif wrong := [k for k in expected if expected[k].shape != state[k].shape]:
+        given, needed = tuple(state[wrong[0]].shape), tuple(expected[wrong[0]].shape)
+        problem = f"{wrong[0]} has shape {given}, a ResNet-50's has {needed}"
+    if problem:
+        raise UserError(
+            f"model.weights={weights} is not a ResNet-50 in torchvision's layout: {problem}. "
+            f"Give the state_dict() of torchvision.models.resnet50, saved with torch.save."
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

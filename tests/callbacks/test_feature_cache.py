@@ -1,0 +1,115 @@
+"""The frozen phase on cached features gives what it gives on images."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import TINY
+
+from cifar_tl import run
+from cifar_tl.callbacks import feature_cache
+from cifar_tl.callbacks.feature_cache import FeatureCache, decide
+from cifar_tl.callbacks.phases import Plan
+from cifar_tl.data.augment import Augment
+from cifar_tl.errors import UserError
+from cifar_tl.model.backbone import Backbone
+
+FLIP = Augment("random", 0, 0, 0, 0, 0, 0, 0)
+CROP = replace(FLIP, crop_padding=4)
+SIZES = {"train": 45_000, "val": 5_000}
+
+
+def plan(unfreeze_at_epoch):
+    return Plan(20, unfreeze_at_epoch, 0, 1e-3, 1e-3, 1e-3, "constant", 0)
+
+
+def decision(mode="auto", epochs=10, augment=FLIP, available=10**10, world_size=1):
+    return decide(mode, plan(epochs), augment, SIZES, available, world_size)
+
+
+def test_auto_caches_the_views_there_are():
+    assert decision().views == 2
+    assert decision().size == 95_000 * 2048 * 4
+    assert decision(augment=replace(FLIP, flip="none")).views == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"mode": "false"}, "cache_features=false"),
+        ({"augment": CROP}, "finetune.frozen_augment=flip keeps the views that can be cached"),
+        ({"epochs": 0}, "no epoch is frozen"),
+        ({"epochs": 1}, "does not pay for 2 views"),
+        ({"available": 10**6}, "0.78 GB of features would not fit into the 0.00 GB"),
+        ({"world_size": 2}, "2 processes"),
+    ],
+)
+def test_auto_says_why_it_does_not_cache(given, reason):
+    assert decision(**given).views == 0
+    assert reason in decision(**given).text
+
+
+def test_true_refuses_what_cannot_be_cached():
+    with pytest.raises(UserError, match=r"cache_features=true.*frozen_augment=flip"):
+        decision(mode="true", augment=CROP)
+    assert decision(mode="true", epochs=1).views == 2
+
+
+@pytest.mark.parametrize("frozen_augment", ["none", "flip"])
+def test_a_head_trained_on_cached_features_equals_one_trained_on_images(compose, tmp_path, frozen_augment):
+    # sgd: Adam's division by tiny moments would blow rounding up
+    optimizer = ("finetune.optimizer=sgd", "finetune.head_lr=0.01")
+    heads, losses = [], []
+    for cached in ("true", "false"):
+        overrides = (*TINY, "finetune.unfreeze_at_epoch=null", "model.dropout=0.2", *optimizer)
+        keys = (f"finetune.cache_features={cached}", f"finetune.frozen_augment={frozen_augment}")
+        metrics = run.train(compose(*overrides, *keys), tmp_path / cached, "demo")
+        state = torch.load(tmp_path / cached / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        heads.append({name: tensor for name, tensor in state.items() if name.startswith("head.")})
+        losses.append(metrics["train/loss"] + metrics["val/loss"])
+    torch.testing.assert_close(heads[0], heads[1], rtol=1e-4, atol=1e-6)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.fixture
+def real_looking_weights(tmp_path):
+    torch.save(Backbone(upscale=1).state_dict(), tmp_path / "w.pth")
+    return f"model.weights='{tmp_path / 'w.pth'}'"
+
+
+def test_features_are_kept_and_read_by_the_next_run(compose, tmp_path, monkeypatch, real_looking_weights):
+    overrides = (*TINY, real_looking_weights, f"finetune.features_folder='{tmp_path / 'features'}'")
+    first = run.train(compose(*overrides), tmp_path / "first", "demo")
+    (kept,) = (tmp_path / "features").iterdir()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FeatureCache, "_compute", lambda *args: pytest.fail("features were computed again"))
+        second = run.train(compose(*overrides), tmp_path / "second", "demo")
+    assert first["train/loss"] == second["train/loss"]
+
+    other_split = run.train(compose(*overrides, "data.split_seed=1"), tmp_path / "other", "demo")
+    assert other_split["split_sha256"] != first["split_sha256"]
+    assert len(list((tmp_path / "features").iterdir())) == 2
+
+    kept.write_bytes(kept.read_bytes()[:1000])
+    third = run.train(compose(*overrides), tmp_path / "third", "demo")
+    assert third["train/loss"] == first["train/loss"]
+    assert kept.stat().st_size > 1000  # and made whole again
+
+
+def test_a_full_disk_costs_the_kept_features_not_the_run(compose, tmp_path, monkeypatch, real_looking_weights, caplog):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(feature_cache.torch, "save", full)
+    features = {"train": torch.zeros(1, 2, 2048)}
+    assert not feature_cache._write(tmp_path / "features" / "x.pt", features)
+    assert "No space left" in caplog.text
+    assert not list((tmp_path / "features").iterdir())
+
+
+def test_random_weights_leave_no_features_behind(compose, tmp_path):
+    run.train(compose(*TINY, f"finetune.features_folder='{tmp_path / 'features'}'"), tmp_path / "run", "demo")
+    assert not (tmp_path / "features").exists()
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["status"] == "finished"
