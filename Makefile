@@ -2,10 +2,11 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 DONE := $(VENV)/.installed
+DEVICE := cpu
 # The folder with real data and weights that some tests use; they are skipped without it.
 export CIFAR_TL_SHARED ?= $(if $(wildcard ../shared/data),$(abspath ../shared))
 
-.PHONY: help setup demo train test check tensorboard clean
+.PHONY: help setup demo train test check bench tensorboard clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -30,6 +31,9 @@ check: $(DONE)  ## lint, format and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+bench: $(DONE)  ## measure side by side; DEVICE=cuda, ARGS="--data-root FOLDER --weights FILE --only step"
+	$(PYTHON) -m cifar_tl.benchmarks --device $(DEVICE) $(ARGS)
 
 tensorboard: $(DONE)  ## open TensorBoard on all runs
 	$(VENV)/bin/tensorboard --logdir outputs

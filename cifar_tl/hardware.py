@@ -2,6 +2,8 @@
 
 import os
 import platform
+import resource
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,20 @@ def device_name(accelerator: str) -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def peak_memory(accelerator: str) -> dict[str, float]:
+    """Return the peak memory of this process so far, in GiB: `host`, and `gpu` if there is a CUDA GPU in use."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # not ru_maxrss: on Linux a new process inherits its parent's
+        peak = next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    memory = {"host": peak / 2**30}
+    if accelerator == "cuda":
+        memory["gpu"] = torch.cuda.max_memory_allocated() / 2**30
+    return memory
 
 
 def environment(accelerator: str) -> dict[str, Any]:

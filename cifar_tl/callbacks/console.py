@@ -1,8 +1,6 @@
 """What a run says while it runs: a card per phase and a line per epoch."""
 
 import logging
-import resource
-import sys
 
 import lightning as L
 import torch
@@ -10,6 +8,7 @@ import torch
 from cifar_tl.callbacks.freezing import BATCHNORM_POLICIES
 from cifar_tl.callbacks.phases import Plan, epochs_text, stages_text
 from cifar_tl.callbacks.run_record import RunRecord
+from cifar_tl.hardware import peak_memory
 
 log = logging.getLogger(__name__)
 
@@ -76,12 +75,8 @@ class Console(L.Callback):
 
 def memory_text(device: torch.device) -> str:
     """Return the peak memory so far: of the host process, and of the GPU if there is one."""
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-    text = f"{host:.1f} GiB host (peak)"
-    if device.type == "cuda":
-        text += f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB GPU (peak)"
-    return text
+    names = {"host": "host", "gpu": "GPU"}
+    return ", ".join(f"{amount:.1f} GiB {names[where]} (peak)" for where, amount in peak_memory(device.type).items())
 
 
 def duration_text(seconds: float) -> str:

@@ -154,15 +154,21 @@ class FeatureCache(L.Callback):
 
     def _compute(self, trainer: L.Trainer, backbone: nn.Module, split: str) -> Tensor:
         """Return the features of a split's images, (views, examples, length)."""
-        views: list[Tensor] = []
+        features = torch.empty(0)
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             for view in range(self._shapes()[split][0]):
                 loader = self.datamodule.in_order(split)
                 batches: Iterable[Any] = loader
                 if sys.stdout.isatty():
                     batches = track(loader, f"features, {split}, view {view + 1}", len(loader), transient=True)
-                views.append(torch.cat([backbone(x.flip(3) if view == 1 else x) for x, _ in batches]))
-        return torch.stack(views)
+                done = 0
+                for images, _ in batches:
+                    batch = backbone(images.flip(3) if view == 1 else images)
+                    if not len(features):
+                        features = batch.new_empty(self._shapes()[split])
+                    features[view, done : done + len(batch)] = batch
+                    done += len(batch)
+        return features
 
     def _key(self, trainer: L.Trainer, backbone: nn.Module) -> str:
         """Return a hash of everything that the features depend on."""

@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 
 from cifar_tl.callbacks.phases import Plan
+from cifar_tl.hardware import peak_memory
 
 
 class RunRecord(L.Callback):
@@ -76,7 +77,8 @@ class RunRecord(L.Callback):
 
     def finish(self, trainer: L.Trainer, result: Mapping[str, Any]) -> None:
         """Add the test result and write the file for the last time."""
-        self.result = dict(result)
+        memory = peak_memory(trainer.strategy.root_device.type)
+        self.result = {**result, "peak_memory_gib": {where: round(amount, 2) for where, amount in memory.items()}}
         self.status = "finished"
         self.write(trainer)
 

@@ -96,8 +96,9 @@ class ImageDataModule(L.LightningDataModule):
         return {name: len(targets) for name, (_, targets) in self.splits.items()}
 
     def prepare_data(self) -> None:
-        """Fetch or check the files."""
-        self.source.prepare()
+        """Fetch or check the files, unless they have been read."""
+        if not self.splits:
+            self.source.prepare()
 
     def setup(self, stage: str) -> None:
         """Load what a stage needs: `fit` and `validate` the training set and its split, `test` the test set."""

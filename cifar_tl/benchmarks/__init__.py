@@ -1,0 +1,1 @@
+"""Measurements side by side: `python -m cifar_tl.benchmarks`, or `make bench`."""

@@ -1,0 +1,99 @@
+"""python -m cifar_tl.benchmarks: measure side by side, print tables, write outputs/bench/TIME/bench.{json,md}."""
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+
+def main(arguments: list[str]) -> int:
+    """Run the benchmarks that are asked for.
+
+    Returns:
+        0, or 1 after a mistake, whose explanation is then on stderr.
+    """
+    parser = argparse.ArgumentParser(prog="python -m cifar_tl.benchmarks", description=__doc__)
+    names = ("pipeline", "frozen", "step", "startup", "runs")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--data-root", help="folder with CIFAR-10; without it, generated images")
+    parser.add_argument("--weights", help="as in model.weights; without it, random ones")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each candidate (default: 5)")
+    parser.add_argument("--limit", type=int, help="images to use at most, for a quick look")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[64, 128, 256, 512])
+    parser.add_argument("--only", nargs="+", choices=names, default=list(names))
+    given = parser.parse_args(arguments)
+
+    from cifar_tl.benchmarks import frozen, pipeline, step, whole  # late: --help should not wait for torch
+    from cifar_tl.benchmarks.setting import Setting
+    from cifar_tl.callbacks.run_record import git_state
+    from cifar_tl.errors import UserError
+    from cifar_tl.hardware import environment, resolve_accelerator
+    from cifar_tl.run import quieten_lightning
+
+    measures = {
+        "pipeline": ("Input pipeline, batches of 128, flip and crop", pipeline.measure),
+        "frozen": ("Frozen phase of 10 epochs", frozen.measure),
+        "step": ("Fine-tune step", step.measure),
+        "startup": ("Start-up", whole.startup),
+        "runs": ("Whole 10 + 10 epoch runs, from command to test result", whole.runs),
+    }
+    now = datetime.now(UTC)
+    logging.basicConfig(level=logging.WARNING)
+    quieten_lightning()
+    try:
+        resolve_accelerator(given.device)
+        output = Path("outputs/bench") / now.strftime("%Y-%m-%d_%H-%M-%S")
+        output.mkdir(parents=True)
+        result: dict[str, Any] = {
+            "command": " ".join(["python -m cifar_tl.benchmarks", *arguments]),
+            "date": now.isoformat(timespec="seconds"),
+            **environment(given.device),
+            **git_state(),
+        }
+        text = [f"{result['device']}, {result['threads']} threads, torch {result['versions']['torch']}", ""]
+        text += [f"`{result['command']}`, {result['date']}, commit {(result['git_commit'] or 'none')[:7]}", ""]
+        print("\n".join(text))
+        with tempfile.TemporaryDirectory(prefix="cifar_tl_bench") as folder:
+            setting = Setting(
+                device=given.device,
+                data_root=given.data_root,
+                weights=given.weights,
+                rounds=given.rounds,
+                limit=given.limit,
+                batch_sizes=tuple(given.batch_sizes),
+                folder=Path(folder),
+            )
+            for name in given.only:
+                title, measure = measures[name]
+                result[name] = measure(setting)
+                section = [f"### {title}", "", *table(result[name]), ""]
+                text += section
+                print("\n".join(section), flush=True)
+                (output / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
+                (output / "bench.md").write_text("\n".join(text))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"written to {output}/bench.json and bench.md")
+    return 0
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Return rows as lines of a Markdown table."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+
+    def cell(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 100 else f"{value:.1f}"
+        return "" if value is None else str(value)
+
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return lines + ["| " + " | ".join(cell(row.get(column)) for column in columns) + " |" for row in rows]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,104 @@
+"""What every measurement shares: where it runs, on which data, and how candidates take turns."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig
+
+from cifar_tl.cli import conf_folder
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and on what to measure.
+
+    Attributes:
+        device: `cpu` or `cuda`.
+        data_root: A folder with CIFAR-10, or None for generated images.
+        weights: As in model.weights, or None for random ones.
+        rounds: Turns of every candidate.
+        limit: Images to use at most; None for all.
+        batch_sizes: For the fine-tune step.
+        folder: Gets the runs that are measured.
+    """
+
+    device: str
+    data_root: str | None
+    weights: str | None
+    rounds: int
+    limit: int | None
+    batch_sizes: tuple[int, ...]
+    folder: Path
+
+    def overrides(self) -> list[str]:
+        """Return the overrides that make the command line measure what the benchmarks do."""
+        data = ["data=synthetic"] if self.data_root is None else [f"data.root='{self.data_root}'"]
+        weights = "null" if self.weights is None else f"'{self.weights}'"
+        return [
+            *data,
+            f"model.weights={weights}",
+            f"data.limit={self.limit or 'null'}",
+            f"trainer.accelerator={self.device}",
+            "logger=csv",
+        ]
+
+    def config(self, *overrides: str) -> DictConfig:
+        """Compose conf/train.yaml for this setting."""
+        with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            return hydra.compose("train", [*self.overrides(), *overrides])
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Return the context in which Lightning runs a forward pass with trainer.precision=auto."""
+        return torch.autocast("cuda", dtype=torch.bfloat16) if self.device == "cuda" else nullcontext()
+
+
+def take_turns(candidates: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Call each candidate once per round, one after the other, so that what slows the machine slows all of them.
+
+    Args:
+        candidates: Each measures itself and returns a figure.
+        rounds: Turns of each; one more comes first and is not counted.
+
+    Returns:
+        The figures of each candidate.
+    """
+    figures: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(rounds + 1):
+        for name, measure in candidates.items():
+            figure = measure()
+            if turn > 0:
+                figures[name].append(figure)
+    return figures
+
+
+def summary(figures: Mapping[str, list[float]], unit: str, reference: str | None = None) -> list[dict[str, Any]]:
+    """Return a row per candidate: median, range, number, and the ratio of its median to that of a reference."""
+    rows = []
+    for name, values in figures.items():
+        row: dict[str, Any] = {"what": name, "median": statistics.median(values), "unit": unit}
+        row |= {"low": min(values), "high": max(values), "n": len(values)}
+        if reference is not None:
+            row["ratio"] = row["median"] / statistics.median(figures[reference])
+        rows.append(row)
+    return rows
+
+
+def seconds(function: Callable[[], object], setting: Setting) -> float:
+    """Return how long a call takes, until the device is done with it."""
+    setting.synchronize()
+    start = time.perf_counter()
+    function()
+    setting.synchronize()
+    return time.perf_counter() - start

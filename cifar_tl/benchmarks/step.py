@@ -1,0 +1,157 @@
+"""The fine-tune step: ours in Lightning, the same step in a bare loop, and Lightning as a tutorial would write it."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import chain, repeat
+from typing import Any
+
+import lightning as L
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
+
+from cifar_tl.benchmarks.setting import Setting, summary, take_turns
+from cifar_tl.benchmarks.torchvision_way import Classifier, dataloader
+from cifar_tl.callbacks.backbone_unfreeze import BackboneUnfreeze
+from cifar_tl.callbacks.epoch_seed import EpochSeed
+from cifar_tl.callbacks.freeze_guard import CHECKED_STEPS, FreezeGuard
+from cifar_tl.data.datamodule import build_datamodule
+from cifar_tl.hardware import device_name, prepare_for
+from cifar_tl.model.backbone import Backbone
+from cifar_tl.model.module import TransferClassifier
+from cifar_tl.run import build_augment, build_module, build_plan
+
+WARM_UP = CHECKED_STEPS + 1
+PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}
+"""Dense bf16 arithmetic a second, from the vendor's data sheets; keys are parts of device names."""
+
+
+class Clock(L.Callback):
+    """Time the steps after the first ones, from the end of one to the end of the last, with what is between them.
+
+    Args:
+        setting: To wait for the device.
+        steps: How many there are in all.
+    """
+
+    def __init__(self, setting: Setting, steps: int) -> None:
+        self.setting = setting
+        self.steps = steps
+        self.seconds = 0.0
+        self._done = 0
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Start, or stop."""
+        self._done += 1
+        if self._done in (WARM_UP, self.steps):
+            self.setting.synchronize()
+            self.seconds = time.perf_counter() - self.seconds
+
+
+def fit_options(setting: Setting, steps: int, clock: Clock) -> dict[str, Any]:
+    """Return what both of Lightning's loops are built with."""
+    return {
+        "accelerator": setting.device,
+        "devices": 1,
+        "precision": "bf16-mixed" if setting.device == "cuda" else "32-true",
+        "max_epochs": -1,
+        "max_steps": steps,
+        "limit_val_batches": 0,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+
+
+def measure(setting: Setting) -> list[dict[str, Any]]:
+    """Return images a second of each loop at each batch size; on a GPU with its share of the peak arithmetic."""
+    rows = []
+    for batch_size in setting.batch_sizes:
+        figures = take_turns(candidates(setting, batch_size), setting.rounds)
+        new = summary(figures, "images/s", f"batch {batch_size}: bare loop")
+        if setting.device == "cuda":
+            add_share_of_peak(new, setting)
+        rows += new
+    return rows
+
+
+def candidates(setting: Setting, batch_size: int) -> dict[str, Callable[[], float]]:
+    """Return the loops, each as a function that runs some steps and returns images a second."""
+    config = setting.config("finetune=full", f"data.batch_size={batch_size}")
+    plan = build_plan(config)
+    timed = max(4, 1024 // batch_size)
+    steps = WARM_UP + timed
+
+    def ours_module() -> TransferClassifier:
+        module = build_module(config, datamodule.classes)
+        prepare_for(setting.device, module)
+        return module
+
+    def ours(compiled: bool = False) -> float:
+        clock = Clock(setting, steps)
+        callbacks = [EpochSeed(0), BackboneUnfreeze(plan, "frozen", compiled), FreezeGuard(plan, "frozen"), clock]
+        trainer = L.Trainer(
+            **fit_options(setting, steps, clock), callbacks=callbacks, benchmark=setting.device == "cuda"
+        )
+        module = ours_module()
+        if compiled:
+            module.backbone.compile()
+        trainer.fit(module, datamodule=datamodule)
+        return timed * batch_size / clock.seconds
+
+    def bare() -> float:
+        module = ours_module().to(setting.device)
+        BackboneUnfreeze(plan, "frozen").apply(module, plan.phase(0))
+        optimizer = module.configure_optimizers()
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3
+        start = 0.0
+        batches = chain.from_iterable(repeat(datamodule.train_dataloader()))
+        for step, (images, targets) in zip(range(steps), batches, strict=False):
+            if step == WARM_UP:
+                setting.synchronize()
+                start = time.perf_counter()
+            with setting.precision():
+                loss = cross_entropy(module(images), targets)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+        setting.synchronize()
+        return timed * batch_size / (time.perf_counter() - start)
+
+    def tutorial() -> float:
+        clock = Clock(setting, steps)
+        trainer = L.Trainer(**fit_options(setting, steps, clock), callbacks=[clock])
+        trainer.fit(Classifier(len(datamodule.classes), 1e-3), theirs)
+        return timed * batch_size / clock.seconds
+
+    datamodule = build_datamodule(config.data, build_augment(config, plan), seed=0)
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    ours()  # puts the images onto the device, where the bare loop takes them from
+    images, targets = datamodule.splits["train"]
+    assert isinstance(images, torch.Tensor)
+    theirs = dataloader(images.cpu(), targets.cpu(), batch_size, workers=2)
+    loops: dict[str, Callable[[], float]] = {"bare loop": bare, "cifar_tl": ours, "tutorial": tutorial}
+    if setting.device == "cuda":
+        loops["cifar_tl, compiled"] = partial(ours, compiled=True)
+    return {f"batch {batch_size}: {name}": loop for name, loop in loops.items()}
+
+
+def flops_per_image() -> float:
+    """Return the floating-point operations of a fine-tune step per image, 2 per multiply-add, without the head's."""
+    with FlopCounterMode(display=False) as counter:
+        Backbone(upscale=1)(torch.zeros(2, 3, 32, 32)).sum().backward()
+    return float(counter.get_total_flops()) / 2
+
+
+def add_share_of_peak(rows: list[dict[str, Any]], setting: Setting) -> None:
+    """Add to each row its share of the GPU's peak bf16 arithmetic (MFU), if the peak is known."""
+    name = device_name(setting.device)
+    peak = next((value for part, value in PEAK_BF16.items() if part in name), None)
+    for row in rows:
+        row["MFU"] = row["median"] * flops_per_image() / peak if peak else None

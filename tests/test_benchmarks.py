@@ -1,0 +1,50 @@
+import json
+
+from cifar_tl.benchmarks.__main__ import main, table
+from cifar_tl.benchmarks.setting import summary, take_turns
+
+
+def test_every_benchmark_runs_and_leaves_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--limit", "20", "--rounds", "1", "--batch-sizes", "256"]) == 0
+    (folder,) = (tmp_path / "outputs" / "bench").iterdir()
+    result = json.loads((folder / "bench.json").read_text())
+    expected = {"pipeline": 3, "frozen": 6, "step": 3, "startup": 2, "runs": 1}
+    assert {name: len(result[name]) for name in expected} == expected
+    assert all(row["median"] > 0 for name in expected for row in result[name])
+    assert result["runs"][0]["host GiB"] > 0
+    assert result["device"] in capsys.readouterr().out
+    assert "### Fine-tune step" in (folder / "bench.md").read_text()
+
+
+def test_candidates_take_turns_and_the_first_round_does_not_count():
+    calls = []
+
+    def candidate(name):
+        def measure():
+            calls.append(name)
+            return float(len(calls))
+
+        return measure
+
+    figures = take_turns({"a": candidate("a"), "b": candidate("b")}, rounds=2)
+    assert calls == ["a", "b"] * 3
+    assert figures == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+    rows = summary(figures, "s", reference="a")
+    assert [(row["median"], row["ratio"]) for row in rows] == [(4.0, 1.0), (5.0, 1.25)]
+
+
+def test_a_table_has_every_column_of_every_row():
+    assert table([{"what": "x", "s": 1234.5}, {"what": "y", "more": 0.5}]) == [
+        "| what | s | more |",
+        "|---|---|---|",
+        "| x | 1,234 |  |",
+        "| y |  | 0.5 |",
+    ]
+
+
+def test_a_gpu_that_is_not_there_is_a_readable_error(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["--device", "cuda"]) == 1
+    assert "sees no CUDA GPU here" in capsys.readouterr().err
