@@ -5,15 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from cifar_tl.data.decode import SIZE, UnreadableImage, decode
 from cifar_tl.errors import UserError
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"}
-SIZE = 32
 
 
 class ImageFolders:
@@ -62,14 +61,11 @@ class ImageFolders:
                 raise UserError(f"{folder} has no images ({', '.join(sorted(SUFFIXES))}). Add some or remove it.")
             for path in files:
                 try:
-                    with Image.open(path) as opened:
-                        image = opened.convert("RGB")
-                except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+                    decoded = decode(path)
+                except UnreadableImage as error:
                     raise UserError(f"{path} is not a readable image ({error}). Replace or remove it.") from error
-                if image.size != (SIZE, SIZE):
-                    image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-                    resized += 1
-                images.append(np.asarray(image).transpose(2, 0, 1))
+                resized += decoded.resized
+                images.append(decoded.pixels)
                 targets.append(label)
         if resized:
             log.info("%s: %d of %d images resized to %dx%d", self.root / split, resized, len(images), SIZE, SIZE)
