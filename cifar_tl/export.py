@@ -1,4 +1,4 @@
-"""python -m cifar_tl.export checkpoint=CHECKPOINT format=onnx|torchscript|torch_export: the model as a file of its own."""
+"""python -m cifar_tl.export checkpoint=CHECKPOINT format=onnx|torchscript|torch_export: the model as a file."""
 
 import hashlib
 import json
@@ -41,10 +41,12 @@ def export(cfg: DictConfig, folder: Path) -> Path:
         Where the file is.
 
     Raises:
-        UserError: A wrong key, a package that is missing, or logits that differ by more than `cfg.tolerance`: no file is
-            left then.
+        UserError: A wrong key, a package that is missing, or logits that differ by more than `cfg.tolerance`; no file
+            is left then.
     """
-    from cifar_tl.exporters import EXPORTERS, quiet  # late, as what follows: `--help` should not wait for torch
+    import torch  # late, as what follows: `--help` should not wait for it
+
+    from cifar_tl.exporters import EXPORTERS, quiet
     from cifar_tl.model.classifier import INPUTS
     from cifar_tl.trained import restore
 
@@ -61,7 +63,8 @@ def export(cfg: DictConfig, folder: Path) -> Path:
     given = images if cfg.input == "uint8" else images.float() / 255
     with written_in_one_step(output) as partial:
         with quiet():
-            exporter.write(trained.classifier(cfg.input), given[:2], metadata(trained, cfg.input), partial)
+            example = torch.zeros_like(given[:2])  # an image of the data would end up in the file
+            exporter.write(trained.classifier(cfg.input), example, metadata(trained, cfg.input), partial)
             run, _ = exporter.load(partial)
             difference, agreeing = compare(trained, images, given, run)
         if not difference <= tolerance:  # not >, which a NaN would pass
@@ -77,7 +80,7 @@ def export(cfg: DictConfig, folder: Path) -> Path:
         len(images),
         what,
     )
-    log.info("input       %s: %s; normalised inside", "images", INPUTS[cfg.input])
+    log.info("input       images: %s; normalised inside", INPUTS[cfg.input])
     log.info("output      logits: float32, (batch, %d); their softmax is the probabilities", len(trained.classes))
     log.info("model       %s (%.1f MB)", output, output.stat().st_size / 1e6)
     return output
@@ -107,7 +110,7 @@ def compare(trained: "Trained", images: "Tensor", given: "Tensor", run: "Run") -
     )
     with torch.no_grad():
         expected = torch.cat([trained.module(batch) for batch, _ in loader])
-        got = torch.cat([run(batch) for batch in given.split(BATCH_SIZE)])
+        got = torch.cat([run(batch) for batch in torch.split(given, BATCH_SIZE)])
         alone = run(given[:1])
     differences = [(got - expected).abs().max(), (alone - expected[:1]).abs().max()]
     agreeing = int((got.argmax(dim=1) == expected.argmax(dim=1)).sum())

@@ -94,15 +94,15 @@ def _load_onnx(path: Path) -> tuple[Run, Metadata]:
 
 
 def _write_torchscript(model: nn.Module, example: Tensor, metadata: Metadata, path: Path) -> None:
-    traced = torch.jit.trace(model, (example,))
+    traced = torch.jit.trace(model, (example,))  # type: ignore[no-untyped-call]
     torch.jit.save(traced, path, _extra_files={**metadata, "keys": " ".join(metadata)})
 
 
 def _load_torchscript(path: Path) -> tuple[Run, Metadata]:
     index = {"keys": b""}  # torch.jit.load gives only what it is asked for
-    torch.jit.load(path, _extra_files=index)
+    torch.jit.load(path, _extra_files=index)  # type: ignore[no-untyped-call]
     extra = dict.fromkeys(index["keys"].decode().split(), b"")
-    run = torch.jit.load(path, map_location="cpu", _extra_files=extra)
+    run = torch.jit.load(path, map_location="cpu", _extra_files=extra)  # type: ignore[no-untyped-call]
     return run, {key: value.decode() for key, value in extra.items()}
 
 
