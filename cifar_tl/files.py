@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cifar_tl.errors import UserError
@@ -27,4 +27,5 @@ def written_in_one_step(path: Path, key: str = "output") -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{key}={path} cannot be written: {error.strerror or error}. Give another place.") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there, nor may its folder be
+            partial.unlink()

@@ -33,8 +33,7 @@ def choose_format(format: str | None, output: str | None) -> str:
         UserError: An unknown format, or pyarrow is needed and not there.
     """
     if format is None:
-        ending = Path(output or ".csv").suffix or Path(output or "").name
-        format = ending.removeprefix(".").lower()
+        format = "csv" if output is None else Path(output).suffix.removeprefix(".").lower()
         if format not in WRITERS:
             raise UserError(
                 f"output={output} does not end in .{', .'.join(WRITERS)}: give it such an ending, or say format=."

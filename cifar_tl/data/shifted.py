@@ -1,4 +1,4 @@
-"""Other test sets for CIFAR-10: new images (CIFAR-10.1, Recht et al. 2018), corrupted ones (CIFAR-10-C, Hendrycks 2019).
+"""Other test sets for CIFAR-10: CIFAR-10.1 (new images, Recht et al. 2018), CIFAR-10-C (corrupted, Hendrycks 2019).
 
 Nothing is downloaded. The files belong under data.root as their authors name them:
 
