@@ -126,6 +126,7 @@ def parity_images(trained: "Trained", root: str | None, limit: int) -> tuple["Te
 
     from cifar_tl.data.augment import Augment
     from cifar_tl.data.datamodule import build_datamodule
+    from cifar_tl.data.splits import stream
 
     data = trained.config.data.copy()
     data.update({"download": False} | ({"root": root} if root is not None else {}))
@@ -136,19 +137,15 @@ def parity_images(trained: "Trained", root: str | None, limit: int) -> tuple["Te
     except UserError:
         if root is not None:
             raise  # somebody said where
-        images = torch.randint(
-            0, 256, (limit, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-        )
-        return (
-            images,
-            f"{limit:,} random images, as the run's data is not at {data.get('root')} (data.root= says where)",
-        )
+        images = torch.randint(0, 256, (limit, 3, 32, 32), dtype=torch.uint8, generator=stream(0))
+        return images, f"{limit:,} random images: the run's data is not at {data.get('root')}, data.root= says where"
     images = datamodule.val_dataloader().images[:limit]
     return images, f"{len(images):,} validation images of the run"
 
 
 def metadata(trained: "Trained", input: str) -> dict[str, str]:
     """Return what travels in the file: strings, JSON where it has structure."""
+    from cifar_tl.exporters import METADATA
     from cifar_tl.model.classifier import INPUTS
 
     with trained.path.open("rb") as file:
@@ -160,13 +157,14 @@ def metadata(trained: "Trained", input: str) -> dict[str, str]:
         "facts": trained.facts,
         "config": OmegaConf.to_container(trained.config, resolve=True),
     }
-    return {
-        "classes": json.dumps(trained.classes),
-        "input": INPUTS[input],
-        "output": "logits, float32, (batch, classes); their softmax is the probabilities",
-        "normalisation": json.dumps({**trained.facts["normalisation"], "where": "inside the model"}),
-        "provenance": json.dumps(provenance),
-    }
+    values = (
+        json.dumps(trained.classes),
+        INPUTS[input],
+        "logits, float32, (batch, classes); their softmax is the probabilities",
+        json.dumps({**trained.facts["normalisation"], "where": "inside the model"}),
+        json.dumps(provenance),
+    )
+    return dict(zip(METADATA, values, strict=True))
 
 
 if __name__ == "__main__":

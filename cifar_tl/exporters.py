@@ -17,6 +17,9 @@ Metadata = dict[str, str]
 Run = Callable[[Tensor], Tensor]
 """From images to logits."""
 
+METADATA = ("classes", "input", "output", "normalisation", "provenance")
+"""The keys in every file; torch's readers give only what they are asked for by name."""
+
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 
 
@@ -95,27 +98,23 @@ def _load_onnx(path: Path) -> tuple[Run, Metadata]:
 
 def _write_torchscript(model: nn.Module, example: Tensor, metadata: Metadata, path: Path) -> None:
     traced = torch.jit.trace(model, (example,))  # type: ignore[no-untyped-call]
-    torch.jit.save(traced, path, _extra_files={**metadata, "keys": " ".join(metadata)})
+    torch.jit.save(traced, path, _extra_files=metadata)
 
 
 def _load_torchscript(path: Path) -> tuple[Run, Metadata]:
-    index = {"keys": b""}  # torch.jit.load gives only what it is asked for
-    torch.jit.load(path, _extra_files=index)  # type: ignore[no-untyped-call]
-    extra = dict.fromkeys(index["keys"].decode().split(), b"")
-    run = torch.jit.load(path, map_location="cpu", _extra_files=extra)  # type: ignore[no-untyped-call]
-    return run, {key: value.decode() for key, value in extra.items()}
+    metadata = dict.fromkeys(METADATA, b"")
+    run = torch.jit.load(path, map_location="cpu", _extra_files=metadata)  # type: ignore[no-untyped-call]
+    return run, {key: value.decode() for key, value in metadata.items()}
 
 
 def _write_torch_export(model: nn.Module, example: Tensor, metadata: Metadata, path: Path) -> None:
     program = torch.export.export(model, (example,), dynamic_shapes=_dynamic_batch())
-    torch.export.save(program, path, extra_files={**metadata, "keys": " ".join(metadata)})
+    torch.export.save(program, path, extra_files=metadata)
 
 
 def _load_torch_export(path: Path) -> tuple[Run, Metadata]:
-    index = {"keys": ""}
-    torch.export.load(path, extra_files=index)
-    extra = dict.fromkeys(index["keys"].split(), "")
-    return torch.export.load(path, extra_files=extra).module(), extra
+    metadata = dict.fromkeys(METADATA, "")
+    return torch.export.load(path, extra_files=metadata).module(), metadata
 
 
 EXPORTERS = {
