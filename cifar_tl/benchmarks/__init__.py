@@ -1,0 +1,1 @@
+"""Measurements, one command each; nothing here is needed to train, predict or export."""
