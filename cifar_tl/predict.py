@@ -56,7 +56,7 @@ def predict(cfg: DictConfig, folder: Path) -> Path:
     format = choose_format(cfg.format, cfg.output)
     batch_size = check_int("batch_size", cfg.batch_size, 1)
     top_k = check_int("top_k", cfg.top_k, 1)
-    threads = check_int("threads", cfg.threads, 1) if cfg.threads is not None else min(8, os.cpu_count() or 1)
+    threads = default_threads() if cfg.threads is None else check_int("threads", cfg.threads, 1)
 
     from cifar_tl.data.decode import SIZE  # late, as what follows: `--help` should not wait for torch
     from cifar_tl.data.inputs import input_files
@@ -83,17 +83,23 @@ def predict(cfg: DictConfig, folder: Path) -> Path:
         row["path"] = path_text(row["path"])
     write_table(rows, top_k, output, format)
 
-    log.info("%d files, %d predicted, %d with an error instead", len(rows), len(rows) - len(errors), len(errors))
+    predicted = len(rows) - len(errors)
+    log.info("input       %s: files %d, predicted %d, errors %d", cfg.input, len(rows), predicted, len(errors))
     if resized:
-        log.info("%d images brought to %dx%d, bicubic, antialiased, whatever their shape", resized, SIZE, SIZE)
+        log.info("resized     %d to %dx%d, bicubic, antialiased, whatever their shape", resized, SIZE, SIZE)
     for row in errors[:SHOWN_ERRORS]:
-        log.info("  %r: %s", row["path"], row["error"])
+        log.info("error       %r: %s", row["path"], row["error"])
     if len(errors) > SHOWN_ERRORS:
-        log.info("  ... and %d more in the column `error`", len(errors) - SHOWN_ERRORS)
+        log.info("            and %d more, in the column `error`", len(errors) - SHOWN_ERRORS)
     log.info("table       %s", output)
     if len(errors) == len(rows):
         raise UserError(f"input={cfg.input} has no image that can be read; {output} says why for each file.")
     return output
+
+
+def default_threads() -> int:
+    """Return how many threads decode: PIL decodes outside Python's lock, but small images spend most time inside."""
+    return min(4, os.cpu_count() or 1)
 
 
 def attempts(files: Iterable["InputFile"], threads: int) -> Iterator[Attempt]:

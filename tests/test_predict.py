@@ -355,6 +355,7 @@ def command(tmp_path, monkeypatch, capsys, tiny_checkpoint):
         (["input=image.png", "top_k=11"], "top_k=11 is not allowed"),
         (["input=image.png", "batch_size=0"], "batch_size=0 is not allowed"),
         (["input=image.png", "checkpoint=nowhere.ckpt"], "checkpoint nowhere.ckpt: no such file"),
+        (["input=my (1).png"], "input=my (1).png cannot be parsed: quote values"),
         (["inptu=image.png"], "inptu is no key of this program. Did you mean input?"),
         ([], "Missing mandatory value: input"),
     ],
@@ -371,9 +372,9 @@ def test_what_it_says(command, tmp_path):
     (tmp_path / "text" / "image.png").write_bytes(PNG)
     code, out, _ = command("input=text", "output=table.csv")
     assert code == 0
-    assert "2 files, 1 predicted, 1 with an error instead" in out
-    assert "1 images brought to 32x32" in out
-    assert "'text/readme.txt': no image" in out
+    assert "input       text: files 2, predicted 1, errors 1" in out
+    assert "resized     1 to 32x32" in out
+    assert "error       'text/readme.txt': no image" in out
     assert (tmp_path / "table.csv").read_text().splitlines()[0].startswith("path,class_1,probability_1,")
     assert not list(tmp_path.glob("**/*.partial*"))
 

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 import statistics
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from cifar_tl.data.inputs import input_files
 from cifar_tl.data.synthetic import Synthetic
 from cifar_tl.hardware import device_name, resolve_accelerator
 from cifar_tl.model.backbone import IMAGENET_MEAN, IMAGENET_STD
-from cifar_tl.predict import attempts, predict
+from cifar_tl.predict import attempts, default_threads, predict
 from cifar_tl.run import build_module
 
 
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING)
     device = resolve_accelerator(options.accelerator)
-    threads = options.threads or min(8, os.cpu_count() or 1)
+    threads = options.threads or default_threads()
     with tempfile.TemporaryDirectory() as folder:
         pngs, checkpoint = Path(folder, "pngs"), Path(folder, "model.ckpt")
         write_pngs(pngs, options.images)
@@ -47,9 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for _ in attempts(files, threads):
                     pass
 
-        print(
-            f"device      {device_name(device)}, {torch.get_num_threads()} threads for the model, {threads} to decode"
-        )
+        print(f"device      {device_name(device)}; threads: {torch.get_num_threads()} compute, {threads} decode")
         print(f"decode      {text(measure(decode_all, options.images, options.repeats))}")
         print(f"predict     {text(measure(lambda: predict(cfg, Path(folder)), options.images, options.repeats))}")
     return 0
@@ -67,9 +64,8 @@ def measure(task: Callable[[], object], images: int, repeats: int) -> list[float
 
 def text(speeds: list[float]) -> str:
     """Return the median with the lowest and highest."""
-    return (
-        f"{statistics.median(speeds):,.0f} images/s, median of {len(speeds)} ({min(speeds):,.0f} to {max(speeds):,.0f})"
-    )
+    low, high = min(speeds), max(speeds)
+    return f"{statistics.median(speeds):,.0f} images/s, median of {len(speeds)} ({low:,.0f} to {high:,.0f})"
 
 
 def write_pngs(folder: Path, images: int) -> None:
