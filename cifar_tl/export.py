@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cifar_tl import __version__, cli
 from cifar_tl.errors import UserError, check_choice, check_int, check_number
-from cifar_tl.files import written_in_one_step
+from cifar_tl.files import check_writable, written_in_one_step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,9 +44,7 @@ def export(cfg: DictConfig, folder: Path) -> Path:
         UserError: A wrong key, a package that is missing, or logits that differ by more than `cfg.tolerance`; no file
             is left then.
     """
-    import torch  # late, as what follows: `--help` should not wait for it
-
-    from cifar_tl.exporters import EXPORTERS, quiet
+    from cifar_tl.exporters import EXPORTERS, quiet  # late, as what follows: `--help` should not wait for torch
     from cifar_tl.model.classifier import INPUTS
     from cifar_tl.trained import restore
 
@@ -54,16 +52,17 @@ def export(cfg: DictConfig, folder: Path) -> Path:
     check_choice("input", cfg.input, INPUTS)
     tolerance = check_number("tolerance", cfg.tolerance, 0)
     exporter.check_packages()
-    trained = restore(Path(cfg.checkpoint))
-    images, what = parity_images(trained, cfg.data.root, check_int("parity_images", cfg.parity_images, 1))
-    output = Path(cfg.output) if cfg.output is not None else folder / f"{trained.path.stem}{exporter.ending}"
+    checkpoint = Path(cfg.checkpoint)
+    output = Path(cfg.output) if cfg.output is not None else folder / f"{checkpoint.stem}{exporter.ending}"
     if output.suffix != exporter.ending:
         raise UserError(f"output={output} should end in {exporter.ending}: readers go by it.")
-
+    check_writable(output)
+    trained = restore(checkpoint)
+    images, what = parity_images(trained, cfg.data.root, check_int("parity_images", cfg.parity_images, 1))
     given = images if cfg.input == "uint8" else images.float() / 255
     with written_in_one_step(output) as partial:
         with quiet():
-            example = torch.zeros_like(given[:2])  # an image of the data would end up in the file
+            example = given.new_zeros((2, *given.shape[1:]))  # it ends up in the file: no image of the data
             exporter.write(trained.classifier(cfg.input), example, metadata(trained, cfg.input), partial)
             run, _ = exporter.load(partial)
             difference, agreeing = compare(trained, images, given, run)

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from cifar_tl import cli
 from cifar_tl.errors import UserError, check_int
+from cifar_tl.files import check_writable
 from cifar_tl.prediction_table import Row, choose_format, columns, path_text, write_table
 
 if TYPE_CHECKING:
@@ -53,48 +54,64 @@ def predict(cfg: DictConfig, folder: Path) -> Path:
         UserError: The checkpoint, the input or a key is wrong, or none of the files is an image (the table, which says
             why for each, is written nevertheless).
     """
+    from cifar_tl.data.inputs import input_files  # late, as all that needs torch or PIL: `--help` should not wait
+
     format = choose_format(cfg.format, cfg.output)
-    batch_size = check_int("batch_size", cfg.batch_size, 1)
-    top_k = check_int("top_k", cfg.top_k, 1)
-    threads = default_threads() if cfg.threads is None else check_int("threads", cfg.threads, 1)
-
-    from cifar_tl.data.decode import SIZE  # late, as what follows: `--help` should not wait for torch
-    from cifar_tl.data.inputs import input_files
-    from cifar_tl.hardware import resolve_accelerator
-    from cifar_tl.trained import restore
-
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with a file stands in its row
-    device = resolve_accelerator(cfg.trainer.accelerator)
-    trained = restore(Path(cfg.checkpoint))
-    if top_k > len(trained.classes):
-        raise UserError(f"top_k={top_k} is not allowed: {cfg.checkpoint} knows {len(trained.classes)} classes.")
     output = Path(cfg.output) if cfg.output is not None else folder / f"predictions.{format}"
-    classifier = trained.classifier().to(device)
-    resized = 0
-    rows: list[Row] = []
-    with input_files(Path(cfg.input)) as (total, files), progress(total) as advance:
-        for batch in batches(attempts(files, threads), batch_size):
-            resized += sum(not isinstance(image, str) and image.resized for _, image in batch)
-            rows += predict_batch(classifier, trained.classes, top_k, batch, device)
-            advance(len(batch))
+    check_writable(output)  # not after an hour's work
+    with input_files(Path(cfg.input)) as (total, files):
+        rows, resized = classify(cfg, total, files)
     rows.sort(key=lambda row: str(row["path"]))  # a tar's come in its own order
     errors = [row for row in rows if row["error"] is not None]
     for row in rows:
         row["path"] = path_text(row["path"])
-    write_table(rows, top_k, output, format)
+    write_table(rows, cfg.top_k, output, format)
 
     predicted = len(rows) - len(errors)
     log.info("input       %s: files %d, predicted %d, errors %d", cfg.input, len(rows), predicted, len(errors))
     if resized:
-        log.info("resized     %d to %dx%d, bicubic, antialiased, whatever their shape", resized, SIZE, SIZE)
+        log.info("resized     %d to 32x32, bicubic, antialiased, whatever their shape", resized)
     for row in errors[:SHOWN_ERRORS]:
         log.info("error       %r: %s", row["path"], row["error"])
     if len(errors) > SHOWN_ERRORS:
         log.info("            and %d more, in the column `error`", len(errors) - SHOWN_ERRORS)
     log.info("table       %s", output)
-    if len(errors) == len(rows):
+    if predicted == 0:
         raise UserError(f"input={cfg.input} has no image that can be read; {output} says why for each file.")
     return output
+
+
+def classify(cfg: DictConfig, total: int | None, files: Iterable["InputFile"]) -> tuple[list[Row], int]:
+    """Return a row for each file, in their order, and how many images were resized.
+
+    Args:
+        cfg: As composed from conf/predict.yaml.
+        total: Files, for the progress bar; None if it is not known.
+        files: From `input_files`.
+
+    Raises:
+        UserError: The checkpoint or a key is wrong.
+    """
+    from cifar_tl.hardware import resolve_accelerator
+    from cifar_tl.trained import restore
+
+    batch_size = check_int("batch_size", cfg.batch_size, 1)
+    top_k = check_int("top_k", cfg.top_k, 1)
+    threads = default_threads() if cfg.threads is None else check_int("threads", cfg.threads, 1)
+    device = resolve_accelerator(cfg.trainer.accelerator)
+    trained = restore(Path(cfg.checkpoint))
+    if top_k > len(trained.classes):
+        raise UserError(f"top_k={top_k} is not allowed: {cfg.checkpoint} knows {len(trained.classes)} classes.")
+    classifier = trained.classifier().to(device)
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with a file stands in its row
+    resized = 0
+    rows: list[Row] = []
+    with progress(total) as advance:
+        for batch in batches(attempts(files, threads), batch_size):
+            resized += sum(not isinstance(image, str) and image.resized for _, image in batch)
+            rows += predict_batch(classifier, trained.classes, top_k, batch, device)
+            advance(len(batch))
+    return rows, resized
 
 
 def default_threads() -> int:

@@ -163,6 +163,7 @@ def test_without_the_data_random_images_are_compared_and_it_is_said(compose, tin
         (["format=onxn"], "format=onxn is not allowed: choose onnx, torchscript, torch_export. Did you mean onnx?"),
         (["input=float32"], "input=float32 is not allowed: choose uint8, float. Did you mean float?"),
         (["output=model.onnx", "format=torchscript"], "output=model.onnx should end in .pt"),
+        (["output=/dev/null/model.onnx"], "output=/dev/null/model.onnx cannot be written: /dev/null is no folder"),
         (["tolerance=-1"], "tolerance=-1 is not allowed"),
         (["parity_images=0"], "parity_images=0 is not allowed"),
         (["checkpoint=nowhere.ckpt"], "checkpoint nowhere.ckpt: no such file"),

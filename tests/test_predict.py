@@ -351,7 +351,10 @@ def command(tmp_path, monkeypatch, capsys, tiny_checkpoint):
         (["input=text"], "predictions.csv says why for each file"),
         (["input=image.png", "format=cvs"], "format=cvs is not allowed: choose csv, json, parquet. Did you mean csv?"),
         (["input=image.png", "output=table.xlsx"], "output=table.xlsx does not end in .csv, .json, .parquet"),
-        (["input=image.png", "output=image.png/table.csv"], "output=image.png/table.csv cannot be written"),
+        (
+            ["input=image.png", "output=image.png/table.csv"],
+            "output=image.png/table.csv cannot be written: image.png is no folder",
+        ),
         (["input=image.png", "top_k=11"], "top_k=11 is not allowed"),
         (["input=image.png", "batch_size=0"], "batch_size=0 is not allowed"),
         (["input=image.png", "checkpoint=nowhere.ckpt"], "checkpoint nowhere.ckpt: no such file"),
