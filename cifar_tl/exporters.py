@@ -43,8 +43,8 @@ class Exporter:
         """Raise UserError if a package is not installed."""
         if missing := [name for name in self.packages if find_spec(name) is None]:
             raise UserError(
-                f"this format needs {', '.join(missing)}: pip install 'cifar_tl[export]', or "
-                f"pip install {' '.join(missing)}; format=torchscript and format=torch_export need neither."
+                f"format=onnx needs what is not installed: `pip install {' '.join(missing)}`, or take "
+                f"format=torchscript or torch_export."
             )
 
 

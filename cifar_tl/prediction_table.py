@@ -41,8 +41,7 @@ def choose_format(format: str | None, output: str | None) -> str:
     check_choice("format", format, WRITERS)
     if format == "parquet" and find_spec("pyarrow") is None:
         raise UserError(
-            "format=parquet needs pyarrow, which is not installed: pip install 'cifar_tl[parquet]' (or pyarrow), "
-            "or take format=csv."
+            "format=parquet needs pyarrow, which is not installed: `pip install pyarrow`, or take format=csv or json."
         )
     return format
 

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from cifar_tl import cli
+from cifar_tl.benchmarks import predict as benchmark
 from cifar_tl.data import inputs
 from cifar_tl.errors import UserError
 from cifar_tl.predict import main, predict
@@ -217,7 +218,7 @@ def test_csv_json_and_parquet_say_the_same(hostile, run, compose, tiny_checkpoin
 def test_parquet_without_pyarrow_is_refused_before_the_work(compose, tmp_path, monkeypatch):
     monkeypatch.setattr("cifar_tl.prediction_table.find_spec", lambda name: None)
     cfg = compose("checkpoint=nowhere.ckpt", "input=nowhere", "format=parquet", config_name="predict")
-    with pytest.raises(UserError, match=r"pip install 'cifar_tl\[parquet\]'"):
+    with pytest.raises(UserError, match="`pip install pyarrow`"):
         predict(cfg, tmp_path)
 
 
@@ -389,3 +390,10 @@ def test_help_does_not_wait_for_torch(tmp_path, program):
         "assert 'torch' not in sys.modules and 'lightning' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=tmp_path)
+
+
+def test_the_benchmark_prints_its_figures(capsys):
+    assert benchmark.main(["--images", "20", "--repeats", "1", "--accelerator", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["device", "decode", "predict"]
+    assert "images/s, median of 1" in lines[-1]
