@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -105,6 +105,12 @@ def _explain(error: HydraException | OmegaConfBaseException, config_name: str) -
             known = list(_keys(hydra.compose(config_name)))
         if given not in known:
             return f"{given} is no key of this program.{suggest(given, known)} --cfg job prints all of them."
+    if isinstance(error, OverrideParseException):
+        key = error.override.partition("=")[0]
+        return (
+            f"{error.override} cannot be parsed: quote values with spaces or special characters, twice on a command "
+            f"line: '{key}=\"...\"'."
+        )
     if isinstance(error.__cause__, OmegaConfBaseException):
         text += f" {error.__cause__}"
     return "\n".join(line for line in text.splitlines() if line.strip() and "object_type=" not in line)

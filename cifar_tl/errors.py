@@ -42,3 +42,10 @@ def check_choice(key: str, value: object, allowed: Iterable[str]) -> str:
     if value not in choices:
         raise UserError(f"{key}={value} is not allowed: choose {', '.join(choices)}.{suggest(str(value), choices)}")
     return str(value)
+
+
+def check_flag(key: str, value: object) -> bool:
+    """Return `value` if it is True or False; raise UserError naming `key` otherwise."""
+    if not isinstance(value, bool):
+        raise UserError(f"{key}={value} is not allowed: give true or false.")
+    return value

@@ -57,7 +57,7 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
         BackboneUnfreeze(plan, cfg.finetune.batchnorm, compiled=cfg.model.compile),
         FreezeGuard(plan, cfg.finetune.batchnorm),
     ]
-    augment = build_augment(cfg, plan)
+    augment = build_augment(cfg)
     datamodule = build_datamodule(cfg.data, augment, cfg.seed)
     accelerator = resolve_accelerator(cfg.trainer.accelerator)
     module = build_module(cfg, datamodule.classes)
@@ -199,8 +199,9 @@ def build_plan(cfg: DictConfig) -> Plan:
     )
 
 
-def build_augment(cfg: DictConfig, plan: Plan) -> Callable[[int], Augment]:
+def build_augment(cfg: DictConfig) -> Callable[[int], Augment]:
     """Build the augmentation of a config as a function of the epoch."""
+    plan = build_plan(cfg)
     full = Augment(**cfg.augment)
     choice = check_choice("finetune.frozen_augment", cfg.finetune.frozen_augment, ("none", "flip", "full"))
     frozen = {"none": replace(full.only_flips, flip="none"), "flip": full.only_flips, "full": full}[choice]

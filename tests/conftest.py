@@ -38,3 +38,19 @@ def shared() -> Path:
     if not folder:
         pytest.skip("CIFAR_TL_SHARED names no folder with the real data and weights")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(compose: Callable[..., DictConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of TINY, trained once; for reading only."""
+    from cifar_tl.run import train
+
+    folder = tmp_path_factory.mktemp("tiny")
+    train(compose(*TINY), folder, "demo")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_run: Path) -> Path:
+    """A checkpoint with ten classes of generated images."""
+    return tiny_run / "checkpoints" / "best.ckpt"

@@ -129,7 +129,7 @@ def candidates(setting: Setting, batch_size: int) -> dict[str, Callable[[], floa
         trainer.fit(Classifier(len(datamodule.classes), 1e-3), theirs)
         return timed * batch_size / clock.seconds
 
-    datamodule = build_datamodule(config.data, build_augment(config, plan), seed=0)
+    datamodule = build_datamodule(config.data, build_augment(config), seed=0)
     datamodule.prepare_data()
     datamodule.setup("fit")
     ours()  # puts the images onto the device, where the bare loop takes them from

@@ -95,6 +95,17 @@ class ImageDataModule(L.LightningDataModule):
         """Images of each split that is loaded."""
         return {name: len(targets) for name, (_, targets) in self.splits.items()}
 
+    def images(self, split: str) -> Tensor:
+        """Return the images of a loaded split, (examples, 3, 32, 32), uint8, as the source gave them."""
+        images = self.splits[split][0]
+        if isinstance(images, Tensor):
+            return images
+        return torch.cat(list(images.read(torch.split(torch.arange(len(images)), self.eval_batch_size))))
+
+    def targets(self, split: str) -> Tensor:
+        """Return the class indices of a loaded split, (examples,)."""
+        return self.splits[split][1]
+
     def prepare_data(self) -> None:
         """Fetch or check the files, unless they have been read."""
         if not self.splits:

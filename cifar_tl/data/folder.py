@@ -5,16 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from numpy.typing import NDArray
 from torch import Tensor
 
+from cifar_tl.data.decode import SIZE, Decoded, UnreadableImage, decode
 from cifar_tl.data.lazy import LazyImages
 from cifar_tl.errors import UserError, check_int
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"}
-SIZE = 32
 
 
 class ImageFolders:
@@ -67,37 +67,30 @@ class ImageFolders:
             files += found
             targets += [label] * len(found)
         if self.workers:
-            return LazyImages(files, read_image, self.workers), torch.tensor(targets)
+            return LazyImages(files, read_pixels, self.workers), torch.tensor(targets)
         images = np.empty((len(files), 3, SIZE, SIZE), dtype=np.uint8)
         resized = 0
         for image, path in zip(images, files, strict=True):
-            image[:], was_resized = decode(path)
-            resized += was_resized
+            decoded = read(path)
+            image[:] = decoded.pixels
+            resized += decoded.resized
         if resized:
             log.info("%s: %d of %d images resized to %dx%d", self.root / split, resized, len(images), SIZE, SIZE)
         return torch.from_numpy(images), torch.tensor(targets)
 
 
-def decode(path: Path) -> tuple[np.ndarray, bool]:
-    """Read an image file.
-
-    Returns:
-        The image, (3, 32, 32), uint8, and whether it had to be resized (bicubic) to be that.
+def read(path: Path) -> Decoded:
+    """Decode an image file.
 
     Raises:
         UserError: It is no image, or a broken one.
     """
     try:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        return decode(path)
+    except UnreadableImage as error:
         raise UserError(f"{path} is not a readable image ({error}). Replace or remove it.") from error
-    resize = image.size != (SIZE, SIZE)
-    if resize:
-        image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-    return np.asarray(image).transpose(2, 0, 1), resize
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_pixels(path: Path) -> NDArray[np.uint8]:
     """Return the image of a file, (3, 32, 32), uint8."""
-    return decode(path)[0]
+    return read(path).pixels

@@ -1,0 +1,198 @@
+"""python -m cifar_tl.predict checkpoint=CHECKPOINT input=IMAGE|FOLDER|ARCHIVE: a table of classes and probabilities."""
+
+import io
+import itertools
+import logging
+import os
+import sys
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from cifar_tl import cli
+from cifar_tl.errors import UserError, check_int
+from cifar_tl.files import check_writable
+from cifar_tl.prediction_table import Row, choose_format, columns, path_text, write_table
+
+if TYPE_CHECKING:
+    from cifar_tl.data.decode import Decoded
+    from cifar_tl.data.inputs import InputFile
+    from cifar_tl.model.classifier import ImageClassifier
+
+log = logging.getLogger(__name__)
+
+SHOWN_ERRORS = 5
+"""So many are printed; the table has them all."""
+
+Attempt = tuple[str, "Decoded | str"]
+"""The path of a file, and its image or what is wrong with it."""
+
+
+def main(cfg: DictConfig) -> None:
+    """Predict into the output folder of this call."""
+    predict(cfg, Path(HydraConfig.get().runtime.output_dir))
+
+
+def predict(cfg: DictConfig, folder: Path) -> Path:
+    """Classify the images of an input and write a table, one row per file, sorted by path.
+
+    Args:
+        cfg: As composed from conf/predict.yaml.
+        folder: Gets the table if `cfg.output` is null.
+
+    Returns:
+        Where the table is.
+
+    Raises:
+        UserError: The checkpoint, the input or a key is wrong, or none of the files is an image (the table, which says
+            why for each, is written nevertheless).
+    """
+    from cifar_tl.data.inputs import input_files  # late, as all that needs torch or PIL: `--help` should not wait
+
+    format = choose_format(cfg.format, cfg.output)
+    output = Path(cfg.output) if cfg.output is not None else folder / f"predictions.{format}"
+    check_writable(output)  # not after an hour's work
+    with input_files(Path(cfg.input)) as (total, files):
+        rows, resized = classify(cfg, total, files)
+    rows.sort(key=lambda row: str(row["path"]))  # a tar's come in its own order
+    errors = [row for row in rows if row["error"] is not None]
+    for row in rows:
+        row["path"] = path_text(row["path"])
+    write_table(rows, cfg.top_k, output, format)
+
+    predicted = len(rows) - len(errors)
+    log.info("input       %s: files %d, predicted %d, errors %d", cfg.input, len(rows), predicted, len(errors))
+    if resized:
+        log.info("resized     %d to 32x32, bicubic, antialiased, whatever their shape", resized)
+    for row in errors[:SHOWN_ERRORS]:
+        log.info("error       %r: %s", row["path"], row["error"])
+    if len(errors) > SHOWN_ERRORS:
+        log.info("            and %d more, in the column `error`", len(errors) - SHOWN_ERRORS)
+    log.info("table       %s", output)
+    if predicted == 0:
+        raise UserError(f"input={cfg.input} has no image that can be read; {output} says why for each file.")
+    return output
+
+
+def classify(cfg: DictConfig, total: int | None, files: Iterable["InputFile"]) -> tuple[list[Row], int]:
+    """Return a row for each file, in their order, and how many images were resized.
+
+    Args:
+        cfg: As composed from conf/predict.yaml.
+        total: Files, for the progress bar; None if it is not known.
+        files: From `input_files`.
+
+    Raises:
+        UserError: The checkpoint or a key is wrong.
+    """
+    from cifar_tl.hardware import prepare_for, resolve_accelerator
+    from cifar_tl.trained import restore
+
+    batch_size = check_int("batch_size", cfg.batch_size, 1)
+    top_k = check_int("top_k", cfg.top_k, 1)
+    threads = default_threads() if cfg.threads is None else check_int("threads", cfg.threads, 1)
+    device = resolve_accelerator(cfg.trainer.accelerator)
+    trained = restore(Path(cfg.checkpoint))
+    if top_k > len(trained.classes):
+        raise UserError(f"top_k={top_k} is not allowed: {cfg.checkpoint} knows {len(trained.classes)} classes.")
+    prepare_for(device, trained.module)
+    classifier = trained.classifier().to(device)
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with a file stands in its row
+    resized = 0
+    rows: list[Row] = []
+    with progress(total) as advance:
+        for batch in batches(attempts(files, threads), batch_size):
+            resized += sum(not isinstance(image, str) and image.resized for _, image in batch)
+            rows += predict_batch(classifier, trained.classes, top_k, batch, device)
+            advance(len(batch))
+    return rows, resized
+
+
+def default_threads() -> int:
+    """Return how many threads decode: PIL decodes outside Python's lock, but small images spend most time inside."""
+    return min(4, os.cpu_count() or 1)
+
+
+def attempts(files: Iterable["InputFile"], threads: int) -> Iterator[Attempt]:
+    """Read and decode files in a pool of threads, giving them in order; only a few are in memory at a time."""
+    waiting: deque[tuple[str, Future[Decoded | str]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for file in files:
+            waiting.append((file.path, pool.submit(attempt, file)))
+            if len(waiting) > 2 * threads:
+                path, future = waiting.popleft()
+                yield path, future.result()
+        for path, future in waiting:
+            yield path, future.result()
+
+
+def attempt(file: "InputFile") -> "Decoded | str":
+    """Return the image of a file, or what is wrong with it."""
+    from cifar_tl.data.decode import UnreadableImage, decode
+    from cifar_tl.data.inputs import UnreadableFile
+
+    try:
+        data = file.read()
+        return decode(io.BytesIO(data)) if data else "empty: 0 bytes"
+    except (UnreadableFile, UnreadableImage) as error:
+        return str(error)
+    except MemoryError:
+        return "too large for the memory of this machine"
+
+
+def batches(items: Iterator[Attempt], size: int) -> Iterator[list[Attempt]]:
+    """Yield the items in lists of `size`, the last one with what is left."""
+    while batch := list(itertools.islice(items, size)):
+        yield batch
+
+
+def predict_batch(
+    classifier: "ImageClassifier", classes: Iterable[str], top_k: int, batch: list[Attempt], device: str
+) -> list[Row]:
+    """Return a row for each file of a batch; probabilities are the softmax of the logits, rounded to six digits."""
+    import numpy as np
+    import torch
+
+    names = list(classes)
+    rows: list[Row] = [dict.fromkeys(columns(top_k)) | {"path": path} for path, _ in batch]
+    good = [(row, image) for row, (_, image) in zip(rows, batch, strict=True) if not isinstance(image, str)]
+    for row, (_, image) in zip(rows, batch, strict=True):
+        if isinstance(image, str):
+            row["error"] = image
+        else:
+            size = [f"resized from {image.size[0]}x{image.size[1]}"] if image.resized else []
+            row["note"] = "; ".join([*image.notes, *size]) or None
+    if not good:
+        return rows
+    with torch.inference_mode():
+        images = torch.from_numpy(np.stack([image.pixels for _, image in good])).to(device)
+        best = classifier(images).softmax(dim=1).topk(top_k)
+    for (row, _), probabilities, indices in zip(good, best.values.tolist(), best.indices.tolist(), strict=True):
+        for rank, (probability, index) in enumerate(zip(probabilities, indices, strict=True), start=1):
+            row[f"class_{rank}"] = names[index]
+            row[f"probability_{rank}"] = round(probability, 6)
+    return rows
+
+
+@contextmanager
+def progress(total: int | None) -> Iterator[Any]:
+    """Yield a function that moves a progress bar on by so many files; no bar where nobody sees one."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("files"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda files: bar.advance(task, files)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, "predict", sys.argv[1:]))

@@ -1,0 +1,255 @@
+"""What evaluate reports beside the single view: recomputed here by other means."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, pad
+
+from cifar_tl import cli
+from cifar_tl.data import shifted
+from cifar_tl.data.cifar10 import Cifar10
+from cifar_tl.data.splits import split_train_val
+from cifar_tl.data.synthetic import Synthetic
+from cifar_tl.errors import UserError
+from cifar_tl.evaluate import evaluate, main
+from cifar_tl.model.temperature import fit_temperature
+from cifar_tl.model.views import AUGMENTED, identity, mirrored, shifted_in, shifted_out
+from cifar_tl.trained import restore
+
+
+def logits_by_hand(trained, images):
+    """The checkpoint's logits, normalised by hand."""
+    mean, std = (torch.tensor(trained.facts["normalisation"][key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        return trained.module((images / 255 - mean) / std)
+
+
+def ece_by_hand(logits, targets, bins=15):
+    confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
+    right = (predicted == targets).double()
+    error = 0.0
+    for index in range(bins):
+        inside = (confidence > index / bins) & (confidence <= (index + 1) / bins)
+        if inside.any():
+            error += inside.double().mean() * abs(right[inside].mean() - confidence[inside].mean())
+    return float(error)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint, tmp_path_factory):
+    """The tiny checkpoint with its last layer fitted: it has learned too little to tell one image from another."""
+    path = tmp_path_factory.mktemp("sharp") / "best.ckpt"
+    content = torch.load(tiny_checkpoint, weights_only=True)
+    trained = restore(tiny_checkpoint)
+    images, targets = Synthetic(60, 300).test()  # neither the run's validation nor its test images
+    last, trained.module.head[-1] = trained.module.head[-1], torch.nn.Identity()
+    features = logits_by_hand(trained, images).double()
+    mean, scale = features.mean(dim=0), features.std(dim=0).mean()
+    centred = (features - mean) / scale
+    ridge = centred.T @ centred + torch.eye(last.in_features)
+    weight = 10 * torch.linalg.solve(ridge, centred.T @ torch.eye(10, dtype=torch.float64)[targets]).T / scale
+    name = f"head.{len(trained.module.head) - 1}"
+    content["state_dict"] |= {f"{name}.weight": weight.float(), f"{name}.bias": -(weight @ mean).float()}
+    torch.save(content, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def evaluated(compose, checkpoint):
+    overrides = (f"checkpoint='{checkpoint}'", "trainer.accelerator=cpu", "tta=true", "temperature=true")
+    return evaluate(compose(*overrides, config_name="evaluate"))
+
+
+def test_single_view_stays_the_runs_whatever_is_asked_for_beside_it(compose, tiny_checkpoint, tiny_run):
+    metrics = json.loads((tiny_run / "metrics.json").read_text())
+    single = {key: value for key, value in metrics.items() if key.startswith("test/")}
+    overrides = (f"checkpoint='{tiny_checkpoint}'", "trainer.accelerator=cpu", "tta=true", "temperature=true")
+    assert single.items() <= evaluate(compose(*overrides, config_name="evaluate")).items()
+
+
+def test_flip_and_shift_are_airbenchs(evaluated, checkpoint):
+    images, targets = Synthetic(60, 20).test()
+    trained = restore(checkpoint)
+
+    def mirror(images):
+        return 0.5 * logits_by_hand(trained, images) + 0.5 * logits_by_hand(trained, images.flip(-1))
+
+    padded = pad(images.float(), (1, 1, 1, 1), "reflect")
+    both = 0.5 * mirror(images) + 0.25 * mirror(padded[..., :32, :32]) + 0.25 * mirror(padded[..., 2:, 2:])
+    for name, logits in (("flip", mirror(images)), ("flip_shift", both)):
+        assert evaluated[f"test/{name}/acc"] == float((logits.argmax(dim=1) == targets).double().mean())
+        assert evaluated[f"test/{name}/loss"] != pytest.approx(evaluated["test/loss"], abs=1e-3)
+        assert evaluated[f"test/{name}/loss"] == pytest.approx(float(cross_entropy(logits, targets)), rel=1e-4)
+        assert evaluated[f"test/{name}/ece"] == pytest.approx(ece_by_hand(logits, targets), rel=1e-4)
+
+
+def test_views_are_different_and_their_weights_add_up_to_1():
+    image = torch.arange(3 * 32 * 32).view(1, 3, 32, 32) % 251
+    for views in AUGMENTED.values():
+        assert sum(views.values()) == 1
+        assert len({tuple(view(image).flatten().tolist()) for view in views}) == len(views)
+    assert torch.equal(mirrored(image)[0, 0, 0], image[0, 0, 0].flip(0))
+    assert torch.equal(shifted_in(image)[..., 1:, 1:], image[..., :-1, :-1])
+    assert torch.equal(shifted_out(image)[..., :-1, :-1], image[..., 1:, 1:])
+    assert identity(image) is image
+
+
+def test_temperature_is_fitted_on_the_runs_validation_split_alone(evaluated, checkpoint):
+    trained = restore(checkpoint)
+    images, targets = Synthetic(60, 20).train()
+    _, val = split_train_val(targets, 20, None, 0)
+    logits = logits_by_hand(trained, images[val]).double()
+    losses = {t: float(cross_entropy(logits / t, targets[val])) for t in np.exp(np.linspace(-4.6, 4.6, 20_000))}
+    best = min(losses, key=losses.__getitem__)
+    assert 0.02 < best < 50
+    assert evaluated["temperature"] == pytest.approx(best, rel=2e-3)
+    assert evaluated["val/calibrated/loss"] == pytest.approx(losses[best], abs=1e-4)
+    assert evaluated["val/calibrated/loss"] <= evaluated["val/loss"]
+
+
+def test_loss_and_ece_are_reported_before_and_after(evaluated, checkpoint):
+    images, targets = Synthetic(60, 20).test()
+    logits = logits_by_hand(restore(checkpoint), images)
+    assert evaluated["test/ece"] == pytest.approx(ece_by_hand(logits, targets), rel=1e-4)
+    calibrated = logits / evaluated["temperature"]
+    assert evaluated["test/calibrated/loss"] == pytest.approx(float(cross_entropy(calibrated, targets)), rel=1e-4)
+    assert evaluated["test/calibrated/ece"] == pytest.approx(ece_by_hand(calibrated, targets), rel=1e-4)
+
+
+def test_temperature_of_known_logits():
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(50_000, 5, generator=generator)
+    targets = torch.multinomial(logits.softmax(dim=1), 1, generator=generator).squeeze(1)
+    assert fit_temperature(logits, targets) == pytest.approx(1, abs=0.02)
+    assert fit_temperature(3 * logits, targets) == pytest.approx(3 * fit_temperature(logits, targets), rel=1e-6)
+    assert fit_temperature(torch.eye(5), torch.arange(5)) < 0.1  # all right: as sure as can be
+    assert fit_temperature(torch.eye(5), torch.arange(5).roll(1)) == pytest.approx(100)  # all wrong: as unsure
+
+
+def test_another_validation_split_is_refused(compose, checkpoint, tmp_path):
+    content = torch.load(checkpoint, weights_only=True)
+    content["cifar_tl"]["config"]["data"]["split_seed"] = 1
+    torch.save(content, tmp_path / "best.ckpt")
+    cfg = compose(f"checkpoint='{tmp_path}/best.ckpt'", "temperature=true", config_name="evaluate")
+    with pytest.raises(UserError, match="the run's validation split cannot be made again"):
+        evaluate(cfg)
+
+
+@pytest.fixture(scope="module")
+def cifar_checkpoint(checkpoint, tmp_path_factory):
+    """The same with the classes of CIFAR-10."""
+    path = tmp_path_factory.mktemp("cifar") / "best.ckpt"
+    content = torch.load(checkpoint, weights_only=True)
+    content["cifar_tl"]["facts"]["classes"] = list(Cifar10.classes)
+    torch.save(content, path)
+    return path
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Tiny CIFAR-10.1 and CIFAR-10-C."""
+    rng = np.random.default_rng(0)
+    for version, examples in (("v4", 21), ("v6", 20)):
+        np.save(tmp_path / f"cifar10.1_{version}_data.npy", rng.integers(0, 256, (examples, 32, 32, 3), dtype=np.uint8))
+        np.save(tmp_path / f"cifar10.1_{version}_labels.npy", (np.arange(examples) % 10).astype(np.int32))
+    folder = tmp_path / "CIFAR-10-C"
+    folder.mkdir()
+    for name in ("fog", "saturate"):
+        np.save(folder / f"{name}.npy", rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8))
+    np.save(folder / "labels.npy", np.tile(np.arange(4), 5).astype(np.uint8))
+    return tmp_path
+
+
+def test_cifar10_1(compose, cifar_checkpoint, root):
+    overrides = (f"checkpoint='{cifar_checkpoint}'", f"data.root='{root}'", "trainer.accelerator=cpu", "tta=true")
+    result = evaluate(compose(*overrides, "cifar10_1=v6", config_name="evaluate"))
+    images = torch.from_numpy(np.load(root / "cifar10.1_v6_data.npy")).permute(0, 3, 1, 2)
+    targets = torch.from_numpy(np.load(root / "cifar10.1_v6_labels.npy")).long()
+    logits = logits_by_hand(restore(cifar_checkpoint), images)
+    assert result["cifar10.1_v6/acc"] == float((logits.argmax(dim=1) == targets).double().mean())
+    assert result["cifar10.1_v6/loss"] == pytest.approx(float(cross_entropy(logits, targets)), rel=1e-4)
+    assert "cifar10.1_v6/flip_shift/acc" in result
+
+
+def test_cifar10_1_has_two_versions(root):
+    assert [len(shifted.cifar10_1(root, version)[0]) for version in ("v4", "v6")] == [21, 20]
+
+
+def test_cifar10_c_by_severity_and_mean(compose, cifar_checkpoint, root):
+    overrides = (f"checkpoint='{cifar_checkpoint}'", f"data.root='{root}'", "trainer.accelerator=cpu")
+    result = evaluate(compose(*overrides, "cifar10_c=[fog,saturate]", config_name="evaluate"))
+    trained = restore(cifar_checkpoint)
+    expected = {}
+    for name in ("fog", "saturate"):
+        images = torch.from_numpy(np.load(root / "CIFAR-10-C" / f"{name}.npy")).permute(0, 3, 1, 2)
+        right = logits_by_hand(trained, images).argmax(dim=1) == torch.arange(4).repeat(5)
+        expected[f"cifar10_c/{name}/acc"] = right.double().view(5, 4).mean(dim=1).tolist()
+    assert expected.items() <= result.items()
+    assert result["cifar10_c/acc"] == pytest.approx(np.mean([*expected.values()]))
+
+
+def test_all_corruptions_are_the_fifteen_of_the_benchmark():
+    assert len(shifted.chosen_corruptions("all")) == 15
+    assert not set(shifted.chosen_corruptions("all")) & set(shifted.EXTRA_CORRUPTIONS)
+
+
+@pytest.fixture
+def command(cifar_checkpoint, root, monkeypatch, capsys):
+    """Run the command in `root`; return its exit code, output and error."""
+    monkeypatch.chdir(root)
+
+    def command(*arguments):
+        code = cli.run(main, "evaluate", [f"checkpoint='{cifar_checkpoint}'", f"data.root='{root}'", *arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "damage", "said"),
+    [
+        (["cifar10_1=v5"], None, "cifar10_1=v5 is not allowed: choose v4, v6"),
+        (["cifar10_c=fogg"], None, "Did you mean fog?"),
+        (["tta=maybe"], None, "tta=maybe is not allowed: give true or false"),
+        (["temprature=true"], None, "Did you mean temperature?"),
+        (["cifar10_1=v6"], ("cifar10.1_v6_labels.npy", None), "modestyachts/CIFAR-10.1"),
+        (["cifar10_1=v6"], ("cifar10.1_v6_data.npy", b"no array"), "is not a readable .npy file"),
+        (["cifar10_c=fog"], ("CIFAR-10-C/fog.npy", None), "56bf5dcef84df0e2308c6dcbcbbd8499"),
+        (["cifar10_c=fog"], ("CIFAR-10-C/fog.npy", np.zeros((20, 3, 32, 32), np.uint8)), "not uint8 (examples, 32, 32"),
+        (["cifar10_c=fog"], ("CIFAR-10-C/fog.npy", np.zeros((21, 32, 32, 3), np.uint8)), "no multiple of 5"),
+        (["cifar10_c=fog"], ("CIFAR-10-C/labels.npy", np.full(20, 10)), "does not hold 20 class indices"),
+        (["cifar10_c=fog"], ("CIFAR-10-C/labels.npy", np.arange(20) // 5), "not the same for every severity"),
+    ],
+    ids=str,
+)
+def test_a_mistake_gets_a_readable_error(command, root, arguments, damage, said):
+    if damage:
+        path, content = root / damage[0], damage[1]
+        path.unlink()
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif content is not None:
+            np.save(path, content)
+    code, _, err = command(*arguments)
+    assert code == 1
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_other_test_sets_are_refused_for_other_classes(command, tiny_checkpoint):
+    code, _, err = command(f"checkpoint='{tiny_checkpoint}'", "cifar10_1=v6")
+    assert code == 1
+    assert "are for models with CIFAR-10's classes" in err
+
+
+def test_figures_are_left_as_json(command, root, cifar_checkpoint):
+    code, out, _ = command("hydra.run.dir=here", "temperature=true", "cifar10_1=v6", "cifar10_c=[fog]")
+    assert code == 0
+    result = json.loads((root / "here" / "evaluation.json").read_text())
+    assert result["checkpoint"] == str(cifar_checkpoint)
+    assert {"test/acc", "temperature", "test/calibrated/ece", "cifar10.1_v6/acc", "cifar10_c/acc"} <= result.keys()
+    assert "fitted on 20 validation images" in out
+    assert "evaluation.json" in out

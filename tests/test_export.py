@@ -1,0 +1,191 @@
+"""Export: files that stand on their own and give the checkpoint's logits, or no file."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from cifar_tl import cli
+from cifar_tl.data.synthetic import Synthetic
+from cifar_tl.errors import UserError
+from cifar_tl.export import export, main
+from cifar_tl.exporters import EXPORTERS, quiet
+from cifar_tl.model.classifier import ImageClassifier
+from cifar_tl.trained import restore
+
+FORMATS = list(EXPORTERS)
+IMAGES = Synthetic(10, 12).test()[0]
+
+
+INPUT = {"onnx": "uint8", "torchscript": "float", "torch_export": "uint8"}
+
+
+@pytest.fixture(scope="session")
+def onnx(tiny_checkpoint, tmp_path_factory):
+    """Export to ONNX as a user does; return the file and the finished process."""
+    folder = tmp_path_factory.mktemp("onnx")
+    command = [sys.executable, "-m", "cifar_tl.export", f"checkpoint='{tiny_checkpoint}'", "output=model.onnx"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    return folder / "model.onnx", done
+
+
+@pytest.fixture(scope="session")
+def exported(compose, onnx, tiny_checkpoint, tmp_path_factory):
+    """For each format a file, for each input at least one."""
+    files = {"onnx": onnx[0]}
+    for format in ("torchscript", "torch_export"):
+        overrides = (f"checkpoint='{tiny_checkpoint}'", f"format={format}", f"input={INPUT[format]}")
+        files[format] = export(compose(*overrides, config_name="export"), tmp_path_factory.mktemp("export"))
+    return files
+
+
+@pytest.fixture(scope="session")
+def loaded(exported):
+    """For each format what runs the file, and the metadata in it."""
+    with quiet():
+        return {format: EXPORTERS[format].load(path) for format, path in exported.items()}
+
+
+@pytest.fixture(scope="session")
+def expected(tiny_checkpoint):
+    """The checkpoint's logits for IMAGES, normalised by hand."""
+    trained = restore(tiny_checkpoint)
+    mean, std = (torch.tensor(trained.facts["normalisation"][key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        return trained.module((IMAGES / 255 - mean) / std)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_file_gives_the_checkpoints_logits_for_any_batch(loaded, expected, format):
+    run, _ = loaded[format]
+    images = IMAGES if INPUT[format] == "uint8" else IMAGES / 255
+    assert (expected - expected.mean(dim=0)).abs().max() > 1e-3  # otherwise the next lines would show nothing
+    for size in (1, 5, 12):
+        with torch.no_grad():
+            assert (run(images[:size]) - expected[:size]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_file_says_what_it_is(loaded, tiny_checkpoint, format):
+    _, found = loaded[format]
+    trained = restore(tiny_checkpoint)
+    assert json.loads(found["classes"]) == list(trained.classes)
+    assert found["input"].startswith("uint8" if INPUT[format] == "uint8" else "float32")
+    assert "softmax" in found["output"]
+    normalisation = json.loads(found["normalisation"])
+    assert (normalisation["mean"][0], normalisation["std"][0]) == (0.485, 0.229)
+    provenance = json.loads(found["provenance"])
+    assert provenance["facts"]["split_sha256"] == trained.facts["split_sha256"]
+    assert provenance["config"]["data"]["name"] == "synthetic"
+
+
+def test_onnx_runs_with_onnx_runtime_alone(exported, expected, tmp_path):
+    np.save(tmp_path / "images.npy", IMAGES.numpy())
+    code = """
+import json, sys
+import numpy, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+(given,) = session.get_inputs()
+assert (given.name, given.type, given.shape) == ("images", "tensor(uint8)", ["batch", 3, 32, 32])
+images = numpy.load("images.npy")
+numpy.save("logits.npy", session.run(["logits"], {"images": images})[0])
+assert session.run(["logits"], {"images": images[:1]})[0].shape == (1, 10)
+assert len(json.loads(session.get_modelmeta().custom_metadata_map["classes"])) == 10
+assert not [name for name in sys.modules if name.split(".")[0] in ("torch", "cifar_tl", "lightning", "onnx")]
+"""
+    command = [sys.executable, "-c", code, str(exported["onnx"])]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert np.abs(np.load(tmp_path / "logits.npy") - expected.numpy()).max() < 1e-4
+
+
+def test_torchscript_needs_nothing_of_this_program(exported, expected, tmp_path):
+    torch.save((IMAGES / 255, expected), tmp_path / "images.pt")
+    code = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import torch
+images, expected = torch.load("images.pt")
+assert (torch.jit.load(sys.argv[1])(images) - expected).abs().max() < 1e-4
+assert not [name for name in sys.modules if name.split(".")[0] in ("cifar_tl", "lightning", "torchvision")]
+"""
+    command = [sys.executable, "-c", code, str(exported["torchscript"])]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("bug", ["normalisation", "nan"])
+def test_no_file_is_left_when_its_logits_differ(compose, tiny_checkpoint, tmp_path, monkeypatch, bug):
+    def forward(self, images):
+        if bug == "nan":
+            return self.head(self.backbone(images.float() * self.scale + self.offset)) * float("nan")
+        return self.head(self.backbone(images.float() * self.scale))
+
+    monkeypatch.setattr(ImageClassifier, "forward", forward)
+    cfg = compose(f"checkpoint='{tiny_checkpoint}'", "format=torchscript", config_name="export")
+    with pytest.raises(UserError, match=r"not exported: logits .* more than tolerance=0\.0001"):
+        export(cfg, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_earlier_file_survives_a_refused_export(compose, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("cifar_tl.export.compare", lambda *arguments: (1.0, 0))
+    path = tmp_path / "model.pt"
+    path.write_text("earlier")
+    overrides = (f"checkpoint='{tiny_checkpoint}'", "format=torchscript", f"output='{path}'")
+    with pytest.raises(UserError, match="not exported"):
+        export(compose(*overrides, config_name="export"), tmp_path)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("model.pt", "earlier")]
+
+
+def test_no_image_of_the_data_travels_in_the_file(exported):
+    # torch.export stores its example input, and with a slice of a larger tensor all of that
+    content = exported["torch_export"].read_bytes()
+    assert not any(image.numpy().tobytes() in content for image in Synthetic(60, 20).train()[0])
+
+
+def test_without_the_data_random_images_are_compared_and_it_is_said(compose, tiny_checkpoint, tmp_path, caplog):
+    checkpoint = torch.load(tiny_checkpoint, weights_only=True)
+    checkpoint["cifar_tl"]["config"]["data"] |= {"name": "cifar10", "root": "nowhere", "download": True}
+    torch.save(checkpoint, tmp_path / "best.ckpt")
+    cfg = compose(f"checkpoint='{tmp_path}/best.ckpt'", "format=torchscript", "parity_images=7", config_name="export")
+    with caplog.at_level("INFO"):
+        export(cfg, tmp_path)
+    assert "same class for 7 of 7: 7 random images: the run's data is not at nowhere" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["format=onxn"], "format=onxn is not allowed: choose onnx, torchscript, torch_export. Did you mean onnx?"),
+        (["input=float32"], "input=float32 is not allowed: choose uint8, float. Did you mean float?"),
+        (["output=model.onnx", "format=torchscript"], "output=model.onnx should end in .pt"),
+        (["output=/dev/null/model.onnx"], "output=/dev/null/model.onnx cannot be written: /dev/null is no folder"),
+        (["tolerance=-1"], "tolerance=-1 is not allowed"),
+        (["parity_images=0"], "parity_images=0 is not allowed"),
+        (["checkpoint=nowhere.ckpt"], "checkpoint nowhere.ckpt: no such file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_gets_a_readable_error(tiny_checkpoint, tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(main, "export", [f"checkpoint='{tiny_checkpoint}'", *arguments]) == 1
+    err = capsys.readouterr().err
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_a_missing_package_is_named(compose, tmp_path, monkeypatch):
+    monkeypatch.setattr("cifar_tl.exporters.find_spec", lambda name: None if name == "onnxscript" else "there")
+    with pytest.raises(UserError, match="not installed: `pip install onnxscript`"):
+        export(compose("checkpoint=nowhere.ckpt", config_name="export"), tmp_path)
+
+
+def test_the_command_says_what_it_did_and_nothing_else(onnx):
+    _, done = onnx
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["parity", "input", "output", "model"]
+    assert "20 validation images of the run" in done.stdout
