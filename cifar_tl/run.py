@@ -20,6 +20,7 @@ from cifar_tl.callbacks.console import Console, duration_text
 from cifar_tl.callbacks.epoch_seed import EpochSeed
 from cifar_tl.callbacks.freeze_guard import FreezeGuard
 from cifar_tl.callbacks.phases import Plan, epochs_text, stages_text
+from cifar_tl.callbacks.predictions_file import PredictionsFile
 from cifar_tl.callbacks.run_record import RunRecord, config_sha256, git_state
 from cifar_tl.checkpoints import BEST, LAST, checkpoint_callbacks, read_checkpoint
 from cifar_tl.data.augment import Augment
@@ -28,6 +29,7 @@ from cifar_tl.errors import Interrupted, UserError, check_int
 from cifar_tl.hardware import environment, resolve_accelerator, resolve_precision
 from cifar_tl.model.backbone import load_weights
 from cifar_tl.model.module import TransferClassifier
+from cifar_tl.reports.scores import wilson_interval
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +87,7 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     }
     module.provenance = {"config": config, "facts": facts}
     record = RunRecord(folder, plan, facts)
-    callbacks += [record, Console(plan, cfg.finetune.batchnorm, record)]
+    callbacks += [record, Console(plan, cfg.finetune.batchnorm, record), PredictionsFile(folder, datamodule)]
     batches = math.ceil(datamodule.sizes["train"] / cfg.data.batch_size)
     trainer = build_trainer(
         {**cfg.trainer, "log_every_n_steps": min(cfg.trainer.log_every_n_steps, batches)},
@@ -151,14 +153,6 @@ def result_text(result: dict[str, Any], examples: int) -> str:
         f"Test accuracy {100 * result['test/acc']:.2f} % (95 % interval {100 * low:.2f} to {100 * high:.2f} % for "
         f"{examples:,} images), loss {result['test/loss']:.4f}, ECE {result['test/ece']:.4f}"
     )
-
-
-def wilson_interval(accuracy: float, examples: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of an accuracy measured on so many independent examples."""
-    center = (accuracy + z**2 / (2 * examples)) / (1 + z**2 / examples)
-    spread = math.sqrt(accuracy * (1 - accuracy) / examples + z**2 / (4 * examples**2))
-    half = z / (1 + z**2 / examples) * spread
-    return center - half, center + half
 
 
 def build_plan(cfg: DictConfig) -> Plan:

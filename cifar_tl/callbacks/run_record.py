@@ -1,5 +1,6 @@
 """metrics.json: what a run did and everything needed to repeat it."""
 
+import dataclasses
 import hashlib
 import json
 import subprocess
@@ -118,6 +119,10 @@ class RunRecord(L.Callback):
             "status": self.status,
             **self.result,
             **best,
+            "plan": [
+                {**dataclasses.asdict(phase), "peak_lr": self.plan.peak_learning_rates(phase)}
+                for phase in self.plan.phases
+            ],
             "phases": self.phase_speeds(),
             **{name: [epoch[name] for epoch in self.epochs] for name in columns},
             **self.facts,

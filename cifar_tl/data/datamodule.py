@@ -80,6 +80,8 @@ class ImageDataModule(L.LightningDataModule):
         self._train: tuple[Tensor, Tensor] | None = None
         self._val: tuple[Tensor, Tensor] | None = None
         self._test: tuple[Tensor, Tensor] | None = None
+        self.indices: dict[str, Tensor] = {}
+        """Of each loaded split, which images of the official training set (train, val) or test set it has; sorted."""
         self.split_sha256 = ""
 
     @property
@@ -93,6 +95,12 @@ class ImageDataModule(L.LightningDataModule):
         splits = {"train": self._train, "val": self._val, "test": self._test}
         return {name: len(split[1]) for name, split in splits.items() if split is not None}
 
+    def images(self, split: str) -> Tensor:
+        """Return the images of a loaded split, (examples, 3, 32, 32), uint8, as the source gave them."""
+        loaded = {"train": self._train, "val": self._val, "test": self._test}[split]
+        assert loaded is not None, "setup() comes first"
+        return loaded[0]
+
     def prepare_data(self) -> None:
         """Fetch or check the files."""
         self.source.prepare()
@@ -103,11 +111,13 @@ class ImageDataModule(L.LightningDataModule):
             images, targets = self.source.train()
             train, val = split_train_val(targets, self.val_size, self.limit, self.split_seed)
             self.split_sha256 = split_hash(train, val)
+            self.indices |= {"train": train, "val": val}
             self._train = images[train], targets[train]
             self._val = images[val], targets[val]
         if stage == "test" and self._test is None:
             images, targets = self.source.test()
             chosen = limited(torch.arange(len(targets)), targets, self.limit, self.split_seed)
+            self.indices["test"] = chosen
             self._test = images[chosen], targets[chosen]
 
     def train_dataloader(self) -> ArrayLoader:
