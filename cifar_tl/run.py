@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
 from cifar_tl.callbacks.backbone_unfreeze import BackboneUnfreeze
-from cifar_tl.callbacks.console import Console, duration_text
+from cifar_tl.callbacks.console import Console
 from cifar_tl.callbacks.epoch_seed import EpochSeed
 from cifar_tl.callbacks.freeze_guard import FreezeGuard
 from cifar_tl.callbacks.phases import Plan, epochs_text, stages_text
@@ -30,6 +30,7 @@ from cifar_tl.hardware import environment, resolve_accelerator, resolve_precisio
 from cifar_tl.model.backbone import load_weights
 from cifar_tl.model.module import TransferClassifier
 from cifar_tl.reports.scores import wilson_interval
+from cifar_tl.reports.text import duration_text
 
 log = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ import torch
 from cifar_tl.callbacks.freezing import BATCHNORM_POLICIES
 from cifar_tl.callbacks.phases import Plan, epochs_text, stages_text
 from cifar_tl.callbacks.run_record import RunRecord
+from cifar_tl.reports.text import duration_text
 
 log = logging.getLogger(__name__)
 
@@ -82,12 +83,3 @@ def memory_text(device: torch.device) -> str:
     if device.type == "cuda":
         text += f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB GPU (peak)"
     return text
-
-
-def duration_text(seconds: float) -> str:
-    """Return a duration as people read it: `41 s`, `3 min 05 s`, `1 h 36 min`."""
-    if seconds < 60:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    if seconds < 3600:
-        return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
-    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"

@@ -97,8 +97,8 @@ class PredictionsFile(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the best epoch's validation of the run that is resumed."""
-        self._best = dict(state_dict)
-        self._best_accuracy = self._best.pop("accuracy")
+        self._best = {name: values for name, values in state_dict.items() if name != "accuracy"}
+        self._best_accuracy = float(state_dict["accuracy"])
 
     def _scored(self, trainer: L.Trainer, split: str) -> Scored:
         """Put the batches of all processes together, in the order of the split."""

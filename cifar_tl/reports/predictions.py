@@ -3,6 +3,7 @@
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,12 +36,12 @@ class Scored:
     @property
     def predicted(self) -> Ints:
         """The class with the highest logit, (examples,)."""
-        return self.logits.argmax(axis=1)
+        return np.asarray(self.logits.argmax(axis=1))
 
     @property
     def right(self) -> NDArray[np.bool_]:
         """Whether each prediction is right, (examples,)."""
-        return self.predicted == self.targets
+        return np.asarray(self.predicted == self.targets)
 
     @property
     def accuracy(self) -> float:
@@ -65,7 +66,7 @@ class Predictions:
 
 def write_predictions(folder: Path, predictions: Predictions) -> None:
     """Write predictions.npz; it needs no pickle to be read."""
-    arrays: dict[str, NDArray[np.generic]] = {"classes": np.array(predictions.classes, dtype=np.str_)}
+    arrays: dict[str, NDArray[Any]] = {"classes": np.array(predictions.classes, dtype=np.str_)}
     for name, split in (("val", predictions.val), ("test", predictions.test)):
         arrays |= {
             f"{name}_logits": split.logits.astype(np.float32),
@@ -138,7 +139,7 @@ def read_images(folder: Path) -> dict[int, NDArray[np.uint8]]:
     return dict(zip(data["indices"].tolist(), data["images"], strict=True))
 
 
-def _save(path: Path, arrays: dict[str, NDArray[np.generic]]) -> None:
+def _save(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
     """Write an archive, replacing the old one in one step."""
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("wb") as file:
@@ -146,7 +147,7 @@ def _save(path: Path, arrays: dict[str, NDArray[np.generic]]) -> None:
     partial.replace(path)
 
 
-def _load(path: Path, keys: tuple[str, ...]) -> dict[str, NDArray[np.generic]]:
+def _load(path: Path, keys: tuple[str, ...]) -> dict[str, NDArray[Any]]:
     """Read an archive, without pickle.
 
     Raises:

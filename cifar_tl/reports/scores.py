@@ -1,4 +1,4 @@
-"""Figures of a classifier from its logits: accuracy, per-class scores, calibration, confusions, rankings. NumPy only."""
+"""Figures of a classifier from its logits: per-class scores, calibration, confusions, rankings. NumPy only."""
 
 import math
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ def softmax(logits: NDArray[np.floating], temperature: float = 1.0) -> Floats:
     """Return probabilities, (examples, classes), of logits divided by a temperature."""
     scaled = logits.astype(np.float64) / temperature
     exponentials = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-    return exponentials / exponentials.sum(axis=1, keepdims=True)
+    return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True))
 
 
 def negative_log_likelihood(logits: NDArray[np.floating], targets: Ints, temperature: float = 1.0) -> float:
@@ -171,7 +171,7 @@ def top_mistakes(probabilities: Floats, targets: Ints, count: int) -> Ints:
     """Return positions of wrong predictions, the most confident first."""
     order = np.argsort(-probabilities.max(axis=1), kind="stable")
     wrong = probabilities.argmax(axis=1)[order] != targets[order]
-    return order[wrong][:count]
+    return np.asarray(order[wrong][:count])
 
 
 def most_certain(probabilities: Floats, count: int) -> Ints:
@@ -188,4 +188,4 @@ def mistaken(probabilities: Floats, targets: Ints, true: int, predicted: int, co
     """Return positions of images of class `true` said to be `predicted`, the most confident first."""
     order = np.argsort(-probabilities.max(axis=1), kind="stable")
     chosen = (targets[order] == true) & (probabilities.argmax(axis=1)[order] == predicted)
-    return order[chosen][:count]
+    return np.asarray(order[chosen][:count])
