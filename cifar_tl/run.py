@@ -19,6 +19,7 @@ from cifar_tl.callbacks.backbone_unfreeze import BackboneUnfreeze
 from cifar_tl.callbacks.console import Console
 from cifar_tl.callbacks.epoch_seed import EpochSeed
 from cifar_tl.callbacks.freeze_guard import FreezeGuard
+from cifar_tl.callbacks.inspection import Inspection
 from cifar_tl.callbacks.phases import Plan, epochs_text, stages_text
 from cifar_tl.callbacks.predictions_file import PredictionsFile
 from cifar_tl.callbacks.run_record import RunRecord, config_sha256, git_state
@@ -88,11 +89,18 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     }
     module.provenance = {"config": config, "facts": facts}
     record = RunRecord(folder, plan, facts)
-    callbacks += [record, Console(plan, cfg.finetune.batchnorm, record), PredictionsFile(folder, datamodule)]
+    predictions = PredictionsFile(folder, datamodule)
+    callbacks += [record, Console(plan, cfg.finetune.batchnorm, record), predictions]
+    loggers = build_loggers(cfg.logger, folder)
+    callbacks += [
+        Inspection(plan, datamodule, predictions, record, logger, config)
+        for logger in loggers
+        if isinstance(logger, TensorBoardLogger)
+    ]
     batches = math.ceil(datamodule.sizes["train"] / cfg.data.batch_size)
     trainer = build_trainer(
         {**cfg.trainer, "log_every_n_steps": min(cfg.trainer.log_every_n_steps, batches)},
-        logger=build_loggers(cfg.logger, folder),
+        logger=loggers,
         callbacks=[*callbacks, *progress_bar(), *checkpoint_callbacks(last.parent)],
         default_root_dir=folder,
     )
@@ -103,7 +111,9 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     resume_from = last if cfg.resume is not None else None
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=resume_from, weights_only=True)
-        return test(trainer, module, datamodule, record, folder)
+        result = test(trainer, module, datamodule, record, folder)
+        predictions.write(trainer)
+        return result
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"the GPU ran out of memory at data.batch_size={cfg.data.batch_size}. Lower it. ({error})"

@@ -81,9 +81,13 @@ class PredictionsFile(L.Callback):
         self._targets.append(class_indices(batch[1]))
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the files."""
-        self.test = test = self._scored(trainer, "test")
-        if not trainer.is_global_zero:
+        """Put the batches together."""
+        self.test = self._scored(trainer, "test")
+
+    def write(self, trainer: L.Trainer) -> None:
+        """Write the files, after the test."""
+        test = self.test
+        if not trainer.is_global_zero or test is None:
             return
         val = Scored(**{name: tensor.numpy() for name, tensor in self._best.items()})
         write_predictions(self.folder, Predictions(list(self.datamodule.classes), val, test))

@@ -1,6 +1,6 @@
 """The LightningDataModule: a source of images, split and batched."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import lightning as L
@@ -97,9 +97,24 @@ class ImageDataModule(L.LightningDataModule):
 
     def images(self, split: str) -> Tensor:
         """Return the images of a loaded split, (examples, 3, 32, 32), uint8, as the source gave them."""
+        return self._loaded(split)[0]
+
+    def targets(self, split: str) -> Tensor:
+        """Return the class indices of a loaded split, (examples,)."""
+        return self._loaded(split)[1]
+
+    def normalised(self, split: str, positions: Tensor) -> Iterator[Tensor]:
+        """Yield batches of some images of a loaded split, in order, as the network gets them in evaluation."""
+        images, targets = self._loaded(split)
+        for batch, _ in ArrayLoader(
+            images[positions], targets[positions], self.eval_batch_size, mean=self.mean, std=self.std
+        ):
+            yield batch
+
+    def _loaded(self, split: str) -> tuple[Tensor, Tensor]:
         loaded = {"train": self._train, "val": self._val, "test": self._test}[split]
         assert loaded is not None, "setup() comes first"
-        return loaded[0]
+        return loaded
 
     def prepare_data(self) -> None:
         """Fetch or check the files."""

@@ -207,7 +207,7 @@ def _classes(predictions: Predictions, out: Path) -> str:
                 figures.confusion("Confusion, test set", matrix, names),
                 out,
                 "confusion",
-                f"Confusion matrix of {len(names)} classes; {int(matrix.trace()):,} of {len(test.targets):,} images are right.",
+                f"Confusion matrix, {len(names)} classes; {test.right.sum():,} of {len(test.targets):,} images are right.",
             ),
             "Images by true class (row) and prediction (column). Blue: right. Red: wrong, on a scale of its own.",
         ),
@@ -261,7 +261,7 @@ def _calibration(predictions: Predictions, out: Path) -> str:
             "On the dashed line, predictions of a confidence are right as often as it says.",
         ),
         "<div><p>One number, the temperature, divides all logits; it is fitted on the validation images alone and "
-        f"changes no prediction. It is {temperature:.3f} here: the network was {tone} sure of itself than it should be.</p>"
+        f"changes no prediction. It is {temperature:.3f} here: the network is {tone} sure than it should be.</p>"
         + html.table(head, rows, "Calibration before and after")
         + "</div>",
     )

@@ -123,9 +123,9 @@ def _paired(groups: Sequence[Group]) -> Table:
         f"Compared with {label}",
         ["setting", "test acc, points", "95 % interval", "holds 0", "per seed", "right alone / wrong alone", "seeds"],
         rows,
-        f"Paired over the same test images and seeds, against {label}, which has the best mean validation accuracy. "
-        "The interval is for another draw of test images with these trained models; how much seeds matter is the range "
-        "of the differences per seed. 'Right alone': images that only this setting gets right, averaged over the seeds.",
+        f"Paired over the same test images and seeds, against {label}, the best on validation. "
+        "The interval is for another draw of test images with these trained models; how much seeds matter is the span "
+        "of differences per seed. 'Right alone': images that only this setting gets right, averaged over the seeds.",
     )
 
 
