@@ -190,9 +190,10 @@ class Inspection(L.Callback):
         for tag, value in own.items():
             self.writer.add_scalar(tag, value, step)
         results = {tag: metrics[tag] for tag in ("test/acc", "test/loss", "test/ece")}
-        summaries: Any = hparams  # not typed by torch
-        for summary in summaries(hparam_values(self.config), {**own, **results}):
-            self.writer._get_file_writer().add_summary(summary)  # what Lightning's logger does
+        make: Any = hparams  # torch has no types here
+        file: Any = self.writer.file_writer
+        for summary in make(hparam_values(self.config), {**own, **results}):
+            file.add_summary(summary)
 
     @contextmanager
     def _softly(self, what: str) -> Iterator[None]:

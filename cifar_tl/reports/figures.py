@@ -97,7 +97,8 @@ def curves(
         shown = np.array(values, dtype=float)
         if log_scale:
             shown[shown <= 0] = np.nan
-        axes.plot(epochs, shown, marker="o", markersize=3, color=color, label=name)
+        width = 3.5 if log_scale and color == COLORS[0] else 1.7  # two rates are often the same
+        axes.plot(epochs, shown, marker="o", markersize=3, color=color, label=name, linewidth=width)
     if log_scale:
         axes.set_yscale("log")
         peaks = [max(values) for values in series.values() if max(values) > 0]

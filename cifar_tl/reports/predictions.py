@@ -155,7 +155,7 @@ def _load(path: Path, keys: tuple[str, ...]) -> dict[str, NDArray[Any]]:
         ValueError: It is damaged, or lacks a key.
     """
     try:
-        with np.load(path, allow_pickle=False) as data:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
             return {key: data[key] for key in keys}
     except FileNotFoundError:
         raise

@@ -207,7 +207,7 @@ def _classes(predictions: Predictions, out: Path) -> str:
                 figures.confusion("Confusion, test set", matrix, names),
                 out,
                 "confusion",
-                f"Confusion matrix, {len(names)} classes; {test.right.sum():,} of {len(test.targets):,} images are right.",
+                f"Confusion matrix: {test.right.sum():,} of {len(test.targets):,} images are on the diagonal.",
             ),
             "Images by true class (row) and prediction (column). Blue: right. Red: wrong, on a scale of its own.",
         ),

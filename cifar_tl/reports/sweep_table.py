@@ -18,7 +18,7 @@ COLUMNS = ("job", "overrides", "best val/acc", "test/acc", "minutes", "state")
 
 
 class SweepTable(Callback):
-    """Collect the jobs of a multirun: sweep.csv after each job, in the sweep's folder; after the last, a table and a page."""
+    """Collect the jobs of a multirun: sweep.csv after each job, in its folder; after the last, a table and a page."""
 
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
