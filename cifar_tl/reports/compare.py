@@ -16,7 +16,7 @@ class Group:
     """Runs that differ in nothing but their seed.
 
     Attributes:
-        label: The overrides in which the groups differ, as typed.
+        label: The overrides in which the groups differ, without the part before the last dot where that is clear.
         overrides: Values by key, without the seed.
         runs: The runs, by seed.
     """
@@ -35,10 +35,12 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     given = [_by_key(run.overrides or [f"folder={run.folder}"]) for run in runs]
     keys = dict.fromkeys(key for overrides in given for key in overrides if key != "seed")
     differing = [key for key in keys if len({overrides.get(key) for overrides in given}) > 1]
+    last = [key.rsplit(".", 1)[-1] for key in differing]
+    short = {key: name if last.count(name) == 1 else key for key, name in zip(differing, last, strict=True)}
     groups: dict[tuple[tuple[str, str], ...], Group] = {}
     for run, overrides in zip(runs, given, strict=True):
         settings = {key: value for key, value in overrides.items() if key != "seed"}
-        label = " ".join(f"{key}={settings[key]}" for key in differing if key in settings) or "as it stands"
+        label = " ".join(f"{short[key]}={settings[key]}" for key in differing if key in settings) or "as it stands"
         group = groups.setdefault(tuple(sorted(settings.items())), Group(label, settings, []))
         group.runs.append(run)
     if len(groups) == 1 and not differing:

@@ -238,17 +238,22 @@ def _calibration(predictions: Predictions, out: Path) -> str:
     drawn = figures.reliability(
         "Reliability, test set", {"as trained": before, f"temperature {temperature:.3f}": after}
     )
-    rows = []
-    for name, t in (("as trained", 1.0), (f"temperature {temperature:.3f}", temperature)):
-        row: list[object] = [name]
-        for split in (val, test):
-            row += [
-                f"{scores.negative_log_likelihood(split.logits, split.targets, t):.4f}",
-                f"{scores.reliability(scores.softmax(split.logits, t), split.targets).ece:.4f}",
-            ]
-        confidence = scores.softmax(test.logits, t).max(axis=1).mean()
-        rows.append([*row, percent(confidence), percent(test.accuracy)])
-    head = ["", "val NLL", "val ECE", "test NLL", "test ECE", "mean confidence, test", "accuracy, test"]
+    rows: list[list[str]] = []
+    for name, split in (("validation", val), ("test", test)):
+        columns = []
+        for t in (1.0, temperature):
+            probabilities = scores.softmax(split.logits, t)
+            columns.append(
+                [
+                    f"{scores.negative_log_likelihood(split.logits, split.targets, t):.4f}",
+                    f"{scores.reliability(probabilities, split.targets).ece:.4f}",
+                    percent(probabilities.max(axis=1).mean()),
+                    percent(split.accuracy),
+                ]
+            )
+        names = ("negative log-likelihood", "ECE", "mean confidence", "accuracy")
+        rows += [[f"{name}: {what}", *both] for what, *both in zip(names, *columns, strict=True)]
+    head = ["", "as trained", f"temperature {temperature:.3f}"]
     tone = "more" if temperature > 1 else "less"
     return html.figures(
         html.figure(
@@ -285,7 +290,7 @@ def _time(run: Run) -> str:
     total = sum(metrics["seconds"])
     rows.append(["all", len(metrics["epoch"]), duration_text(total), duration_text(total / len(metrics["epoch"])), ""])
     head = ["phase", "epochs", "time", "per epoch, with validation", "training images/s"]
-    device = f"{metrics['device']}, {metrics['precision']}, {metrics['threads']} threads"
+    device = f"{metrics['device']}, {metrics['precision']}, threads: {metrics['threads']}"
     return html.table(head, rows, "Time per phase") + f'<p class="soft">{escape(device)}</p>'
 
 
@@ -309,7 +314,10 @@ def _repeat(run: Run) -> str:
     if "git_commit" in metrics:
         rows.insert(0, ("commit", f"{metrics['git_commit'] or 'not run from a checkout'}{dirty}"))
     if isinstance(metrics.get("images"), dict):
-        rows.append(("images", ", ".join(f"{name} {count:,}" for name, count in metrics["images"].items())))
+        counts = dict(metrics["images"])
+        if run.predictions is not None:
+            counts["test"] = len(run.predictions.test.targets)
+        rows.append(("images", ", ".join(f"{name} {count:,}" for name, count in counts.items())))
     if isinstance(metrics.get("versions"), dict):
         rows.append(("versions", ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())))
     if isinstance(metrics.get("normalisation"), dict):

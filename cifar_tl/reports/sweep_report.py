@@ -16,6 +16,7 @@ from cifar_tl.reports.runs import Run, read_runs
 from cifar_tl.reports.text import duration_text, percent, points
 
 NAME = "sweep_report"
+RUNS_AND_MEANS = "Thin lines are runs, thick ones means; dashed: a phase starts."
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def _paired(groups: Sequence[Group]) -> Table:
         )
     label = best.label if best is not None else ""
     return Table(
-        f"Compared with {label}",
+        "Compared with the best",
         ["setting", "test acc, points", "95 % interval", "holds 0", "per seed", "right alone / wrong alone", "seeds"],
         rows,
         f"Paired over the same test images and seeds, against {label}, the best on validation. "
@@ -182,8 +183,13 @@ def _figures(groups: Sequence[Group], out: Path) -> str:
     drawn = []
     if tested:
         said = "; ".join(f"{label}: mean {percent(fmean(values))}" for label, values in tested.items())
-        figure = figures.points("Test accuracy: runs, and mean of each setting", tested)
-        drawn.append(html.figure(svg.save(figure, out, "test_accuracy", f"Test accuracy per setting. {said}.")))
+        figure = figures.points("Test accuracy per setting", tested)
+        drawn.append(
+            html.figure(
+                svg.save(figure, out, "test_accuracy", f"Test accuracy per setting. {said}."),
+                "Points are runs, ticks means.",
+            )
+        )
     for key, title in (("val/acc", "Validation accuracy"), ("train/acc", "Training accuracy")):
         curves = {
             group.label: [(run.metrics["epoch"], run.metrics[key]) for run in group.runs if run.metrics.get(key)]
@@ -192,9 +198,11 @@ def _figures(groups: Sequence[Group], out: Path) -> str:
         curves = {label: runs for label, runs in curves.items() if runs}
         starts = {p["epochs"][0] for g in groups for r in g.runs for p in r.metrics.get("phases", [])} - {0}
         if curves:
-            figure = figures.runs_over_each_other(f"{title}: runs, and mean of each setting", curves, sorted(starts))
+            figure = figures.runs_over_each_other(f"{title} per setting", curves, sorted(starts))
             name = key.replace("/", "_")
-            drawn.append(html.figure(svg.save(figure, out, name, f"{title} over the epochs, per setting.")))
+            drawn.append(
+                html.figure(svg.save(figure, out, name, f"{title} over the epochs, per setting."), RUNS_AND_MEANS)
+            )
     return html.figures(*drawn) if drawn else "<p>No run has finished an epoch.</p>"
 
 

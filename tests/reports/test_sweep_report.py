@@ -33,13 +33,13 @@ def test_means_ranges_and_n(sweep):
     assert main([str(sweep)]) == 0
     rows = {row["setting"]: row for row in csv.DictReader((sweep / "sweep_report.csv").read_text().splitlines())}
     for rate, strength in STRENGTHS.items():
-        row, expected = rows[f"finetune.backbone_lr={rate}"], accuracies(strength)
+        row, expected = rows[f"backbone_lr={rate}"], accuracies(strength)
         assert row["n"] == "3"
         assert float(row["test/acc mean"]) == pytest.approx(np.mean(expected))
         assert float(row["test/acc min"]) == min(expected)
         assert float(row["test/acc max"]) == max(expected)
         shown = f"{100 * np.mean(expected):.2f} % | {100 * min(expected):.2f} to {100 * max(expected):.2f} |"
-        assert f"| finetune.backbone_lr={rate} | 3 | {shown}" in (sweep / "sweep_report.md").read_text()
+        assert f"| backbone_lr={rate} | 3 | {shown}" in (sweep / "sweep_report.md").read_text()
     page = (sweep / "sweep_report.html").read_text()
     assert 'href="3/report.html"' in page
     assert (sweep / "3" / "report.html").read_text() == "drawn when the job ended"
