@@ -197,9 +197,10 @@ class Inspection(L.Callback):
 
     @contextmanager
     def _softly(self, what: str) -> Iterator[None]:
-        """Go on without a picture that cannot be drawn."""
+        """Go on without a picture that cannot be drawn; drawing is no training time."""
         try:
-            yield
+            with self.record.not_training():
+                yield
         except Exception as error:
             log.warning("TensorBoard goes without %s: %s: %s", what, type(error).__name__, error)
 

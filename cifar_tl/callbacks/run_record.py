@@ -5,7 +5,8 @@ import hashlib
 import json
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,16 @@ class RunRecord(L.Callback):
         self.epochs: list[dict[str, Any]] = []
         self.result: dict[str, Any] = {}
         self.status = "running"
+        self._validation_seconds = 0.0
+
+    @contextmanager
+    def not_training(self) -> Iterator[None]:
+        """Keep what happens inside out of `images_per_s`, like validation; an epoch's `seconds` have it."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._validation_seconds += time.perf_counter() - start
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""

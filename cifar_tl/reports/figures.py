@@ -19,7 +19,8 @@ INK = "#1f2329"
 FAINT = "#8b949e"
 COLORS = ("#3b82f6", "#e8853a", "#2da44e", "#8b6fd6", "#d1453b", "#17a2b0", "#b58900", "#d857a6")
 """Readable on white and on black."""
-RIGHT, WRONG = COLORS[0], COLORS[4]
+RIGHT, WRONG = "#2563c9", "#bf3328"
+"""Cells; white letters on them can be read."""
 WIDTH = 5.2
 """Inches; a phone shows such a figure with letters that can still be read."""
 
@@ -240,7 +241,9 @@ def gallery(title: str, images: Sequence[NDArray[np.uint8]], captions: Sequence[
     """
     rows = max(1, -(-len(images) // columns))
     lines = max((caption.count("\n") + 1 for caption in captions), default=0)
-    figure = Figure(figsize=(1.15 * columns, (1.0 + 0.16 * lines) * rows + 0.35), layout="constrained")
+    longest = max((len(line) for caption in captions for line in caption.split("\n")), default=0)
+    width = max(1.1, 0.058 * longest)  # inches: captions of neighbours must not touch
+    figure = Figure(figsize=(width * columns, (1.0 + 0.16 * lines) * rows + 0.35), layout="constrained")
     figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid:
