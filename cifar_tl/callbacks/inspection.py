@@ -171,7 +171,7 @@ class Inspection(L.Callback):
             chosen = scores.top_mistakes(probabilities, scored.targets, MISTAKES)
             if len(chosen):
                 at = np.searchsorted(self.datamodule.indices[split].numpy(), scored.indices[chosen])
-                images = list(self.datamodule.images(split)[at].permute(0, 2, 3, 1).numpy())
+                images = list(self.datamodule.images(split)[at].cpu().permute(0, 2, 3, 1).numpy())
                 said = captions(classes, probabilities[chosen], scored.targets[chosen])
                 gallery = figures.gallery(f"Most confident mistakes, {where}", images, said)
                 self._picture(f"{split}/mistakes", gallery, step)
@@ -220,7 +220,7 @@ def sample_grid(datamodule: ImageDataModule) -> Figure:
         members = (targets == label).nonzero().squeeze(1)[:PER_CLASS]
         chosen.append(members)
         names += [name] * len(members)
-    images = datamodule.images("train")[torch.cat(chosen)].permute(0, 2, 3, 1).numpy()
+    images = datamodule.images("train")[torch.cat(chosen)].cpu().permute(0, 2, 3, 1).numpy()
     return figures.gallery("Training images, before augmentation", list(images), names, columns=PER_CLASS)
 
 

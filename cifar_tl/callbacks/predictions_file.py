@@ -93,7 +93,7 @@ class PredictionsFile(L.Callback):
         write_predictions(self.folder, Predictions(list(self.datamodule.classes), val, test))
         chosen = worth_showing(test)
         where = np.searchsorted(self.datamodule.indices["test"].numpy(), test.indices[chosen])
-        write_images(self.folder, test.indices[chosen], self.datamodule.images("test")[where].numpy())
+        write_images(self.folder, test.indices[chosen], self.datamodule.images("test")[where].cpu().numpy())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best epoch's validation."""
