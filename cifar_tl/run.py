@@ -89,7 +89,7 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     }
     module.provenance = {"config": config, "facts": facts}
     record = RunRecord(folder, plan, facts)
-    predictions = PredictionsFile(folder, datamodule)
+    predictions = PredictionsFile(folder, datamodule, plan)
     callbacks += [record, Console(plan, cfg.finetune.batchnorm, record), predictions]
     loggers = build_loggers(cfg.logger, folder)
     callbacks += [

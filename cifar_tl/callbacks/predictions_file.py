@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cifar_tl.callbacks.phases import Plan
 from cifar_tl.data.datamodule import ImageDataModule
 from cifar_tl.model.module import class_indices
 from cifar_tl.reports.predictions import Predictions, Scored, worth_showing, write_images, write_predictions
@@ -17,20 +18,24 @@ class PredictionsFile(L.Callback):
     """Write predictions.npz and images.npz after the test, without a pass over the data of its own.
 
     Logits are what `validation_step` and `test_step` return. Those of the epoch with the highest validation accuracy,
-    the first of equals, are kept; they travel in checkpoints, for resumed runs.
+    the first of equals, are kept, and those of the last epoch before the thaw; they travel in checkpoints, for resumed
+    runs.
 
     Args:
         folder: The run's.
         datamodule: Knows which images were scored.
+        plan: Says when the backbone thaws.
     """
 
-    def __init__(self, folder: Path, datamodule: ImageDataModule) -> None:
+    def __init__(self, folder: Path, datamodule: ImageDataModule, plan: Plan) -> None:
         self.folder = folder
         self.datamodule = datamodule
+        self.plan = plan
         self.val: Scored | None = None
         """The latest validation."""
         self.test: Scored | None = None
         self._best: dict[str, Tensor] = {}
+        self._frozen: Tensor | None = None
         self._best_accuracy = -1.0
         self._logits: list[Tensor] = []
         self._targets: list[Tensor] = []
@@ -62,6 +67,8 @@ class PredictionsFile(L.Callback):
         if self.val is not None and accuracy > self._best_accuracy:
             self._best_accuracy = accuracy
             self._best = {name: torch.from_numpy(values) for name, values in vars(self.val).items()}
+        if self.val is not None and trainer.current_epoch + 1 == self.plan.unfreeze_at_epoch < self.plan.max_epochs:
+            self._frozen = torch.from_numpy(self.val.logits)
 
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start over."""
@@ -90,19 +97,20 @@ class PredictionsFile(L.Callback):
         if not trainer.is_global_zero or test is None:
             return
         val = Scored(**{name: tensor.numpy() for name, tensor in self._best.items()})
-        write_predictions(self.folder, Predictions(list(self.datamodule.classes), val, test))
+        frozen = Scored(self._frozen.numpy(), val.targets, val.indices) if self._frozen is not None else None
+        write_predictions(self.folder, Predictions(list(self.datamodule.classes), val, test, frozen))
         chosen = worth_showing(test)
         where = np.searchsorted(self.datamodule.indices["test"].numpy(), test.indices[chosen])
         write_images(self.folder, test.indices[chosen], self.datamodule.images("test")[where].cpu().numpy())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best epoch's validation."""
-        return {"accuracy": self._best_accuracy, **self._best}
+        """Return what validation said in the best epoch and before the thaw."""
+        return {"accuracy": self._best_accuracy, "best": self._best, "frozen": self._frozen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the best epoch's validation of the run that is resumed."""
-        self._best = {name: values for name, values in state_dict.items() if name != "accuracy"}
-        self._best_accuracy = float(state_dict["accuracy"])
+        """Take up what the run that is resumed has kept."""
+        self._best_accuracy, self._best = state_dict["accuracy"], state_dict["best"]
+        self._frozen = state_dict["frozen"]
 
     def _scored(self, trainer: L.Trainer, split: str) -> Scored:
         """Put the batches of all processes together, in the order of the split."""

@@ -230,6 +230,31 @@ def intervals(
 
 
 @_styled
+def changes(title: str, labels: Sequence[str], values: Sequence[Sequence[float]]) -> Figure:
+    """Draw an arrow from each share before to the share after, one per line.
+
+    Args:
+        title: Of the figure.
+        labels: One per line, from the top.
+        values: Before and after.
+    """
+    figure, axes = _axes(0.9 + 0.27 * len(labels))
+    for y, (before, after) in enumerate(values):
+        color = COLORS[2] if after >= before else WRONG
+        axes.annotate(
+            "", (after, y), (before, y), arrowprops={"arrowstyle": "-|>", "color": color, "lw": 2, "shrinkA": 0}
+        )
+        axes.plot([before], [y], "o", color=FAINT, markersize=5)
+        axes.plot([after], [y], "o", color=color, markersize=0)  # for the limits of the axis
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    axes.tick_params(axis="y", length=0)
+    axes.set_title(title)
+    return figure
+
+
+@_styled
 def gallery(title: str, images: Sequence[NDArray[np.uint8]], captions: Sequence[str], columns: int = 6) -> Figure:
     """Draw images with captions.
 

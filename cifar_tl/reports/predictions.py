@@ -12,6 +12,7 @@ from cifar_tl.reports import scores
 from cifar_tl.reports.scores import Ints
 
 PREDICTIONS, IMAGES = "predictions.npz", "images.npz"
+SPLIT_KEYS, FROZEN = ("logits", "targets", "indices"), "frozen_val_logits"
 
 MISTAKES, CERTAIN, UNCERTAIN = 24, 12, 12
 """Pictures in the galleries of a report."""
@@ -57,11 +58,13 @@ class Predictions:
         classes: Names, in the order of their indices.
         val: Validation; every temperature and threshold is chosen here.
         test: Test; only measured.
+        frozen: Validation at the end of the frozen phase; None if there was none, or nothing thawed.
     """
 
     classes: list[str]
     val: Scored
     test: Scored
+    frozen: Scored | None = None
 
 
 def write_predictions(folder: Path, predictions: Predictions) -> None:
@@ -73,6 +76,8 @@ def write_predictions(folder: Path, predictions: Predictions) -> None:
             f"{name}_targets": split.targets.astype(np.int64),
             f"{name}_indices": split.indices.astype(np.int64),
         }
+    if predictions.frozen is not None:
+        arrays[FROZEN] = predictions.frozen.logits.astype(np.float32)
     _save(folder / PREDICTIONS, arrays)
 
 
@@ -83,9 +88,12 @@ def read_predictions(folder: Path) -> Predictions:
         FileNotFoundError: There is none.
         ValueError: It is damaged, or holds something else.
     """
-    data = _load(folder / PREDICTIONS, ("classes", *(f"{s}_{k}" for s in ("val", "test") for k in SPLIT_KEYS)))
+    keys = ("classes", *(f"{split}_{key}" for split in ("val", "test") for key in SPLIT_KEYS))
+    data = _load(folder / PREDICTIONS, keys, optional=(FROZEN,))
     classes = [str(name) for name in data["classes"]]
     splits = [Scored(*(data[f"{split}_{key}"] for key in SPLIT_KEYS)) for split in ("val", "test")]
+    if FROZEN in data:
+        splits.append(Scored(data[FROZEN], splits[0].targets, splits[0].indices))
     for split in splits:
         lengths = {len(split.logits), len(split.targets), len(split.indices)}
         if split.logits.ndim != 2 or split.logits.shape[1] != len(classes) or len(lengths) != 1:
@@ -95,9 +103,6 @@ def read_predictions(folder: Path) -> Predictions:
         if len(split.targets) and not 0 <= split.targets.min() <= split.targets.max() < len(classes):
             raise ValueError(f"{PREDICTIONS}: targets that are none of the {len(classes)} classes")
     return Predictions(classes, *splits)
-
-
-SPLIT_KEYS = ("logits", "targets", "indices")
 
 
 def worth_showing(test: Scored) -> Ints:
@@ -147,7 +152,7 @@ def _save(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
     partial.replace(path)
 
 
-def _load(path: Path, keys: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+def _load(path: Path, keys: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, NDArray[Any]]:
     """Read an archive, without pickle.
 
     Raises:
@@ -156,7 +161,7 @@ def _load(path: Path, keys: tuple[str, ...]) -> dict[str, NDArray[Any]]:
     """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
-            return {key: data[key] for key in keys}
+            return {key: data[key] for key in (*keys, *(key for key in optional if key in data))}
     except FileNotFoundError:
         raise
     except KeyError as error:

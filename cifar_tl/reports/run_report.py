@@ -10,6 +10,7 @@ from cifar_tl.reports import figures, html, scores, svg
 from cifar_tl.reports.html import Markup
 from cifar_tl.reports.predictions import Predictions
 from cifar_tl.reports.run_images import image_sections, leakage
+from cifar_tl.reports.run_thaw import thaw
 from cifar_tl.reports.runs import Run, read_run
 from cifar_tl.reports.text import duration_text, percent, points
 
@@ -27,9 +28,10 @@ def write_run_report(folder: Path) -> Path:
     missing: list[str] = []
 
     def attempt(heading: str, draw: Callable[[], str]) -> None:
-        """Add a section; figures of a damaged file must not cost the rest of the page."""
+        """Add a section if there is something in it; a damaged file must not cost the rest of the page."""
         try:
-            sections.append((heading, draw()))
+            if content := draw():
+                sections.append((heading, content))
         except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
             reason = f"metrics.json has no {error}" if isinstance(error, KeyError) else f"metrics.json is odd: {error}"
             missing.append(f"'{heading}' could not be drawn: {reason}.")
@@ -41,6 +43,7 @@ def write_run_report(folder: Path) -> Path:
     if run.predictions is not None and len(run.predictions.test.targets):
         predictions = run.predictions
         attempt("Classes", lambda: _classes(predictions, out))
+        attempt("What the thaw changed", lambda: thaw(predictions, run.metrics, out))
         attempt("Class leakage", lambda: leakage(predictions, run.images))
         attempt("Calibration", lambda: _calibration(predictions, out))
         for heading, draw in image_sections(predictions, run.images, out):

@@ -144,7 +144,7 @@ def test_a_resumed_run_shows_everything_once(run, compose, tmp_path, monkeypatch
         assert [e.step for e in resumed.Images(tag)] == [e.step for e in straight.Images(tag)], tag
     assert len(resumed.Tensors("phases/text_summary")) == 2
     assert {e.step for e in resumed.Scalars("phase")} == {e.step for e in straight.Scalars("phase")}
-    for split in ("val", "test"):
+    for split in ("val", "test", "frozen"):
         a, b = (getattr(read_predictions(folder), split) for folder in (run, tmp_path))
         np.testing.assert_array_equal(a.logits, b.logits)
         np.testing.assert_array_equal(a.indices, b.indices)
@@ -173,6 +173,7 @@ def test_other_plans(compose, tmp_path, monkeypatch, caplog, overrides, validate
 
 def test_a_picture_that_cannot_be_drawn_does_not_cost_the_run(compose, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(inspection.figures, "confusion", lambda *_: 1 / 0)
+    monkeypatch.setattr(inspection.figures, "pixels", lambda figure: np.zeros((2, 2, 3), dtype=np.uint8))  # fast
     cfg = compose(*TINY, "logger=tensorboard", "finetune.unfreeze_at_epoch=0", "trainer.max_epochs=1")
     assert train(cfg, tmp_path, "demo")["status"] == "finished"
     assert "TensorBoard goes without val/confusion: ZeroDivisionError" in caplog.text

@@ -25,7 +25,7 @@ def make_run(folder, overrides=(), seed=0, strength=1.5, status="finished", **me
     (folder / ".hydra" / "overrides.yaml").write_text(json.dumps([*overrides, f"seed={seed}"]))
     val, test = scored(seed + 100, 300, strength), scored(seed, 400, strength)
     if status == "finished":
-        write_predictions(folder, Predictions(CLASSES, val, test))
+        write_predictions(folder, Predictions(CLASSES, val, test, scored(seed + 100, 300, strength / 2)))
         chosen = worth_showing(test)
         images = np.random.default_rng(0).integers(0, 256, (len(chosen), 3, 32, 32), dtype=np.uint8)
         write_images(folder, test.indices[chosen], images)

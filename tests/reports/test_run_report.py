@@ -78,6 +78,22 @@ def test_temperature_lowers_the_validation_loss(drawn):
     assert len(set(rows["test: accuracy"])) == 1
 
 
+def test_what_the_thaw_changed(drawn):
+    with np.load(drawn[0] / "predictions.npz", allow_pickle=False) as data:
+        targets = data["val_targets"]
+        before, after = (
+            sk.recall_score(targets, data[key].argmax(axis=1), average=None)
+            for key in ("frozen_val_logits", "val_logits")
+        )
+    rows = Page(drawn[1]).table("class, validation")
+    shown = {row[0]: row[2:5] for row in rows[1:]}
+    for i, name in enumerate(CLASSES):
+        change = f"{100 * (after[i] - before[i]):+.1f}"
+        assert shown[name] == [f"{100 * before[i]:.1f}", f"{100 * after[i]:.1f}", change]
+    changes = [float(row[4]) for row in rows[1:-1]]
+    assert changes == sorted(changes, reverse=True)
+
+
 def test_page_asks_for_nothing(drawn):
     page = Page(drawn[1])
     assert page.wanted
