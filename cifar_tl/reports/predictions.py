@@ -100,7 +100,9 @@ def read_predictions(folder: Path) -> Predictions:
             raise ValueError(f"{PREDICTIONS}: arrays of different lengths")
         if not np.isfinite(split.logits).all():
             raise ValueError(f"{PREDICTIONS}: logits that are not finite")
-        if len(split.targets) and not 0 <= split.targets.min() <= split.targets.max() < len(classes):
+        if not len(split.targets):
+            raise ValueError(f"{PREDICTIONS}: a split without images")
+        if not 0 <= split.targets.min() <= split.targets.max() < len(classes):
             raise ValueError(f"{PREDICTIONS}: targets that are none of the {len(classes)} classes")
     return Predictions(classes, *splits)
 

@@ -12,6 +12,7 @@ from cifar_tl.reports.predictions import Predictions
 from cifar_tl.reports.run_images import image_sections, leakage
 from cifar_tl.reports.run_thaw import thaw
 from cifar_tl.reports.runs import Run, read_run
+from cifar_tl.reports.scores import Ints
 from cifar_tl.reports.text import duration_text, percent, points
 
 REPORT, FIGURES = "report.html", "figures"
@@ -40,9 +41,11 @@ def write_run_report(folder: Path) -> Path:
     if run.metrics:
         attempt("Plan, and what happened", lambda: _plan(run))
         attempt("Curves", lambda: _curves(run, out))
-    if run.predictions is not None and len(run.predictions.test.targets):
+    if run.test_confusion is not None:
+        matrix = run.test_confusion
+        attempt("Classes", lambda: _classes(matrix, run.classes, out))
+    if run.predictions is not None:
         predictions = run.predictions
-        attempt("Classes", lambda: _classes(predictions, out))
         attempt("What the thaw changed", lambda: thaw(predictions, run.metrics, out))
         attempt("Class leakage", lambda: leakage(predictions, run.images))
         attempt("Calibration", lambda: _calibration(predictions, out))
@@ -78,14 +81,17 @@ def _head(run: Run, missing: list[str]) -> str:
     if run.overrides:
         parts.append(f'<p class="soft"><code>{escape(" ".join(run.overrides))}</code></p>')
     parts.append(html.notes(lines))
-    test = run.predictions.test if run.predictions is not None else None
     tiles = []
-    if test is not None and len(test.targets):
-        low, high = scores.wilson_interval(test.accuracy, len(test.targets))
+    if run.test_confusion is not None:
+        images = int(run.test_confusion.sum())
+        accuracy = int(run.test_confusion.trace()) / images
+        low, high = scores.wilson_interval(accuracy, images)
         parts.append(
-            f'<div class="headline"><strong>{percent(test.accuracy)}</strong><span>test accuracy on '
-            f"{len(test.targets):,} images<br>95 % interval {100 * low:.2f} to {percent(high)}</span></div>"
+            f'<div class="headline"><strong>{percent(accuracy)}</strong><span>test accuracy on '
+            f"{images:,} images<br>95 % interval {100 * low:.2f} to {percent(high)}</span></div>"
         )
+    if run.predictions is not None:
+        test = run.predictions.test
         ece = scores.reliability(scores.softmax(test.logits), test.targets).ece
         tiles += [
             (f"{scores.negative_log_likelihood(test.logits, test.targets):.4f}", "test loss (cross-entropy)"),
@@ -177,10 +183,8 @@ def _curves(run: Run, out: Path) -> str:
     return html.figures(*drawn) + f"<details><summary>The figures as a table</summary>{figures_as_table}</details>"
 
 
-def _classes(predictions: Predictions, out: Path) -> str:
+def _classes(matrix: Ints, names: list[str], out: Path) -> str:
     """Return the confusion matrix and every class' scores on the test set, with intervals."""
-    test, names = predictions.test, predictions.classes
-    matrix = scores.confusion_matrix(test.predicted, test.targets, len(names))
     classes = scores.class_scores(matrix)
     rows = []
     for name, c in zip(names, classes, strict=True):
@@ -193,7 +197,7 @@ def _classes(predictions: Predictions, out: Path) -> str:
     rows.append(
         [
             "mean",
-            f"{len(test.targets):,}",
+            f"{matrix.sum():,}",
             f"{100 * mean[0]:.1f}",
             "",
             f"{100 * mean[1]:.1f}",
@@ -210,7 +214,7 @@ def _classes(predictions: Predictions, out: Path) -> str:
                 figures.confusion("Confusion, test set", matrix, names),
                 out,
                 "confusion",
-                f"Confusion matrix: {test.right.sum():,} of {len(test.targets):,} images are on the diagonal.",
+                f"Confusion matrix: {matrix.trace():,} of {matrix.sum():,} images are on the diagonal.",
             ),
             "Images by true class (row) and prediction (column). Blue: right. Red: wrong, on a scale of its own.",
         ),
@@ -233,9 +237,6 @@ def _calibration(predictions: Predictions, out: Path) -> str:
     """Return how honest the confidences are, before and after temperature scaling."""
     val, test = predictions.val, predictions.test
     before = scores.reliability(scores.softmax(test.logits), test.targets)
-    if not len(val.targets):
-        drawn = figures.reliability("Reliability, test set", {"as trained": before})
-        return html.figure(svg.save(drawn, out, "reliability", f"Reliability diagram, ECE {before.ece:.4f}."))
     temperature = scores.fit_temperature(val.logits, val.targets)
     after = scores.reliability(scores.softmax(test.logits, temperature), test.targets)
     drawn = figures.reliability(

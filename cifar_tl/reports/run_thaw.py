@@ -38,15 +38,13 @@ def thaw(predictions: Predictions, metrics: Mapping[str, Any], out: Path) -> str
     said = f"Recall per class before and after: {gained[0]} {gained[4]} points, ..., {lost[0]} {lost[4]} points."
     drawn = figures.changes("Recall on validation", [name for name, *_ in values], [both for _, *both in values])
     head = ["class, validation", "images", "frozen %", "best %", "points", "interval", "now right", "now wrong"]
-    return (
+    summary = (
         f"<p>Validation accuracy was {percent(before.mean())} with the frozen backbone and is {percent(after.mean())} "
         f"in the best epoch: {int((after & ~before).sum()):,} images became right, {int((before & ~after).sum()):,} "
         "wrong. Intervals hold 95 % and are paired over the images.</p>"
-        + html.figures(
-            html.figure(svg.save(drawn, out, "thaw", said), "From the end of the frozen phase to the best epoch."),
-            html.table(head, rows, "Recall per class before and after the thaw"),
-        )
     )
+    shown = html.figure(svg.save(drawn, out, "thaw", said), "From the end of the frozen phase to the best epoch.")
+    return html.figures(shown, summary) + html.table(head, rows, "Recall per class before and after the thaw")
 
 
 def _row(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> list[str]:

@@ -12,7 +12,9 @@ import yaml
 from numpy.typing import NDArray
 
 from cifar_tl.errors import UserError
+from cifar_tl.reports import scores
 from cifar_tl.reports.predictions import IMAGES, PREDICTIONS, Predictions, read_images, read_predictions
+from cifar_tl.reports.scores import Ints
 
 METRICS, OVERRIDES = "metrics.json", Path(".hydra") / "overrides.yaml"
 
@@ -46,6 +48,23 @@ class Run:
     def finished(self) -> bool:
         """Whether the run came to its test result."""
         return self.status == "finished"
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names, in the order of their indices; empty if nothing says."""
+        return self.predictions.classes if self.predictions is not None else list(self.metrics.get("classes", []))
+
+    @property
+    def test_confusion(self) -> Ints | None:
+        """Counts on the test set by true class and prediction, from either file; None if there are none."""
+        if self.predictions is not None:
+            test = self.predictions.test
+            return scores.confusion_matrix(test.predicted, test.targets, len(self.classes))
+        try:
+            counts = np.array(self.metrics["test/confusion"], dtype=np.int64)
+        except (KeyError, ValueError, TypeError):
+            return None
+        return counts if counts.shape == (len(self.classes),) * 2 and counts.sum() > 0 else None
 
     @property
     def command(self) -> str | None:

@@ -5,6 +5,7 @@ import json
 import numpy as np
 
 from cifar_tl.reports.predictions import Predictions, Scored, worth_showing, write_images, write_predictions
+from cifar_tl.reports.scores import confusion_matrix
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer"]
 
@@ -29,7 +30,9 @@ def make_run(folder, overrides=(), seed=0, strength=1.5, status="finished", **me
         chosen = worth_showing(test)
         images = np.random.default_rng(0).integers(0, 256, (len(chosen), 3, 32, 32), dtype=np.uint8)
         write_images(folder, test.indices[chosen], images)
-        metrics = {"test/acc": test.accuracy, "test/loss": 1.0, "test/ece": 0.1, **metrics}
+        confusion = confusion_matrix(test.predicted, test.targets, len(CLASSES)).tolist()
+        results = {"test/acc": test.accuracy, "test/loss": 1.0, "test/ece": 0.1, "test/confusion": confusion}
+        metrics = {"classes": CLASSES, **results, **metrics}
     rates = {"head": 1e-3, "backbone": 1e-4}
     content = {
         "status": status,

@@ -158,12 +158,12 @@ def half_metrics(run):
 
 def truncate_predictions(run):
     (run / "predictions.npz").write_bytes((run / "predictions.npz").read_bytes()[:500])
-    return "predictions.npz cannot be read", "Accuracy"
+    return "predictions.npz cannot be read", "Confusion"
 
 
 def remove_predictions(run):
     (run / "predictions.npz").unlink()
-    return "predictions.npz is missing", "Accuracy"
+    return "predictions.npz is missing", "Confusion"
 
 
 def remove_images(run):
