@@ -15,7 +15,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from cifar_tl.data import shifted
 from cifar_tl.model.temperature import fit_temperature
 from cifar_tl.model.views import AUGMENTED, SINGLE, View
-from cifar_tl.run import wilson_interval
+from cifar_tl.reports.scores import wilson_interval
 
 log = logging.getLogger(__name__)
 

@@ -17,11 +17,13 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
 from cifar_tl.callbacks.backbone_unfreeze import BackboneUnfreeze
-from cifar_tl.callbacks.console import Console, duration_text
+from cifar_tl.callbacks.console import Console
 from cifar_tl.callbacks.epoch_seed import EpochSeed
 from cifar_tl.callbacks.feature_cache import CacheDecision, FeatureCache, decide, memory_for_features
 from cifar_tl.callbacks.freeze_guard import FreezeGuard
+from cifar_tl.callbacks.inspection import Inspection
 from cifar_tl.callbacks.phases import Plan, epochs_text, stages_text
+from cifar_tl.callbacks.predictions_file import PredictionsFile
 from cifar_tl.callbacks.run_record import RunRecord, config_sha256, git_state
 from cifar_tl.checkpoints import BEST, LAST, PacedCheckpointIO, checkpoint_callbacks, read_checkpoint
 from cifar_tl.data.augment import Augment
@@ -30,6 +32,8 @@ from cifar_tl.errors import Interrupted, UserError, check_choice, check_int
 from cifar_tl.hardware import environment, prepare_for, resolve_accelerator, resolve_precision
 from cifar_tl.model.module import TransferClassifier
 from cifar_tl.model.weights import load_weights
+from cifar_tl.reports.scores import wilson_interval
+from cifar_tl.reports.text import duration_text
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +95,7 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     }
     module.provenance = {"config": config, "facts": facts}
     record = RunRecord(folder, plan, facts)
+    predictions = PredictionsFile(folder, datamodule, plan)
     callbacks += [record, Console(plan, cfg.finetune.batchnorm, record)]
     cache = decide(
         str(cfg.finetune.cache_features).lower(),
@@ -103,11 +108,18 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     if cache.views:
         kept = Path(cfg.finetune.features_folder) if cfg.finetune.features_folder and sha256 else None
         callbacks.append(FeatureCache(plan, datamodule, cache.views, kept))  # after the record, which counts its time
+    callbacks.append(predictions)
+    loggers = build_loggers(cfg.logger, folder)
+    callbacks += [
+        Inspection(plan, datamodule, predictions, record, logger, config)
+        for logger in loggers
+        if isinstance(logger, TensorBoardLogger)
+    ]
     batches = math.ceil(datamodule.sizes["train"] / cfg.data.batch_size)
     checkpoint_io = PacedCheckpointIO()
     trainer = build_trainer(
         {**cfg.trainer, "log_every_n_steps": min(cfg.trainer.log_every_n_steps, batches)},
-        logger=build_loggers(cfg.logger, folder),
+        logger=loggers,
         callbacks=[*callbacks, *progress_bar(), *checkpoint_callbacks(last.parent)],
         plugins=checkpoint_io,
         benchmark=accelerator == "cuda",
@@ -123,7 +135,9 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
             trainer.fit(module, datamodule=datamodule, ckpt_path=resume_from, weights_only=True)
         finally:
             checkpoint_io.flush()
-        return test(trainer, module, datamodule, record, folder)
+        result = test(trainer, module, datamodule, record, folder)
+        predictions.write(trainer)
+        return result
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"the GPU ran out of memory at data.batch_size={cfg.data.batch_size}. Lower it. ({error})"
@@ -174,14 +188,6 @@ def result_text(result: dict[str, Any], examples: int) -> str:
         f"Test accuracy {100 * result['test/acc']:.2f} % (95 % interval {100 * low:.2f} to {100 * high:.2f} % for "
         f"{examples:,} images), loss {result['test/loss']:.4f}, ECE {result['test/ece']:.4f}"
     )
-
-
-def wilson_interval(accuracy: float, examples: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of an accuracy measured on so many independent examples."""
-    center = (accuracy + z**2 / (2 * examples)) / (1 + z**2 / examples)
-    spread = math.sqrt(accuracy * (1 - accuracy) / examples + z**2 / (4 * examples**2))
-    half = z / (1 + z**2 / examples) * spread
-    return center - half, center + half
 
 
 def build_plan(cfg: DictConfig) -> Plan:

@@ -9,6 +9,7 @@ from cifar_tl.callbacks.freezing import BATCHNORM_POLICIES
 from cifar_tl.callbacks.phases import Plan, epochs_text, stages_text
 from cifar_tl.callbacks.run_record import RunRecord
 from cifar_tl.hardware import peak_memory
+from cifar_tl.reports.text import duration_text
 
 log = logging.getLogger(__name__)
 
@@ -77,12 +78,3 @@ def memory_text(device: torch.device) -> str:
     """Return the peak memory so far: of the host process, and of the GPU if there is one."""
     names = {"host": "host", "gpu": "GPU"}
     return ", ".join(f"{amount:.1f} GiB {names[where]} (peak)" for where, amount in peak_memory(device.type).items())
-
-
-def duration_text(seconds: float) -> str:
-    """Return a duration as people read it: `41 s`, `3 min 05 s`, `1 h 36 min`."""
-    if seconds < 60:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    if seconds < 3600:
-        return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
-    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"

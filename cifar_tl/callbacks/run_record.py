@@ -1,10 +1,12 @@
 """metrics.json: what a run did and everything needed to repeat it."""
 
+import dataclasses
 import hashlib
 import json
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,16 @@ class RunRecord(L.Callback):
         self.epochs: list[dict[str, Any]] = []
         self.result: dict[str, Any] = {}
         self.status = "running"
+        self._validation_seconds = 0.0
+
+    @contextmanager
+    def not_training(self) -> Iterator[None]:
+        """Keep what happens inside out of `images_per_s`, like validation; an epoch's `seconds` have it."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._validation_seconds += time.perf_counter() - start
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
@@ -120,6 +132,10 @@ class RunRecord(L.Callback):
             "status": self.status,
             **self.result,
             **best,
+            "plan": [
+                {**dataclasses.asdict(phase), "peak_lr": self.plan.peak_learning_rates(phase)}
+                for phase in self.plan.phases
+            ],
             "phases": self.phase_speeds(),
             **{name: [epoch[name] for epoch in self.epochs] for name in columns},
             **self.facts,

@@ -1,6 +1,6 @@
 """The LightningDataModule: a source of images, split and batched."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import lightning as L
@@ -83,6 +83,8 @@ class ImageDataModule(L.LightningDataModule):
         self.seed = seed
         self.features: dict[str, Tensor] = {}
         self.splits: dict[str, tuple[Tensor | LazyImages, Tensor]] = {}
+        self.indices: dict[str, Tensor] = {}
+        """Of each loaded split, which images of the official training set (train, val) or test set it has; sorted."""
         self.split_sha256 = ""
 
     @property
@@ -106,6 +108,15 @@ class ImageDataModule(L.LightningDataModule):
         """Return the class indices of a loaded split, (examples,)."""
         return self.splits[split][1]
 
+    def normalised(self, split: str, positions: Tensor) -> Iterator[Tensor]:
+        """Yield batches of some images of a loaded split, in order, as the network gets them in evaluation."""
+        images, targets = self.images(split), self.targets(split)
+        positions = positions.to(images.device)
+        for batch, _ in ArrayLoader(
+            images[positions], targets[positions], self.eval_batch_size, self.mean, self.std, device=images.device
+        ):
+            yield batch
+
     def prepare_data(self) -> None:
         """Fetch or check the files, unless they have been read."""
         if not self.splits:
@@ -117,11 +128,13 @@ class ImageDataModule(L.LightningDataModule):
             images, targets = self.source.train()
             train, val = split_train_val(targets, self.val_size, self.limit, self.split_seed)
             self.split_sha256 = split_hash(train, val)
+            self.indices |= {"train": train, "val": val}
             self.splits["train"] = images[train], targets[train]
             self.splits["val"] = images[val], targets[val]
         if stage == "test" and "test" not in self.splits:
             images, targets = self.source.test()
             chosen = limited(torch.arange(len(targets)), targets, self.limit, self.split_seed)
+            self.indices["test"] = chosen
             self.splits["test"] = images[chosen], targets[chosen]
 
     def train_dataloader(self) -> ArrayLoader:

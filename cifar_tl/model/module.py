@@ -112,19 +112,20 @@ class TransferClassifier(L.LightningModule):
             self.log_dict({"train/loss": self.train_loss, "train/acc": self.train_acc}, on_step=False, on_epoch=True)
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to the validation metrics."""
-        self._evaluate(batch, "val", self.val_metrics)
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Add a batch to the validation metrics; return its logits, (batch, classes), float32."""
+        return self._evaluate(batch, "val", self.val_metrics)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to the test metrics."""
-        self._evaluate(batch, "test", self.test_metrics)
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Add a batch to the test metrics; return its logits, (batch, classes), float32."""
+        return self._evaluate(batch, "test", self.test_metrics)
 
-    def _evaluate(self, batch: Batch, split: str, metrics: MetricCollection) -> None:
+    def _evaluate(self, batch: Batch, split: str, metrics: MetricCollection) -> Tensor:
         images, targets = batch
-        logits = self(images).float()
+        logits: Tensor = self(images).float()
         self.log(f"{split}/loss", cross_entropy(logits, targets), batch_size=len(images))
         metrics.update(logits.softmax(dim=1), class_indices(targets))
+        return logits
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics."""

@@ -18,7 +18,7 @@ COLUMNS = ("job", "overrides", "best val/acc", "test/acc", "minutes", "state")
 
 
 class SweepTable(Callback):
-    """Collect the jobs of a multirun: sweep.csv after each job, in the sweep's folder, and a table after the last."""
+    """Collect the jobs of a multirun: sweep.csv after each job, in its folder; after the last, a table and a page."""
 
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
@@ -57,3 +57,13 @@ class SweepTable(Callback):
         for row in self._rows:
             table.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()))
         Console().print(table)
+        self._draw_report()
+
+    def _draw_report(self) -> None:
+        """Draw the page that compares the jobs and say where it is; it is not worth failing a sweep that is done."""
+        from cifar_tl.reports.__main__ import report  # late: every command imports this file, also `--help`
+
+        try:
+            print(f"report  {next(path for path in report([self._folder]) if path.parent == self._folder)}")
+        except Exception as error:
+            print(f"The report was not drawn ({error}). Again: python -m cifar_tl.reports {self._folder}")

@@ -1,0 +1,254 @@
+"""What TensorBoard shows of a run beside its scalars: pictures, PR curves, hyperparameters and the projector."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.tensorboard.summary import hparams
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from cifar_tl.callbacks.phases import Plan, epochs_text, stages_text
+from cifar_tl.callbacks.predictions_file import PredictionsFile
+from cifar_tl.callbacks.projector import Projector
+from cifar_tl.callbacks.run_record import RunRecord
+from cifar_tl.data.datamodule import ImageDataModule
+from cifar_tl.model.module import TransferClassifier, class_indices
+from cifar_tl.reports import figures, scores
+from cifar_tl.reports.predictions import MISTAKES, Scored
+from cifar_tl.reports.run_images import captions
+
+log = logging.getLogger(__name__)
+
+SHOWN = 36
+"""Images of the first batch."""
+PER_CLASS = 8
+"""Images of each class in the sample grid."""
+HPARAMS = (
+    "seed",
+    "data.limit",
+    "data.batch_size",
+    "augment.flip",
+    "augment.crop_padding",
+    "model.weights",
+    "model.head",
+    "model.dropout",
+    "finetune.unfreeze_at_epoch",
+    "finetune.stage_epochs",
+    "finetune.head_lr",
+    "finetune.backbone_lr",
+    "finetune.schedule",
+    "finetune.warmup_epochs",
+    "finetune.batchnorm",
+    "finetune.optimizer",
+    "finetune.weight_decay",
+    "finetune.label_smoothing",
+    "trainer.max_epochs",
+)
+"""The keys of the config that the HParams page has; all of them would make it unreadable."""
+
+
+class Inspection(L.Callback):
+    """Write pictures into TensorBoard's event files; tags are listed in the README.
+
+    It draws from what the run computes anyway, apart from the projector's features. It draws no random numbers and
+    leaves the model as it is. A picture that cannot be drawn is a warning, never the end of a run. On a resumed run,
+    what the first start has written is not written again.
+
+    Args:
+        plan: The phases.
+        datamodule: Has the images.
+        predictions: Has the logits; must come before this callback.
+        record: Has the epochs' figures; must come before this callback.
+        logger: Whose folder gets everything.
+        config: The run's, resolved.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        datamodule: ImageDataModule,
+        predictions: PredictionsFile,
+        record: RunRecord,
+        logger: TensorBoardLogger,
+        config: Mapping[str, Any],
+    ) -> None:
+        self.plan = plan
+        self.datamodule = datamodule
+        self.predictions = predictions
+        self.record = record
+        self.logger = logger
+        self.config = config
+        self.projector = Projector(datamodule, logger.log_dir)
+
+    @property
+    def writer(self) -> SummaryWriter:
+        """TensorBoard's writer."""
+        writer: SummaryWriter = self.logger.experiment
+        return writer
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show what the images and the plan are."""
+        if trainer.global_step > 0 or not trainer.is_global_zero:
+            return
+        with self._softly("inputs/samples"):
+            self._picture("inputs/samples", sample_grid(self.datamodule), 0)
+            self.writer.add_text("phases", plan_markdown(self.plan), 0)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Show the first batch of the run and of fine-tuning as the network sees it; not where it sees features."""
+        first = batch_idx == 0 and trainer.current_epoch in (0, self.plan.unfreeze_at_epoch)
+        if not first or not trainer.is_global_zero or batch[0].ndim != 4:
+            return
+        with self._softly("inputs/first_batch"):
+            images, targets = batch[0][:SHOWN], class_indices(batch[1])[:SHOWN]
+            names = [self.datamodule.classes[target] for target in targets.tolist()]
+            title = f"First training batch of epoch {trainer.current_epoch}, as the network sees it"
+            shown = list(denormalised(images, self.datamodule.mean, self.datamodule.std))
+            self._picture("inputs/first_batch", figures.gallery(title, shown, names), trainer.global_step)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Mark the phase; at the thaw, keep the features of the frozen backbone."""
+        if not trainer.is_global_zero:
+            return
+        phase, epoch = self.plan.phase(trainer.current_epoch), trainer.current_epoch
+        self.writer.add_scalar("phase", self.plan.phases.index(phase), trainer.global_step)
+        if epoch == phase.start > 0:
+            entered = f"Epoch {epoch}: **{phase.name}**, {stages_text(phase.stages)} train."
+            self.writer.add_text("phases", entered, trainer.global_step)
+        if epoch == self.plan.unfreeze_at_epoch:
+            assert isinstance(pl_module, TransferClassifier)
+            with self._softly("projector"):
+                self.projector.write("before", trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """At the end of a phase, show what validation says."""
+        if not trainer.is_global_zero:
+            return
+        phase, step = self.plan.phase(trainer.current_epoch), trainer.global_step - 1
+        self.writer.add_scalar("phase", self.plan.phases.index(phase), step)
+        if trainer.current_epoch == phase.end - 1 and self.predictions.val is not None:
+            self._pictures("val", self.predictions.val, f"validation, end of '{phase.name}'", step)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show what the test says, fill the HParams page and finish the projector."""
+        test = self.predictions.test
+        if not trainer.is_global_zero or test is None:
+            return
+        assert isinstance(pl_module, TransferClassifier)
+        step = trainer.global_step
+        self._pictures("test", test, "test set", step)
+        with self._softly("test/pr"):
+            probabilities = scores.softmax(test.logits)
+            for index, name in enumerate(self.datamodule.classes):
+                self.writer.add_pr_curve(f"test/pr/{name}", test.targets == index, probabilities[:, index], step)
+        with self._softly("hparams"):
+            self._hparams({k: float(v) for k, v in trainer.callback_metrics.items()}, step)
+        with self._softly("projector"):
+            thawed = self.plan.unfreeze_at_epoch < self.plan.max_epochs
+            self.projector.write("after" if thawed else "before", trainer, pl_module)
+        self.writer.flush()
+
+    def _pictures(self, split: str, scored: Scored, where: str, step: int) -> None:
+        """Show confusion matrix, reliability diagram and gallery of mistakes of a split."""
+        classes = self.datamodule.classes
+        probabilities = scores.softmax(scored.logits)
+        with self._softly(f"{split}/confusion"):
+            matrix = scores.confusion_matrix(scored.predicted, scored.targets, len(classes))
+            self._picture(f"{split}/confusion", figures.confusion(f"Confusion, {where}", matrix, classes), step)
+        with self._softly(f"{split}/reliability"):
+            bins = {"as trained": scores.reliability(probabilities, scored.targets)}
+            self._picture(f"{split}/reliability", figures.reliability(f"Reliability, {where}", bins), step)
+        with self._softly(f"{split}/mistakes"):
+            chosen = scores.top_mistakes(probabilities, scored.targets, MISTAKES)
+            if len(chosen):
+                at = np.searchsorted(self.datamodule.indices[split].numpy(), scored.indices[chosen])
+                images = list(self.datamodule.images(split)[at].cpu().permute(0, 2, 3, 1).numpy())
+                said = captions(classes, probabilities[chosen], scored.targets[chosen])
+                gallery = figures.gallery(f"Most confident mistakes, {where}", images, said)
+                self._picture(f"{split}/mistakes", gallery, step)
+
+    def _picture(self, tag: str, figure: Figure, step: int) -> None:
+        self.writer.add_image(tag, figures.pixels(figure), step, dataformats="HWC")
+
+    def _hparams(self, metrics: Mapping[str, float], step: int) -> None:
+        """Write what the HParams page compares: the config's important keys and the run's results."""
+        best = self.record.best
+        own = {
+            "best/val/acc": float(best["val/acc"]),
+            "best/epoch": float(best["epoch"]),
+            "time/minutes": sum(epoch["seconds"] for epoch in self.record.epochs) / 60,
+        }
+        for tag, value in own.items():
+            self.writer.add_scalar(tag, value, step)
+        results = {tag: metrics[tag] for tag in ("test/acc", "test/loss", "test/ece")}
+        make: Any = hparams  # torch has no types here
+        file: Any = self.writer.file_writer
+        for summary in make(hparam_values(self.config), {**own, **results}):
+            file.add_summary(summary)
+
+    @contextmanager
+    def _softly(self, what: str) -> Iterator[None]:
+        """Go on without a picture that cannot be drawn; drawing is no training time."""
+        try:
+            with self.record.not_training():
+                yield
+        except Exception as error:
+            log.warning("TensorBoard goes without %s: %s: %s", what, type(error).__name__, error)
+
+
+def denormalised(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.uint8]:
+    """Return normalised images, (batch, 3, height, width), as (batch, height, width, 3) uint8."""
+    shape = (1, 3, 1, 1)
+    shown = images.detach().float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
+    return np.asarray((shown * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy())
+
+
+def sample_grid(datamodule: ImageDataModule) -> Figure:
+    """Return the first training images of each class (at most 20 classes), as they are in the data."""
+    targets = datamodule.targets("train")
+    chosen, names = [], []
+    for label, name in list(enumerate(datamodule.classes))[:20]:
+        members = (targets == label).nonzero().squeeze(1)[:PER_CLASS]
+        chosen.append(members)
+        names += [name] * len(members)
+    images = datamodule.images("train")[torch.cat(chosen)].cpu().permute(0, 2, 3, 1).numpy()
+    return figures.gallery("Training images, before augmentation", list(images), names, columns=PER_CLASS)
+
+
+def plan_markdown(plan: Plan) -> str:
+    """Return the phases as a Markdown table."""
+    rows = ["| phase | epochs | trains | head rate | backbone rate |", "|---|---|---|---|---|"]
+    for phase in plan.phases:
+        rates = plan.peak_learning_rates(phase)
+        cells = [
+            phase.name,
+            epochs_text(phase),
+            stages_text(phase.stages),
+            f"{rates['head']:g}",
+            f"{rates['backbone']:g}",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def hparam_values(config: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
+    """Return the keys of HPARAMS and their values, flat; a list becomes `128-64`, a path its last part, None `null`."""
+    values: dict[str, bool | int | float | str] = {}
+    for key in HPARAMS:
+        value: Any = config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if isinstance(value, list):
+            value = "-".join(map(str, value))
+        values[key] = "null" if value is None else value.rsplit("/", 1)[-1] if isinstance(value, str) else value
+    return values

@@ -1,0 +1,126 @@
+"""The callback that keeps what the best weights said about every validation and test image."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+
+from cifar_tl.callbacks.phases import Plan
+from cifar_tl.data.datamodule import ImageDataModule
+from cifar_tl.model.module import class_indices
+from cifar_tl.reports.predictions import Predictions, Scored, worth_showing, write_images, write_predictions
+
+
+class PredictionsFile(L.Callback):
+    """Write predictions.npz and images.npz after the test, without a pass over the data of its own.
+
+    Logits are what `validation_step` and `test_step` return. Those of the epoch with the highest validation accuracy,
+    the first of equals, are kept, and those of the last epoch before the thaw; they travel in checkpoints, for resumed
+    runs.
+
+    Args:
+        folder: The run's.
+        datamodule: Knows which images were scored.
+        plan: Says when the backbone thaws.
+    """
+
+    def __init__(self, folder: Path, datamodule: ImageDataModule, plan: Plan) -> None:
+        self.folder = folder
+        self.datamodule = datamodule
+        self.plan = plan
+        self.val: Scored | None = None
+        """The latest validation."""
+        self.test: Scored | None = None
+        self._best: dict[str, Tensor] = {}
+        self._frozen: Tensor | None = None
+        self._best_accuracy = -1.0
+        self._logits: list[Tensor] = []
+        self._targets: list[Tensor] = []
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start over."""
+        self._logits, self._targets = [], []
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep a batch."""
+        self._logits.append(outputs.detach())
+        self._targets.append(class_indices(batch[1]))
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the batches together."""
+        self.val = self._scored(trainer, "val")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the epoch's validation if it is the best so far."""
+        accuracy = float(trainer.callback_metrics["val/acc"])
+        if self.val is not None and accuracy > self._best_accuracy:
+            self._best_accuracy = accuracy
+            self._best = {name: torch.from_numpy(values) for name, values in vars(self.val).items()}
+        if self.val is not None and trainer.current_epoch + 1 == self.plan.unfreeze_at_epoch < self.plan.max_epochs:
+            self._frozen = torch.from_numpy(self.val.logits)
+
+    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start over."""
+        self._logits, self._targets = [], []
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep a batch."""
+        self._logits.append(outputs.detach())
+        self._targets.append(class_indices(batch[1]))
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the batches together."""
+        self.test = self._scored(trainer, "test")
+
+    def write(self, trainer: L.Trainer) -> None:
+        """Write the files, after the test."""
+        test = self.test
+        if not trainer.is_global_zero or test is None:
+            return
+        val = Scored(**{name: tensor.numpy() for name, tensor in self._best.items()})
+        frozen = Scored(self._frozen.numpy(), val.targets, val.indices) if self._frozen is not None else None
+        write_predictions(self.folder, Predictions(list(self.datamodule.classes), val, test, frozen))
+        chosen = worth_showing(test)
+        where = np.searchsorted(self.datamodule.indices["test"].numpy(), test.indices[chosen])
+        write_images(self.folder, test.indices[chosen], self.datamodule.images("test")[where].cpu().numpy())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what validation said in the best epoch and before the thaw."""
+        return {"accuracy": self._best_accuracy, "best": self._best, "frozen": self._frozen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what the run that is resumed has kept."""
+        self._best_accuracy, self._best = state_dict["accuracy"], state_dict["best"]
+        self._frozen = state_dict["frozen"]
+
+    def _scored(self, trainer: L.Trainer, split: str) -> Scored:
+        """Put the batches of all processes together, in the order of the split."""
+        logits, targets = torch.cat(self._logits).float().cpu(), torch.cat(self._targets).cpu()
+        # process r has examples r, r + world_size, ...
+        indices = self.datamodule.indices[split][trainer.global_rank :: trainer.world_size][: len(targets)]
+        if trainer.world_size > 1:
+            shares: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(shares, (logits, targets, indices))
+            logits, targets, indices = (torch.cat(parts) for parts in zip(*shares, strict=True))
+            order = indices.argsort()
+            logits, targets, indices = logits[order], targets[order], indices[order]
+        return Scored(logits.numpy(), targets.numpy(), indices.numpy())

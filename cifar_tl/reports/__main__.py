@@ -1,0 +1,78 @@
+"""python -m cifar_tl.reports RUN_OR_SWEEP [...]: a page per run, and one that compares several."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from cifar_tl.errors import UserError
+from cifar_tl.reports.runs import METRICS, find_runs
+
+
+def main(arguments: list[str]) -> int:
+    """Write the reports of some folders and print where they are; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cifar_tl.reports",
+        description="Draw reports from the files of finished and unfinished runs: RUN/report.html with RUN/figures for "
+        "a run; for a sweep, or several folders, also sweep_report.html, .csv and .md, which compare the runs.",
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_OR_SWEEP", help="outputs/EXPERIMENT/TIME[/JOB]")
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="of the comparison; the sweep's, or what all runs have in common"
+    )
+    given = parser.parse_args(arguments)
+    try:
+        for path in report(given.folders, given.output):
+            print(path, flush=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(
+            f"error: {error.filename or 'report'}: {error.strerror}. Make room there, or use --output.", file=sys.stderr
+        )
+        return 1
+    return 0
+
+
+def report(folders: list[Path], output: Path | None = None) -> list[Path]:
+    """Write the page of every run, and their comparison where there are several or the folder is a sweep's.
+
+    A run's page in a sweep is drawn anew only if its record is newer.
+
+    Args:
+        folders: Of runs or sweeps.
+        output: Where the comparison goes; None for the sweep's folder, or the one that all runs have in common.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: A folder that is no run and holds none.
+    """
+    found = {folder: find_runs(folder) for folder in folders}
+    runs = list(dict.fromkeys(run for those in found.values() for run in those))
+    from cifar_tl.reports.run_report import REPORT, write_run_report  # late: `--help` should not wait for matplotlib
+
+    written = []
+    for run in runs:
+        page, record = run / REPORT, run / METRICS
+        fresh = page.is_file() and record.is_file() and page.stat().st_mtime > record.stat().st_mtime
+        if run in folders or not fresh:
+            written.append(write_run_report(run))
+    if runs != folders or len(runs) > 1:
+        from cifar_tl.reports.sweep_report import write_sweep_report
+
+        written += write_sweep_report(runs, output or common_folder(folders))
+    return written
+
+
+def common_folder(folders: list[Path]) -> Path:
+    """Return a sweep's own folder, or the innermost folder that holds all that were given."""
+    if len(folders) == 1:
+        return folders[0]
+    first, *others = [folder.resolve() for folder in folders]
+    return next(p for p in first.parents if all(p in other.parents or p == other for other in others))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,335 @@
+"""Figures of a run, drawn alike for TensorBoard and for reports. Without pyplot: nothing global, no display."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import NDArray
+
+from cifar_tl.reports.scores import BINS, Ints, Reliability
+
+INK = "#1f2329"
+"""Text and axes. Nothing else has this colour, so that a page can replace it by its own text's colour."""
+FAINT = "#8b949e"
+COLORS = ("#3b82f6", "#e8853a", "#2da44e", "#8b6fd6", "#d1453b", "#17a2b0", "#b58900", "#d857a6")
+"""Readable on white and on black."""
+RIGHT, WRONG = "#2563c9", "#bf3328"
+"""Cells; white letters on them can be read."""
+WIDTH = 5.2
+"""Inches; a phone shows such a figure with letters that can still be read."""
+
+STYLE: Any = {
+    "text.usetex": False,
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.edgecolor": FAINT,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "lines.linewidth": 1.7,
+    "lines.markersize": 4,
+    "legend.frameon": False,
+    "figure.dpi": 120,
+    "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
+}
+
+P = ParamSpec("P")
+
+
+def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Draw with STYLE."""
+
+    @functools.wraps(draw)
+    def styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return styled
+
+
+def _axes(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+@_styled
+def curves(
+    title: str,
+    epochs: Sequence[int],
+    series: Mapping[str, Sequence[float]],
+    phases: Sequence[tuple[str, int]],
+    best: int | None,
+    percent: bool = False,
+    log_scale: bool = False,
+) -> Figure:
+    """Draw quantities over the epochs, with the starts of the phases marked.
+
+    Args:
+        title: Of the figure.
+        epochs: From 0.
+        series: One value per epoch by name; 0 is left out on a logarithmic scale.
+        phases: Name and first epoch of each.
+        best: The epoch whose weights were tested, None if there is none yet.
+        percent: Values are shares.
+        log_scale: Of the values.
+    """
+    figure, axes = _axes(3.1)
+    for color, (name, values) in zip(COLORS, series.items(), strict=False):
+        shown = np.array(values, dtype=float)
+        if log_scale:
+            shown[shown <= 0] = np.nan
+        width = 3.5 if log_scale and color == COLORS[0] else 1.7  # two rates are often the same
+        axes.plot(epochs, shown, marker="o", markersize=3, color=color, label=name, linewidth=width)
+    if log_scale:
+        axes.set_yscale("log")
+        peaks = [max(values) for values in series.values() if max(values) > 0]
+        if peaks:  # a cosine ends near zero, which would squeeze all the rest
+            axes.set_ylim(min(peaks) / 500, max(peaks) * 2)
+    if percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    mark_phases(axes, phases)
+    if best is not None:
+        axes.axvline(best, color=COLORS[2], linewidth=1, linestyle=":", label="best epoch")
+    axes.set_title(title, pad=16)
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(fontsize=8)
+    return figure
+
+
+def mark_phases(axes: Axes, phases: Sequence[tuple[str, int]]) -> None:
+    """Draw a line where a phase starts, half an epoch before its first value, with the phase's name."""
+    for name, start in phases:
+        if start > 0:
+            axes.axvline(start - 0.5, color=INK, linewidth=0.9, linestyle="--", alpha=0.7)
+        axes.text(
+            max(start - 0.5, 0) if start else start,
+            1.0,
+            f" {name}",
+            transform=axes.get_xaxis_transform(),
+            fontsize=7.5,
+            va="bottom",
+            color=INK,
+            alpha=0.8,
+        )
+
+
+@_styled
+def confusion(title: str, counts: Ints, classes: Sequence[str]) -> Figure:
+    """Draw a confusion matrix: shares of each true class, right ones blue, wrong ones red on a scale of their own."""
+    n = len(classes)
+    figure, axes = _axes(4.9)
+    shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
+    wrong = np.where(np.eye(n, dtype=bool), 0, shares)
+    strength = np.where(np.eye(n, dtype=bool), shares, wrong / max(wrong.max(), 1e-9)) * 0.9
+    colors = np.zeros((n, n, 4))
+    colors[..., :3] = matplotlib.colors.to_rgb(WRONG)
+    colors[np.eye(n, dtype=bool), :3] = matplotlib.colors.to_rgb(RIGHT)
+    colors[..., 3] = strength
+    axes.grid(False)
+    axes.pcolormesh(np.arange(n + 1), np.arange(n + 1), colors, rasterized=n > 30)
+    axes.invert_yaxis()
+    axes.set_aspect("equal")
+    if n <= 20:
+        size = 8 if n <= 12 else 5.5
+        for i in range(n):
+            for j in range(n):
+                if counts[i, j]:
+                    color = "#ffffff" if strength[i, j] > 0.5 else INK
+                    axes.text(j + 0.5, i + 0.5, f"{counts[i, j]}", ha="center", va="center", fontsize=size, color=color)
+    ticks = np.arange(n) + 0.5
+    named = n <= 40
+    axes.set_xticks(ticks if named else [], classes if named else [], rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(ticks if named else [], classes if named else [])
+    axes.tick_params(length=0, labelsize=8 if n <= 20 else 5)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    axes.set_title(title)
+    return figure
+
+
+@_styled
+def reliability(title: str, given: Mapping[str, Reliability]) -> Figure:
+    """Draw how often predictions of one confidence are right; on the diagonal, confidence is honest.
+
+    Args:
+        title: Of the figure.
+        given: By name; the first gets bars, its counts are drawn below.
+    """
+    figure = Figure(figsize=(WIDTH, 4.3), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3.6, 1))
+    edges = np.linspace(0, 1, BINS + 1)
+    first = next(iter(given.values()))
+    filled = first.counts > 0
+    upper.bar(
+        edges[:-1][filled], first.accuracy[filled], 1 / BINS, align="edge", color=COLORS[0], alpha=0.3, linewidth=0
+    )
+    upper.plot([0, 1], [0, 1], color=FAINT, linewidth=1, linestyle="--")
+    for color, (name, bins) in zip(COLORS, given.items(), strict=False):
+        there = bins.counts > 0
+        upper.plot(
+            bins.confidence[there], bins.accuracy[there], marker="o", color=color, label=f"{name}: ECE {bins.ece:.4f}"
+        )
+    upper.set_ylabel("share that is right")
+    upper.set_ylim(0, 1.02)
+    upper.legend(loc="upper left", fontsize=8)
+    upper.set_title(title)
+    lower.bar(edges[:-1], first.counts / max(1, first.counts.sum()), 1 / BINS, align="edge", color=COLORS[0], alpha=0.6)
+    lower.set_ylabel("share of\nimages")
+    lower.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    lower.set_xlabel("confidence")
+    lower.set_xlim(0, 1)
+    return figure
+
+
+@_styled
+def intervals(
+    title: str, labels: Sequence[str], values: Sequence[tuple[float, float, float]], percent: bool = True
+) -> Figure:
+    """Draw values with their intervals, one per line.
+
+    Args:
+        title: Of the figure.
+        labels: One per line, from the top.
+        values: Value, lower and upper end.
+        percent: Values are shares.
+    """
+    figure, axes = _axes(0.9 + 0.27 * len(labels))
+    for y, (value, low, high) in enumerate(values):
+        axes.plot([low, high], [y, y], color=COLORS[0], linewidth=3, alpha=0.35, solid_capstyle="round")
+        axes.plot([value], [y], "o", color=COLORS[0], markersize=5)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    if percent:
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    axes.tick_params(axis="y", length=0)
+    axes.set_title(title)
+    return figure
+
+
+@_styled
+def changes(title: str, labels: Sequence[str], values: Sequence[Sequence[float]]) -> Figure:
+    """Draw an arrow from each share before to the share after, one per line.
+
+    Args:
+        title: Of the figure.
+        labels: One per line, from the top.
+        values: Before and after.
+    """
+    figure, axes = _axes(0.9 + 0.27 * len(labels))
+    for y, (before, after) in enumerate(values):
+        color = COLORS[2] if after >= before else WRONG
+        axes.annotate(
+            "", (after, y), (before, y), arrowprops={"arrowstyle": "-|>", "color": color, "lw": 2, "shrinkA": 0}
+        )
+        axes.plot([before], [y], "o", color=FAINT, markersize=5)
+        axes.plot([after], [y], "o", color=color, markersize=0)  # for the limits of the axis
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    axes.tick_params(axis="y", length=0)
+    axes.set_title(title)
+    return figure
+
+
+@_styled
+def gallery(title: str, images: Sequence[NDArray[np.uint8]], captions: Sequence[str], columns: int = 6) -> Figure:
+    """Draw images with captions.
+
+    Args:
+        title: Of the figure.
+        images: (height, width, 3), uint8, each.
+        captions: One per image.
+        columns: Images in a row.
+    """
+    rows = max(1, -(-len(images) // columns))
+    lines = max((caption.count("\n") + 1 for caption in captions), default=0)
+    longest = max((len(line) for caption in captions for line in caption.split("\n")), default=0)
+    width = max(1.1, 0.058 * longest)  # inches: captions of neighbours must not touch
+    figure = Figure(figsize=(width * columns, (1.0 + 0.16 * lines) * rows + 0.35), layout="constrained")
+    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid:
+        axes.axis("off")
+    for axes, image, caption in zip(grid, images, captions, strict=False):
+        axes.imshow(image, interpolation="nearest")
+        axes.set_title(caption, fontsize=7, fontweight="normal", loc="center", pad=2)
+    return figure
+
+
+@_styled
+def runs_over_each_other(
+    title: str, groups: Mapping[str, Sequence[tuple[Sequence[int], Sequence[float]]]], starts: Sequence[int]
+) -> Figure:
+    """Draw one quantity of several groups of runs over the epochs: runs thin, their mean thick.
+
+    Args:
+        title: Of the figure.
+        groups: Epochs and values of every run, by the group's name.
+        starts: Epochs at which phases of the runs start.
+    """
+    figure, axes = _axes(3.4 + 0.15 * len(groups), width=6.2)
+    for number, (name, runs) in enumerate(groups.items()):
+        color = COLORS[number % len(COLORS)]
+        for epochs, values in runs:
+            axes.plot(epochs, values, color=color, linewidth=0.8, alpha=0.45)
+        shortest = min((epochs for epochs, _ in runs), key=len, default=[])
+        if len(shortest):
+            mean = np.mean([values[: len(shortest)] for _, values in runs], axis=0)
+            style = "-" if number < len(COLORS) else "--"
+            axes.plot(shortest, mean, style, color=color, linewidth=2.2, label=f"{name} (n={len(runs)})")
+    for start in starts:
+        axes.axvline(start - 0.5, color=INK, linewidth=0.9, linestyle="--", alpha=0.6)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("epoch")
+    axes.set_title(title)
+    axes.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(0, -0.17), borderaxespad=0)
+    return figure
+
+
+@_styled
+def points(title: str, groups: Mapping[str, Sequence[float]]) -> Figure:
+    """Draw the values of every group of runs as points on a line, with their mean as a tick."""
+    figure, axes = _axes(0.9 + 0.33 * len(groups), width=6.2)
+    for y, (_name, values) in enumerate(groups.items()):
+        color = COLORS[y % len(COLORS)]
+        if len(values) > 0:
+            axes.plot([min(values), max(values)], [y, y], color=color, linewidth=3, alpha=0.25)
+            axes.plot([np.mean(values)], [y], "|", color=color, markersize=15, markeredgewidth=2.2)
+        axes.plot(values, [y] * len(values), "o", color=color, markersize=5, alpha=0.75, markeredgewidth=0)
+    axes.set_yticks(range(len(groups)), list(groups))
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    axes.tick_params(axis="y", length=0, labelsize=8)
+    axes.set_title(title)
+    return figure
+
+
+def pixels(figure: Figure) -> NDArray[np.uint8]:
+    """Return a figure as (height, width, 3), uint8, on white."""
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -1,0 +1,191 @@
+"""Figures of a classifier from its logits: per-class scores, calibration, confusions, rankings. NumPy only."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+BINS = 15
+"""Equal bins of confidence for ECE, as in Guo et al., "On Calibration of Modern Neural Networks" (2017)."""
+
+Z95 = 1.959964
+"""Standard deviations on each side that hold 95 % of a normal distribution."""
+
+
+def wilson_interval(share: float, examples: int, z: float = Z95) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a share, such as an accuracy, of so many independent examples.
+
+    Wilson (1927). Nothing measured gives 0 to 1.
+    """
+    if examples == 0:
+        return 0.0, 1.0
+    center = (share + z**2 / (2 * examples)) / (1 + z**2 / examples)
+    spread = math.sqrt(share * (1 - share) / examples + z**2 / (4 * examples**2))
+    half = z / (1 + z**2 / examples) * spread
+    return center - half, center + half
+
+
+def softmax(logits: NDArray[np.floating], temperature: float = 1.0) -> Floats:
+    """Return probabilities, (examples, classes), of logits divided by a temperature."""
+    scaled = logits.astype(np.float64) / temperature
+    exponentials = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+    return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True))
+
+
+def negative_log_likelihood(logits: NDArray[np.floating], targets: Ints, temperature: float = 1.0) -> float:
+    """Return the mean cross-entropy, in nats, of logits divided by a temperature."""
+    scaled = logits.astype(np.float64) / temperature
+    shifted = scaled - scaled.max(axis=1, keepdims=True)
+    log_sum = np.log(np.exp(shifted).sum(axis=1))
+    return float((log_sum - shifted[np.arange(len(targets)), targets]).mean())
+
+
+def fit_temperature(logits: NDArray[np.floating], targets: Ints, low: float = 0.05, high: float = 20.0) -> float:
+    """Return the temperature in [low, high] with the lowest negative log-likelihood.
+
+    The likelihood is convex in 1 / temperature, so bisection on its slope finds the one minimum. Guo et al. (2017).
+    """
+    given = logits.astype(np.float64)[np.arange(len(targets)), targets]
+    cold, hot = 1 / low, 1 / high
+    for _ in range(60):
+        sharpness = math.sqrt(cold * hot)
+        expected = (softmax(logits, 1 / sharpness) * logits).sum(axis=1)
+        if (expected - given).mean() > 0:  # the likelihood falls with more sharpness
+            cold = sharpness
+        else:
+            hot = sharpness
+    return 1 / math.sqrt(cold * hot)
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How often predictions of one confidence are right, in BINS equal bins of confidence.
+
+    Attributes:
+        counts: Predictions per bin.
+        confidence: Mean confidence per bin, 0 where a bin is empty.
+        accuracy: Share that is right per bin, 0 where a bin is empty.
+    """
+
+    counts: Ints
+    confidence: Floats
+    accuracy: Floats
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error: the mean distance of accuracy and confidence, weighted by the bins' counts."""
+        return float((self.counts * np.abs(self.accuracy - self.confidence)).sum() / max(1, self.counts.sum()))
+
+
+def reliability(probabilities: Floats, targets: Ints) -> Reliability:
+    """Bin predictions by their confidence; bins are closed below, the last one above, too."""
+    confidence = probabilities.max(axis=1)
+    right = probabilities.argmax(axis=1) == targets
+    which = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+    counts = np.bincount(which, minlength=BINS)
+    divisor = np.maximum(counts, 1)
+    return Reliability(
+        counts,
+        np.bincount(which, weights=confidence, minlength=BINS) / divisor,
+        np.bincount(which, weights=right, minlength=BINS) / divisor,
+    )
+
+
+def confusion_matrix(predicted: Ints, targets: Ints, classes: int) -> Ints:
+    """Return counts, (classes, classes): rows are true classes, columns predicted ones."""
+    return np.bincount(targets * classes + predicted, minlength=classes**2).reshape(classes, classes)
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """Scores of one class; a share without examples is 0, its interval 0 to 1.
+
+    Attributes:
+        examples: Images that are of the class.
+        predicted: Images that are said to be.
+        right: Images that are both.
+    """
+
+    examples: int
+    predicted: int
+    right: int
+
+    @property
+    def precision(self) -> float:
+        """Share of what is said to be of the class that is."""
+        return self.right / self.predicted if self.predicted else 0.0
+
+    @property
+    def recall(self) -> float:
+        """Share of the class that is found; its accuracy."""
+        return self.right / self.examples if self.examples else 0.0
+
+    @property
+    def f1(self) -> float:
+        """Harmonic mean of precision and recall."""
+        both = self.examples + self.predicted
+        return 2 * self.right / both if both else 0.0
+
+
+def class_scores(confusion: Ints) -> list[ClassScores]:
+    """Return the scores of every class, in order."""
+    return [
+        ClassScores(int(confusion[i].sum()), int(confusion[:, i].sum()), int(confusion[i, i]))
+        for i in range(len(confusion))
+    ]
+
+
+@dataclass(frozen=True)
+class Leak:
+    """Two classes that are taken for each other; `first` leaks at least as much as `second`.
+
+    Attributes:
+        first: Index of a class.
+        second: Index of the other.
+        forth: Images of `first` said to be `second`.
+        back: Images of `second` said to be `first`.
+    """
+
+    first: int
+    second: int
+    forth: int
+    back: int
+
+
+def leaks(confusion: Ints, count: int) -> list[Leak]:
+    """Return the pairs of classes that are confused most often, both directions together."""
+    found = []
+    for a in range(len(confusion)):
+        for b in range(a + 1, len(confusion)):
+            first, second = (a, b) if confusion[a, b] >= confusion[b, a] else (b, a)
+            found.append(Leak(first, second, int(confusion[first, second]), int(confusion[second, first])))
+    found.sort(key=lambda leak: -(leak.forth + leak.back))
+    return [leak for leak in found[:count] if leak.forth]
+
+
+def top_mistakes(probabilities: Floats, targets: Ints, count: int) -> Ints:
+    """Return positions of wrong predictions, the most confident first."""
+    order = np.argsort(-probabilities.max(axis=1), kind="stable")
+    wrong = probabilities.argmax(axis=1)[order] != targets[order]
+    return np.asarray(order[wrong][:count])
+
+
+def most_certain(probabilities: Floats, count: int) -> Ints:
+    """Return positions of the most confident predictions, right or wrong."""
+    return np.argsort(-probabilities.max(axis=1), kind="stable")[:count]
+
+
+def least_certain(probabilities: Floats, count: int) -> Ints:
+    """Return positions of the least confident predictions."""
+    return np.argsort(probabilities.max(axis=1), kind="stable")[:count]
+
+
+def mistaken(probabilities: Floats, targets: Ints, true: int, predicted: int, count: int) -> Ints:
+    """Return positions of images of class `true` said to be `predicted`, the most confident first."""
+    order = np.argsort(-probabilities.max(axis=1), kind="stable")
+    chosen = (targets[order] == true) & (probabilities.argmax(axis=1)[order] == predicted)
+    return np.asarray(order[chosen][:count])

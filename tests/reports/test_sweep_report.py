@@ -1,0 +1,114 @@
+"""The page that compares runs, from run folders made by hand."""
+
+import csv
+
+import numpy as np
+import pytest
+from handmade import make_run, scored
+
+from cifar_tl.reports.__main__ import main
+from cifar_tl.reports.compare import Difference, effects, group_runs, paired_difference
+from cifar_tl.reports.runs import read_runs
+
+STRENGTHS = {"1e-3": 2.0, "3e-4": 1.0}
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    job = 0
+    for rate, strength in STRENGTHS.items():
+        for seed in (1, 2, 10):
+            overrides = [f"finetune.backbone_lr={rate}", "data.limit=400"]
+            run = make_run(tmp_path / "sweep" / str(job), overrides, seed, strength)
+            (run / "report.html").write_text("drawn when the job ended")
+            job += 1
+    return tmp_path / "sweep"
+
+
+def accuracies(strength):
+    return [scored(seed, 400, strength).accuracy for seed in (1, 2, 10)]
+
+
+def test_means_ranges_and_n(sweep):
+    assert main([str(sweep)]) == 0
+    rows = {row["setting"]: row for row in csv.DictReader((sweep / "sweep_report.csv").read_text().splitlines())}
+    for rate, strength in STRENGTHS.items():
+        row, expected = rows[f"backbone_lr={rate}"], accuracies(strength)
+        assert row["n"] == "3"
+        assert float(row["test/acc mean"]) == pytest.approx(np.mean(expected))
+        assert float(row["test/acc min"]) == min(expected)
+        assert float(row["test/acc max"]) == max(expected)
+        shown = f"{100 * np.mean(expected):.2f} % | {100 * min(expected):.2f} to {100 * max(expected):.2f} |"
+        assert f"| backbone_lr={rate} | 3 | {shown}" in (sweep / "sweep_report.md").read_text()
+    page = (sweep / "sweep_report.html").read_text()
+    assert 'href="3/report.html"' in page
+    assert (sweep / "3" / "report.html").read_text() == "drawn when the job ended"
+    assert "data.limit=400" in page
+
+
+def test_paired_difference_is_that_of_the_images(sweep):
+    strong, weak = group_runs(read_runs(sorted(sweep.iterdir())))
+    difference = paired_difference(strong, weak)
+    pairs = [(scored(seed, 400, 2.0), scored(seed, 400, 1.0)) for seed in (1, 2, 10)]
+    each = np.mean([a.right.astype(float) - b.right for a, b in pairs], axis=0)
+    assert difference.mean == pytest.approx(np.mean(accuracies(2.0)) - np.mean(accuracies(1.0)))
+    assert difference.only_a == np.mean([(a.right & ~b.right).sum() for a, b in pairs])
+    draws = np.random.default_rng(0).choice(each, (4000, len(each))).mean(axis=1)  # the bootstrap as referee
+    assert (difference.low, difference.high) == pytest.approx(np.quantile(draws, (0.025, 0.975)), abs=0.004)
+    assert difference.seeds == [1, 2, 10]
+
+
+def test_runs_of_other_seeds_or_images_are_not_paired(tmp_path):
+    a, b = make_run(tmp_path / "a", ["x=1"], seed=1), make_run(tmp_path / "b", ["x=2"], seed=2)
+    one, two = group_runs(read_runs([a, b]))
+    assert paired_difference(one, two) is None
+    assert paired_difference(one, one) == Difference(0, 0, 0, 0, 0, 400, [1], [0.0])
+
+
+def test_which_override_mattered(tmp_path):
+    runs = []
+    for i, (a, b) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+        accuracy = 0.5 + 0.1 * a + 0.01 * b
+        runs.append(make_run(tmp_path / str(i), [f"a={a}", f"b={b}"], **{"test/acc": accuracy}))
+    for run in runs:
+        (run / "predictions.npz").unlink()
+    first, second = effects(group_runs(read_runs(runs)), "test/acc")
+    assert (first.key, second.key) == ("a", "b")
+    assert first.spread == pytest.approx(0.1)
+    assert second.spread == pytest.approx(0.01)
+    assert first.values["1"] == (pytest.approx(0.605), 2, 0.6, 0.61)
+
+
+def test_unfinished_runs_are_named_and_left_out(sweep):
+    make_run(sweep / "6", ["finetune.backbone_lr=1e-3", "data.limit=400"], seed=4, status="failed")
+    make_run(sweep / "7", ["finetune.backbone_lr=9", "data.limit=400"], seed=1, status="running")
+    (sweep / "0" / "metrics.json").write_text("{")
+    assert main([str(sweep)]) == 0
+    page = (sweep / "sweep_report.html").read_text()
+    assert "5 of 8 runs finished" in page
+    assert f"{sweep / '6'} has not finished (failed); it is left out." in page
+    assert f"{sweep / '0'}: metrics.json cannot be read" in page
+
+
+def test_several_folders_are_compared_where_they_meet_or_where_asked(tmp_path, capsys):
+    runs = [str(make_run(tmp_path / name, [f"x={name}"], status="failed")) for name in ("a", "b")]
+    assert main(runs) == 0
+    assert (tmp_path / "sweep_report.html").is_file()
+    assert main([*runs, "--output", str(tmp_path / "there")]) == 0
+    assert 'href="../a/report.html"' in (tmp_path / "there" / "sweep_report.html").read_text()
+    assert str(tmp_path / "there" / "sweep_report.md") in capsys.readouterr().out
+
+
+def test_unfair_comparisons_are_named(tmp_path):
+    runs = [str(make_run(tmp_path / str(i), ["x=1"], seed=3, status="failed", split_sha256=str(i))) for i in range(2)]
+    assert main(runs) == 0
+    page = (tmp_path / "sweep_report.html").read_text()
+    assert "The runs are of different train/validation splits." in page
+    assert "has a seed twice" in page
+
+
+def test_a_sweep_of_one_job_is_a_sweep(tmp_path):
+    make_run(tmp_path / "sweep" / "0", status="failed")
+    assert main([str(tmp_path / "sweep")]) == 0
+    assert (tmp_path / "sweep" / "0" / "report.html").is_file()
+    assert "all runs" in (tmp_path / "sweep" / "sweep_report.html").read_text()
