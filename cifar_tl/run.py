@@ -97,18 +97,9 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     record = RunRecord(folder, plan, facts)
     predictions = PredictionsFile(folder, datamodule, plan)
     callbacks += [record, Console(plan, cfg.finetune.batchnorm, record)]
-    cache = decide(
-        str(cfg.finetune.cache_features).lower(),
-        plan,
-        augment(0),
-        datamodule.sizes,
-        memory_for_features(accelerator),
-        cfg.trainer.devices,
-    )
-    if cache.views:
-        kept = Path(cfg.finetune.features_folder) if cfg.finetune.features_folder and sha256 else None
-        callbacks.append(FeatureCache(plan, datamodule, cache.views, kept))  # after the record, which counts its time
-    callbacks.append(predictions)
+    kept = Path(cfg.finetune.features_folder) if cfg.finetune.features_folder and sha256 else None
+    feature_cache = FeatureCache(plan, datamodule, kept)
+    callbacks += [feature_cache, predictions]  # the cache after the record, which counts its time
     loggers = build_loggers(cfg.logger, folder)
     callbacks += [
         Inspection(plan, datamodule, predictions, record, logger, config)
@@ -125,6 +116,11 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
         benchmark=accelerator == "cuda",
         default_root_dir=folder,
     )
+    available = memory_for_features(accelerator)
+    mode = str(cfg.finetune.cache_features).lower()
+    cache = decide(mode, plan, augment(0), datamodule.sizes, available, trainer.world_size)
+    feature_cache.views = cache.views
+    record.facts["features"] = cache.text
     for logger in trainer.loggers:
         logger.log_hyperparams(config)
     log.info("%s", plan_text(cfg, plan, datamodule, facts, cache, folder))

@@ -1,5 +1,6 @@
 """python -m cifar_tl.train [group=choice ...] [key=value ...]: the two-phase run, from config to test result."""
 
+import gc
 import logging
 import os
 import sys
@@ -20,6 +21,7 @@ def main(cfg: DictConfig) -> float:
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
     metrics = train(cfg, folder, experiment=hydra.runtime.choices["experiment"])
+    gc.collect()  # model and trainer refer to each other: the next job of a sweep would start beside them
     draw_report(folder)
     return float(metrics["best/val/acc"])
 

@@ -1,8 +1,6 @@
-"""The frozen phase: on images, on features that are computed first, and on features that were kept."""
+"""The frozen phase: on images, on features that are computed first, and on features that an earlier run has kept."""
 
 import shutil
-import statistics
-from pathlib import Path
 from typing import Any
 
 from cifar_tl.benchmarks.setting import Setting, summary, take_turns
@@ -12,37 +10,35 @@ EPOCHS = 10
 
 
 def measure(setting: Setting) -> list[dict[str, Any]]:
-    """Return the seconds of a frozen phase of 10 epochs, for either kind of augmentation that can be cached.
+    """Return the seconds of a frozen phase of 10 epochs on images as they are (finetune.frozen_augment=none).
 
-    On images, an epoch is measured and counted ten times: it is the same work in each.
+    On images, one epoch is measured and counted ten times: it is the same work in each.
     """
-    rows = []
-    for augment in ("none", "flip"):
-        kept = setting.folder / f"features_{augment}"
+    kept = setting.folder / "features"
 
-        def phase(epochs: int, cached: bool, keep: bool, name: str, augment: str = augment, kept: Path = kept) -> float:
-            config = setting.config(
-                "finetune.unfreeze_at_epoch=null",
-                f"trainer.max_epochs={epochs}",
-                f"finetune.cache_features={str(cached).lower()}",
-                f"finetune.features_folder='{kept}'" if keep else "finetune.features_folder=null",
-                f"finetune.frozen_augment={augment}",
-            )
-            folder = setting.folder / f"{name}_{augment}"
-            shutil.rmtree(folder, ignore_errors=True)
-            metrics = train(config, folder, "benchmark")
-            return float(metrics["phases"][0]["seconds"])
+    def phase(epochs: int, cached: bool) -> float:
+        folder = setting.folder / "frozen"
+        shutil.rmtree(folder, ignore_errors=True)
+        config = setting.config(
+            "finetune.unfreeze_at_epoch=null",
+            f"trainer.max_epochs={epochs}",
+            f"finetune.cache_features={str(cached).lower()}",
+            f"finetune.features_folder='{kept}'",
+            "finetune.frozen_augment=none",
+        )
+        return float(train(config, folder, "benchmark")["phases"][0]["seconds"])
 
-        candidates = {
-            f"{augment}: images": lambda: EPOCHS * phase(1, False, False, "images"),
-            f"{augment}: features computed first": lambda: phase(EPOCHS, True, False, "computed"),
-            f"{augment}: features kept by an earlier run": lambda: phase(EPOCHS, True, True, "kept"),
-        }
-        figures = take_turns(candidates, setting.rounds)
-        reference = f"{augment}: images"
-        new = summary(figures, f"s for {EPOCHS} epochs")
-        for row in new:
-            row["times as fast"] = statistics.median(figures[reference]) / row["median"]
-        rows += new
+    def computed() -> float:
         shutil.rmtree(kept, ignore_errors=True)
+        return phase(EPOCHS, cached=True)
+
+    candidates = {
+        "images": lambda: EPOCHS * phase(1, cached=False),
+        "features, computed and kept": computed,
+        "features, kept by an earlier run": lambda: phase(EPOCHS, cached=True),
+    }
+    # runs of minutes need no turn to warm up
+    rows = summary(take_turns(candidates, setting.rounds, warm_up=0), f"s for {EPOCHS} epochs")
+    for row in rows:
+        row["times as fast"] = rows[0]["median"] / row["median"]
     return rows

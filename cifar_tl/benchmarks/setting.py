@@ -1,7 +1,6 @@
 """What every measurement shares: where it runs, on which data, and how candidates take turns."""
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -64,21 +63,22 @@ class Setting:
         return torch.autocast("cuda", dtype=torch.bfloat16) if self.device == "cuda" else nullcontext()
 
 
-def take_turns(candidates: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def take_turns(candidates: Mapping[str, Callable[[], float]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
     """Call each candidate once per round, one after the other, so that what slows the machine slows all of them.
 
     Args:
         candidates: Each measures itself and returns a figure.
-        rounds: Turns of each; one more comes first and is not counted.
+        rounds: Turns of each.
+        warm_up: Turns of each that come first and do not count.
 
     Returns:
         The figures of each candidate.
     """
     figures: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(rounds + 1):
+    for turn in range(warm_up + rounds):
         for name, measure in candidates.items():
             figure = measure()
-            if turn > 0:
+            if turn >= warm_up:
                 figures[name].append(figure)
     return figures
 
@@ -93,12 +93,3 @@ def summary(figures: Mapping[str, list[float]], unit: str, reference: str | None
             row["ratio"] = row["median"] / statistics.median(figures[reference])
         rows.append(row)
     return rows
-
-
-def seconds(function: Callable[[], object], setting: Setting) -> float:
-    """Return how long a call takes, until the device is done with it."""
-    setting.synchronize()
-    start = time.perf_counter()
-    function()
-    setting.synchronize()
-    return time.perf_counter() - start

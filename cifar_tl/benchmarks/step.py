@@ -71,7 +71,7 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
     """Return images a second of each loop at each batch size; on a GPU with its share of the peak arithmetic."""
     rows = []
     for batch_size in setting.batch_sizes:
-        figures = take_turns(candidates(setting, batch_size), setting.rounds)
+        figures = take_turns(candidates(setting, batch_size), setting.rounds, warm_up=0)  # each turn has its own
         new = summary(figures, "images/s", f"batch {batch_size}: bare loop")
         if setting.device == "cuda":
             add_share_of_peak(new, setting)
@@ -83,7 +83,7 @@ def candidates(setting: Setting, batch_size: int) -> dict[str, Callable[[], floa
     """Return the loops, each as a function that runs some steps and returns images a second."""
     config = setting.config("finetune=full", f"data.batch_size={batch_size}")
     plan = build_plan(config)
-    timed = max(4, 1024 // batch_size)
+    timed = max(4, 512 // batch_size)
     steps = WARM_UP + timed
 
     def ours_module() -> TransferClassifier:

@@ -109,22 +109,24 @@ class FeatureCache(L.Callback):
     Args:
         plan: Says which epochs are frozen.
         datamodule: Its `features` are filled and emptied.
-        views: Views of each training image, from `decide`, at least 1.
         folder: Where to keep features; None keeps none.
+
+    Attributes:
+        views: Views of each training image, as `decide` decided; 0 caches nothing.
     """
 
-    def __init__(self, plan: Plan, datamodule: ImageDataModule, views: int, folder: Path | None) -> None:
+    def __init__(self, plan: Plan, datamodule: ImageDataModule, folder: Path | None) -> None:
         self.plan = plan
         self.datamodule = datamodule
-        self.views = views
         self.folder = folder
+        self.views = 0
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make sure that frozen epochs, and only they, have features."""
         assert isinstance(pl_module, TransferClassifier)
         if self.plan.phase(trainer.current_epoch).stages:
             self.datamodule.features.clear()
-        elif not self.datamodule.features:
+        elif self.views and not self.datamodule.features:
             self.datamodule.features.update(self._get(trainer, pl_module.backbone))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassCalibrationError,
@@ -65,14 +65,12 @@ class TransferClassifier(L.LightningModule):
         self.label_smoothing = check_number("finetune.label_smoothing", label_smoothing, 0, below=1)
         self.backbone = Backbone(upscale)
         self.head = dense_head(FEATURES, head, len(self.classes), dropout)
-        # validation of arguments and a search for NaN would make every step wait for the GPU
-        self.train_loss = MeanMetric(nan_strategy="disable")
-        self.train_acc = MulticlassAccuracy(len(self.classes), average="micro", validate_args=False)
         self.val_metrics = self._metrics("val/")
         self.test_metrics = self._metrics("test/")
 
     def _metrics(self, prefix: str) -> MetricCollection:
         n = len(self.classes)
+        # without validation of arguments, for which every step would wait for the GPU
         return MetricCollection(
             {
                 "acc": MulticlassAccuracy(n, average="micro", validate_args=False),
@@ -98,18 +96,25 @@ class TransferClassifier(L.LightningModule):
         logits: Tensor = self.head(images if images.ndim == 2 else self.backbone(images))
         return logits
 
+    def on_train_epoch_start(self) -> None:
+        """Start the sums of the epoch's training metrics."""
+        self._train_sums = torch.zeros(2, device=self.device)
+        self._train_images = 0
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the cross-entropy of a batch, a scalar."""
         images, targets = batch
         logits = self(images)
         loss = cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
-        # Lightning's log() costs about as much as a step on cached features, so it is called now and then
-        self.train_loss.update(loss.detach().expand(len(images)))  # its weights are ignored without the search for NaN
-        self.train_acc.update(logits.detach(), class_indices(targets))
+        # on cached features a step is so short that metric objects, and log() in every step, would double it
+        correct = (logits.detach().argmax(dim=1) == class_indices(targets)).sum()
+        self._train_sums += torch.stack([loss.detach().float() * len(images), correct])
+        self._train_images += len(images)
         if batch_idx % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # Lightning adds it
             self.log("train/loss_step", loss)
         if self.trainer.is_last_batch:
-            self.log_dict({"train/loss": self.train_loss, "train/acc": self.train_acc}, on_step=False, on_epoch=True)
+            means = dict(zip(("train/loss", "train/acc"), self._train_sums / self._train_images, strict=True))
+            self.log_dict(means, on_step=False, on_epoch=True, batch_size=self._train_images, sync_dist=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
