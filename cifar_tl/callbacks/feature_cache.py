@@ -214,7 +214,8 @@ def _read(path: Path, shapes: dict[str, tuple[int, int, int]]) -> dict[str, Tens
     if not path.is_file():
         return None
     try:
-        features = torch.load(path, map_location="cpu", weights_only=True)
+        # mapped, not read: pages come as batches need them, and several jobs share them
+        features = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         intact = {split: tuple(values.shape) for split, values in features.items()} == shapes
     except Exception as error:  # torch.load raises about anything for a damaged file; a cache is made again
         intact, features = False, {}
