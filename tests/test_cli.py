@@ -114,6 +114,9 @@ def test_sweep_runs_four_jobs_in_four_folders_and_ends_with_a_table(command, tmp
     assert all("finished" in row for row in rows[1:])
     assert "best val/acc" in out
     assert "model.dropout=0.2" in out
+    table = out[out.index("best val/acc") :]
+    assert "seed=2" in table
+    assert "data.train_size" not in table  # what all jobs share
 
 
 def test_a_failing_job_leaves_the_others_and_their_record_alone(command, tmp_path):

@@ -22,6 +22,7 @@ class SweepTable(Callback):
 
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
+        self._overrides: list[list[str]] = []
         self._folder = Path()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
@@ -35,10 +36,11 @@ class SweepTable(Callback):
         path = folder / "metrics.json"
         metrics = json.loads(path.read_text()) if path.is_file() else {}
         done = job_return.status is JobStatus.COMPLETED
+        self._overrides.append(list(job_return.overrides or []))
         self._rows.append(
             {
                 "job": hydra.job.num,
-                "overrides": " ".join(job_return.overrides or []),
+                "overrides": " ".join(self._overrides[-1]),
                 "best val/acc": metrics.get("best/val/acc"),
                 "test/acc": metrics.get("test/acc"),
                 "minutes": sum(metrics.get("seconds", [])) / 60,
@@ -52,10 +54,15 @@ class SweepTable(Callback):
             writer.writerows(self._rows)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Print the table; Hydra does not get here if a job failed, sweep.csv has its line."""
+        """Print the table, without what all jobs share.
+
+        Hydra does not get here if a job failed; sweep.csv has its line.
+        """
         table = Table(*COLUMNS, title=str(self._folder))
-        for row in self._rows:
-            table.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()))
+        shared = set.intersection(*(set(overrides) for overrides in self._overrides)) if len(self._rows) > 1 else set()
+        for row, overrides in zip(self._rows, self._overrides, strict=True):
+            shown = {**row, "overrides": " ".join(o for o in overrides if o not in shared)}
+            table.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in shown.values()))
         Console().print(table)
         self._draw_report()
 
