@@ -17,14 +17,14 @@ BEST, LAST = "best.ckpt", "last.ckpt"
 
 
 class PacedCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints when due: at once as long as that takes a twentieth of the time, else the newest ones later.
+    """Writes checkpoints when due: at once as long as that takes a fiftieth of the time, else the newest ones later.
 
     What is not written yet is held in the host's memory. `flush` writes it: at the end of a run, and after an error or
     Ctrl-C. So a run with long epochs writes after each, one with epochs of a second writes every few seconds, and only
     a killed process loses the seconds since the last write.
     """
 
-    SHARE = 0.05
+    SHARE = 0.02
     """Of a run's time, at most, spent on writing."""
 
     def __init__(self) -> None:

@@ -1,5 +1,6 @@
 """What every measurement shares: where it runs, on which data, and how candidates take turns."""
 
+import os
 import statistics
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -77,6 +78,7 @@ def take_turns(candidates: Mapping[str, Callable[[], float]], rounds: int, warm_
     figures: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(warm_up + rounds):
         for name, measure in candidates.items():
+            os.sync()  # what the last one wrote goes to the disk now, not during this one's turn
             figure = measure()
             if turn >= warm_up:
                 figures[name].append(figure)

@@ -17,6 +17,7 @@ from cifar_tl.data.splits import limited, split_hash, split_train_val
 from cifar_tl.data.synthetic import Synthetic
 from cifar_tl.errors import check_choice, check_int
 from cifar_tl.model.backbone import IMAGENET_MEAN, IMAGENET_STD
+from cifar_tl.model.module import Batch
 
 
 class Source(Protocol):
@@ -154,6 +155,10 @@ class ImageDataModule(L.LightningDataModule):
     def in_order(self, split: str) -> ArrayLoader:
         """Return a split's images in order, as they are."""
         return self._loader(split, self.eval_batch_size)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Return the batch: it was made on the device."""
+        return batch
 
     def _loader(
         self,
