@@ -117,7 +117,7 @@ def candidates(setting: Setting, batch_size: int) -> dict[str, Callable[[], floa
                 start = time.perf_counter()
             with setting.precision():
                 loss = cross_entropy(module(images), targets)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
             optimizer.step()
             optimizer.zero_grad()
         setting.synchronize()

@@ -202,7 +202,7 @@ class Inspection(L.Callback):
         try:
             with self.record.not_training():
                 yield
-        except Exception as error:
+        except Exception as error:  # whatever it is, a picture is worth less than the run
             log.warning("TensorBoard goes without %s: %s: %s", what, type(error).__name__, error)
 
 

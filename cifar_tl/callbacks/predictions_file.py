@@ -70,22 +70,8 @@ class PredictionsFile(L.Callback):
         if self.val is not None and trainer.current_epoch + 1 == self.plan.unfreeze_at_epoch < self.plan.max_epochs:
             self._frozen = torch.from_numpy(self.val.logits)
 
-    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start over."""
-        self._logits, self._targets = [], []
-
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep a batch."""
-        self._logits.append(outputs.detach())
-        self._targets.append(class_indices(batch[1]))
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_validation_batch_end
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the batches together."""

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -113,7 +114,7 @@ def _folder_files(root: Path) -> Iterator[InputFile]:
         for name in names:
             if not name.startswith("."):
                 path = Path(folder, name)
-                yield InputFile(str(path), lambda path=path: _read_path(path))  # type: ignore[misc]
+                yield InputFile(str(path), partial(_read_path, path))
     for error in unlisted:
         yield InputFile(str(error.filename), _failing(f"folder cannot be listed: {error.strerror}"))
 
@@ -139,7 +140,7 @@ def _zip_files(source: Path, archive: zipfile.ZipFile) -> Iterator[InputFile]:
         elif member.file_size > MAX_FILE_BYTES:
             yield InputFile(path, _failing(_too_large(member.file_size)))
         else:
-            yield InputFile(path, lambda member=member: _read_zip(archive, member))  # type: ignore[misc]
+            yield InputFile(path, partial(_read_zip, archive, member))
 
 
 def _read_zip(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:

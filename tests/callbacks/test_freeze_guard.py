@@ -35,7 +35,8 @@ def test_frozen_phase_leaves_every_backbone_tensor_untouched(compose, tmp_path, 
 def test_guard_passes_honest_runs(compose, tmp_path, policy, finetune):
     overrides = (*TINY, f"finetune={finetune}", "finetune.unfreeze_at_epoch=1", f"finetune.batchnorm={policy}")
     epochs = 2 if finetune == "two_phase" else 6
-    run.train(compose(*overrides, f"trainer.max_epochs={epochs}"), tmp_path, "demo")
+    metrics = run.train(compose(*overrides, f"trainer.max_epochs={epochs}"), tmp_path, "demo")
+    assert metrics["status"] == "finished"
 
 
 def train_with_bug(compose, tmp_path):

@@ -12,46 +12,46 @@ from cifar_tl.reports import scores
 
 
 @pytest.fixture(scope="module")
-def test_split():
+def on_test():
     return scored(seed=1, examples=1000, strength=1.0)
 
 
-def test_confusion_and_class_scores_are_scikit_learns(test_split):
-    confusion = scores.confusion_matrix(test_split.predicted, test_split.targets, len(CLASSES))
-    np.testing.assert_array_equal(confusion, sk.confusion_matrix(test_split.targets, test_split.predicted))
-    assert test_split.accuracy == pytest.approx(sk.accuracy_score(test_split.targets, test_split.predicted))
+def test_confusion_and_class_scores_are_scikit_learns(on_test):
+    confusion = scores.confusion_matrix(on_test.predicted, on_test.targets, len(CLASSES))
+    np.testing.assert_array_equal(confusion, sk.confusion_matrix(on_test.targets, on_test.predicted))
+    assert on_test.accuracy == pytest.approx(sk.accuracy_score(on_test.targets, on_test.predicted))
     ours = [(c.precision, c.recall, c.f1, c.examples) for c in scores.class_scores(confusion)]
-    theirs = sk.precision_recall_fscore_support(test_split.targets, test_split.predicted)
+    theirs = sk.precision_recall_fscore_support(on_test.targets, on_test.predicted)
     np.testing.assert_allclose(np.array(ours).T, theirs)
 
 
-def test_loss_is_scikit_learns(test_split):
-    probabilities = scores.softmax(test_split.logits)
-    expected = sk.log_loss(test_split.targets, probabilities)
-    assert scores.negative_log_likelihood(test_split.logits, test_split.targets) == pytest.approx(expected)
+def test_loss_is_scikit_learns(on_test):
+    probabilities = scores.softmax(on_test.logits)
+    expected = sk.log_loss(on_test.targets, probabilities)
+    assert scores.negative_log_likelihood(on_test.logits, on_test.targets) == pytest.approx(expected)
 
 
-def test_ece_is_the_definition_and_torchmetrics(test_split):
-    probabilities = scores.softmax(test_split.logits)
-    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == test_split.targets
+def test_ece_is_the_definition_and_torchmetrics(on_test):
+    probabilities = scores.softmax(on_test.logits)
+    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == on_test.targets
     expected = 0.0
     for low in np.arange(15) / 15:
         inside = (confidence >= low) & (confidence < low + 1 / 15)
         if inside.any():
             expected += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
-    ours = scores.reliability(probabilities, test_split.targets).ece
+    ours = scores.reliability(probabilities, on_test.targets).ece
     assert ours == pytest.approx(expected)
     referee = MulticlassCalibrationError(len(CLASSES), n_bins=15)
     assert ours == pytest.approx(
-        referee(torch.from_numpy(probabilities), torch.from_numpy(test_split.targets)).item(), abs=1e-4
+        referee(torch.from_numpy(probabilities), torch.from_numpy(on_test.targets)).item(), abs=1e-4
     )
 
 
-def test_temperature_is_scipys_minimum_and_never_worse(test_split):
+def test_temperature_is_scipys_minimum_and_never_worse(on_test):
     def loss(temperature):
-        return scores.negative_log_likelihood(test_split.logits, test_split.targets, temperature)
+        return scores.negative_log_likelihood(on_test.logits, on_test.targets, temperature)
 
-    temperature = scores.fit_temperature(test_split.logits, test_split.targets)
+    temperature = scores.fit_temperature(on_test.logits, on_test.targets)
     assert temperature > 1.5  # these logits are made too large
     assert temperature == pytest.approx(minimize_scalar(loss, bounds=(0.05, 20), method="bounded").x, rel=1e-4)
     assert loss(temperature) <= loss(1.0)
