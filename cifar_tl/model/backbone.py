@@ -5,7 +5,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, interpolate, linear, relu_
+from torch.nn.functional import conv2d, interpolate, linear, relu
 from torchvision.models import ResNet50_Weights
 from torchvision.models.resnet import Bottleneck, ResNet
 
@@ -57,7 +57,9 @@ class Backbone(ResNet):  # type: ignore[misc]  # torchvision has no types
         """
         if self.upscale > 1:
             images = interpolate(images, scale_factor=self.upscale, mode="bicubic")
-        x = self.maxpool(relu_(convolve(images, self.conv1, self.bn1, self._tuned)))
+        if self._tuned:
+            images = images.contiguous(memory_format=torch.channels_last)
+        x = self.maxpool(relu(convolve(images, self.conv1, self.bn1, self._tuned)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return torch.flatten(self.avgpool(x), 1)
 
@@ -71,9 +73,9 @@ class TunedBottleneck(Bottleneck):  # type: ignore[misc]  # torchvision has no t
         """Return the block's output, of the shape that torchvision's gives."""
         tuned = self.tuned
         shortcut = x if self.downsample is None else convolve(x, self.downsample[0], self.downsample[1], tuned)
-        x = relu_(convolve(x, self.conv1, self.bn1, tuned))
-        x = relu_(convolve(x, self.conv2, self.bn2, tuned))
-        return relu_(convolve(x, self.conv3, self.bn3, tuned).add_(shortcut))
+        x = relu(convolve(x, self.conv1, self.bn1, tuned))
+        x = relu(convolve(x, self.conv2, self.bn2, tuned))
+        return relu(convolve(x, self.conv3, self.bn3, tuned) + shortcut)
 
 
 def convolve(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, tuned: bool) -> Tensor:
@@ -107,13 +109,27 @@ def convolve(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, tuned: bool) -> Ten
 
 
 def _convolution(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
-    """Convolve; in two cases by a way to the same sums that libraries for CPUs do not take by themselves."""
+    """Convolve; where maps or kernels are small, by the matrix product that libraries for CPUs do not make of it.
+
+    Activations are in channels-last order: a pixel's channels are a row of the product, without a copy. What is cut is
+    cut from views in the order of the memory, so that gradients come back in it.
+    """
     size = kernel.shape[2]
     if all(n + 2 * padding - size < stride for n in x.shape[2:]):
-        # the result is one pixel, as in layer4 at 32x32: a matrix product over the taps that meet a pixel
+        # the result is one pixel, as in layer4 at 32x32: a product over the taps that meet a pixel
         high, wide = (min(size - padding, n) for n in x.shape[2:])
         used = kernel[:, :, padding : padding + high, padding : padding + wide]
         return linear(x[:, :, :high, :wide].flatten(1), used.flatten(1), bias)[:, :, None, None]
-    if size == 1 and stride > 1:
-        x, stride = x[:, :, ::stride, ::stride].contiguous(), 1  # the others are never looked at
+    if size == 1:
+        pixels = x.permute(0, 2, 3, 1)
+        if stride > 1:
+            pixels = pixels[:, ::stride, ::stride]  # the others are never looked at
+        # two dimensions: linear() would take batches of tiny products where pixels are left out
+        out = linear(pixels.flatten(0, 2), kernel.flatten(1), bias)
+        return out.view(*pixels.shape[:3], -1).permute(0, 3, 1, 2)
+    if size == 3 and stride == padding == 1 and x.shape[2:] == (2, 2):
+        # each of 4 pixels meets each of 4 by one tap
+        rows = [kernel[:, :, 1 - i : 3 - i, 1 - j : 3 - j].flatten(1) for i in (0, 1) for j in (0, 1)]
+        out = linear(x.flatten(1), torch.cat(rows), None if bias is None else bias.repeat(4))
+        return out.view(len(x), 2, 2, -1).permute(0, 3, 1, 2)
     return conv2d(x, kernel, bias, stride, padding)
