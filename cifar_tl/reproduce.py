@@ -100,7 +100,7 @@ def announce(jobs: Sequence[Job], states: dict[str, tuple[str, str]]) -> None:
         total += seconds
         log.info("%-44s %-26s about %-12s %s", job.name, images, duration_text(seconds), reason)
     device = device_name(resolve_accelerator(jobs[0].config.trainer.accelerator))
-    log.info("In all, %d jobs: about %s on %s.", len(jobs), duration_text(total), device)
+    log.info("In all about %s on %s.", duration_text(total), device)
     log.info("Ctrl-C stops; the same command then goes on.")
 
 

@@ -46,7 +46,7 @@ def write_tables(jobs: Sequence[Job], folder: Path) -> list[Path]:
         curves = {group.label: _curve(group.runs[0]) for those in groups.values() for group in those}
         drawn = {label: curve for label, curve in curves.items() if curve is not None}
         if part == "results" and drawn:
-            said = "; ".join(f"{label} {points(v[at] - v[at - 1])} points" for label, (_, v, at) in drawn.items())
+            said = "; ".join(f"{label} {points(v[at] - v[at - 1], 1)} points" for label, (_, v, at) in drawn.items())
             figure = figures.cliff("Validation accuracy around the thaw", drawn)
             svg.save(figure, folder, CLIFF, f"Validation accuracy per epoch. One epoch after the thaw: {said}.")
             written += [folder / f"{CLIFF}.{ending}" for ending in ("svg", "png")]
