@@ -328,6 +328,7 @@ def cliff(title: str, recipes: Mapping[str, tuple[Sequence[int], Sequence[float]
         )
     for start in sorted({thaw for *_, thaw in recipes.values()}):
         mark_phases(axes, [("thaw", start)])
+    axes.margins(y=0.12)  # for what is written below a point
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")

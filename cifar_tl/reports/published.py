@@ -36,7 +36,7 @@ def write_tables(jobs: Sequence[Job], folder: Path) -> list[Path]:
     for part in dict.fromkeys(part for job in jobs for part, *_ in job.uses):
         groups = {
             scale: [group for group in _groups(jobs, runs, part, scale) if group.runs]
-            for scale in dict.fromkeys(scale for job in jobs for its, scale, _ in job.uses if its == part)
+            for scale in sorted({scale for job in jobs for its, scale, _ in job.uses if its == part})
         }
         for name, table in _tables(part, groups).items():
             table.write_csv(folder / f"{name}.csv")
