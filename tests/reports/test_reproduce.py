@@ -177,7 +177,7 @@ def test_the_report_of_a_sweep_over_ablations_has_their_table(tmp_path):
     ("argument", "said"),
     [
         ("only=[result]", "Did you mean results?"),
-        ("seed=3", "is in conf/reproduce.yaml"),
+        ("seed=3", "are in conf/reproduce.yaml"),
         ("model.drop=0.1", "model.drop is no key of this program. Did you mean model.dropout?"),
         ("results.recipes.best32=['experiment=best33']", "Could not find 'experiment/best33'"),
         ("results.recipes.best32=['ablate=no_flipp']", "no_flip"),
