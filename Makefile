@@ -6,7 +6,7 @@ DEVICE := cpu
 # The folder with real data and weights that some tests use; they are skipped without it.
 export CIFAR_TL_SHARED ?= $(if $(wildcard ../shared/data),$(abspath ../shared))
 
-.PHONY: help setup demo train test check bench tensorboard clean
+.PHONY: help setup demo train reproduce test check bench tensorboard clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -23,6 +23,9 @@ demo: $(DONE)  ## both phases on generated images, offline, about a minute
 
 train: $(DONE)  ## the default run on CIFAR-10; ARGS="key=value ..." overrides
 	$(PYTHON) -m cifar_tl.train $(ARGS)
+
+reproduce: $(DONE)  ## the published tables from data and weights; says how long it takes; ARGS="data.root=..."
+	$(PYTHON) -m cifar_tl.reproduce $(ARGS)
 
 test: $(DONE)  ## run the tests
 	$(PYTHON) -m pytest $(ARGS)

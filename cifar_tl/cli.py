@@ -67,7 +67,7 @@ def run(task: Callable[[DictConfig], Any], config_name: str, arguments: list[str
     except UserError as error:
         return _fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
-        return _fail(_explain(error, config_name))
+        return _fail(explain(error, config_name))
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST, errno.EDQUOT):
             raise
@@ -96,7 +96,7 @@ def _refuse_added_keys(arguments: list[str]) -> None:
             )
 
 
-def _explain(error: HydraException | OmegaConfBaseException, config_name: str) -> str:
+def explain(error: HydraException | OmegaConfBaseException, config_name: str) -> str:
     """Say what a config error is about, with the closest existing key for a mistyped one."""
     text = str(error)
     if text.startswith("Could not override '"):

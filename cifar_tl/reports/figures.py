@@ -311,6 +311,33 @@ def runs_over_each_other(
 
 
 @_styled
+def cliff(title: str, recipes: Mapping[str, tuple[Sequence[int], Sequence[float], int]]) -> Figure:
+    """Draw validation accuracies over each other, with each one's level before the thaw and what one epoch then did.
+
+    Args:
+        title: Of the figure.
+        recipes: Epochs, shares, and the first epoch after the thaw, by name.
+    """
+    figure, axes = _axes(3.4, width=4.4)  # it stands in half a page
+    for color, (name, (epochs, values, thaw)) in zip(COLORS, recipes.items(), strict=False):
+        axes.plot(epochs, values, color=color, marker="o", label=name)
+        axes.plot([thaw - 1, epochs[-1]], [values[thaw - 1]] * 2, color=color, linewidth=1, linestyle=":")
+        step = f"{100 * (values[thaw] - values[thaw - 1]):+.1f}"
+        axes.annotate(
+            step, (thaw, values[thaw]), (6, -4), textcoords="offset points", va="top", color=color, weight="bold"
+        )
+    for start in sorted({thaw for *_, thaw in recipes.values()}):
+        mark_phases(axes, [("thaw", start)])
+    axes.margins(y=0.12)  # for what is written below a point
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("epoch")
+    axes.set_title(title, pad=16)
+    axes.legend(loc="best")
+    return figure
+
+
+@_styled
 def points(title: str, groups: Mapping[str, Sequence[float]]) -> Figure:
     """Draw the values of every group of runs as points on a line, with their mean as a tick."""
     figure, axes = _axes(0.9 + 0.33 * len(groups), width=6.2)

@@ -3,37 +3,21 @@
 import csv
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from statistics import fmean
 
 from cifar_tl.reports import figures, html, svg
+from cifar_tl.reports.ablation import ablation
 from cifar_tl.reports.compare import Group, common_overrides, effects, group_runs, paired_difference, reference, seed_of
 from cifar_tl.reports.html import Markup
 from cifar_tl.reports.run_report import REPORT
 from cifar_tl.reports.runs import Run, read_runs
+from cifar_tl.reports.table import Table
 from cifar_tl.reports.text import duration_text, percent, points
 
 NAME = "sweep_report"
 RUNS_AND_MEANS = "Thin lines are runs, thick ones means; dashed: a phase starts."
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table that goes into the page, the Markdown and, if it is the main one, the CSV.
-
-    Attributes:
-        title: What it is about.
-        head: Of the columns; the first is of words.
-        rows: Cells as text.
-        note: How to read it.
-    """
-
-    title: str
-    head: list[str]
-    rows: list[list[str]]
-    note: str
 
 
 def write_sweep_report(folders: Sequence[Path], output: Path) -> list[Path]:
@@ -49,7 +33,8 @@ def write_sweep_report(folders: Sequence[Path], output: Path) -> list[Path]:
     runs = read_runs(folders)
     groups = group_runs(runs)
     output.mkdir(parents=True, exist_ok=True)
-    tables = [table for table in (_settings(groups), _paired(groups), _effects(groups)) if table.rows]
+    given = (ablation(groups), _settings(groups), _paired(groups), _effects(groups))
+    tables = [table for table in given if table is not None and table.rows]
     shared = " ".join(common_overrides(groups)) or "nothing"
     done = sum(run.finished for run in runs)
     head = f"{done} of {len(runs)} runs finished, {len(groups)} settings. All of them were given: {shared}"
@@ -251,9 +236,5 @@ def _csv(groups: Sequence[Group]) -> list[list[str | int | float]]:
 
 def _markdown(title: str, head: str, tables: Sequence[Table], lines: Sequence[str]) -> str:
     """Return the tables as Markdown."""
-    parts = [f"# {title}", head, *(f"> {line}" for line in lines)]
-    for table in tables:
-        rows = [table.head, ["---"] + ["---:"] * (len(table.head) - 1), *table.rows]
-        body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
-        parts += [f"## {table.title}", body, table.note]
+    parts = [f"# {title}", head, *(f"> {line}" for line in lines), *(table.markdown() for table in tables)]
     return "\n\n".join(parts) + "\n"

@@ -1,0 +1,169 @@
+"""The runs behind the published tables: what each is given, and what of it is already there."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cifar_tl import cli
+from cifar_tl.errors import UserError, check_choice
+from cifar_tl.reports.runs import read_run
+from cifar_tl.resume import LAST
+
+PARTS = ("results", "ablation", "ladder", "scale")
+UNRELATED = ("resume", "logger", "data.root", "data.download", "finetune.features_folder", "trainer.log_every_n_steps")
+"""Keys that change no result."""
+
+
+@dataclass
+class Job:
+    """One run.
+
+    Attributes:
+        name: Of its folder.
+        folder: Where it is, or will be.
+        overrides: Of cifar_tl.train, from conf/reproduce.yaml.
+        passed: More of them, from the command line.
+        config: What they compose to.
+        evaluate: Overrides of cifar_tl.evaluate, for the finished run; None if there is nothing to evaluate.
+        uses: Part, scale and recipe of every table that it is for.
+    """
+
+    name: str
+    folder: Path
+    overrides: list[str]
+    passed: list[str]
+    config: DictConfig
+    evaluate: list[str] | None = None
+    uses: list[tuple[str, str, str]] = field(default_factory=list)
+
+    @property
+    def evaluation(self) -> Path:
+        """What cifar_tl.evaluate leaves."""
+        return self.folder / "evaluation" / "evaluation.json"
+
+    @property
+    def checkpoint(self) -> Path:
+        """What cifar_tl.evaluate reads."""
+        return self.folder / "checkpoints" / "best.ckpt"
+
+
+def plan_jobs(cfg: DictConfig, passed: Sequence[str], folder: Path) -> list[Job]:
+    """Return the runs that `cfg` asks for, each once.
+
+    Args:
+        cfg: As composed from conf/reproduce.yaml.
+        passed: Overrides of every run; they win over the config's.
+        folder: Gets a folder per run.
+
+    Raises:
+        UserError: An unknown part, or overrides that do not compose.
+    """
+    jobs: dict[str, Job] = {}
+    for part in PARTS if cfg.only is None else [check_choice("only", part, PARTS) for part in cfg.only]:
+        recipes = cfg[part].recipes if cfg[part].recipes is not None else _ablations()
+        for scale, shared in cfg[part].scales.items():
+            for recipe, overrides in recipes.items():
+                for seed in cfg[part].seeds:
+                    given = [*overrides, *shared, f"seed={seed}"]
+                    config = compose([*given, *passed])
+                    name = f"{part}-{recipe}-{scale}-seed{seed}"
+                    job = jobs.setdefault(_identity(config), Job(name, folder / name, given, list(passed), config))
+                    job.uses.append((part, str(scale), str(recipe)))
+                    if "evaluate" in cfg[part]:
+                        job.evaluate = list(cfg[part].evaluate)
+    return list(jobs.values())
+
+
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """Compose conf/train.yaml.
+
+    Raises:
+        UserError: It cannot be done.
+    """
+    GlobalHydra.instance().clear()  # a command's own; it has been composed
+    try:
+        with hydra.initialize_config_dir(str(cli.conf_folder()), version_base="1.3"):
+            return hydra.compose("train", list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"{' '.join(overrides)}: {cli.explain(error, 'train')}") from error
+
+
+def differences(job: Job) -> list[str]:
+    """Return what a job's folder was run with and the job would not be; nothing if the folder holds no run."""
+    saved = job.folder / ".hydra" / "config.yaml"
+    if not saved.is_file():
+        return []
+    theirs, ours = _related(OmegaConf.load(saved)), _related(job.config)
+    keys = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
+    return [f"{key}={theirs.get(key)}, now {ours.get(key)}" for key in keys]
+
+
+def state(job: Job) -> tuple[str, str]:
+    """Return what there is to do, `keep`, `evaluate`, `resume`, `replace` or `run`, and a reason for people."""
+    from cifar_tl.hardware import resolve_accelerator, resolve_precision  # late: `--help` should not wait for torch
+
+    if not job.folder.is_dir():
+        return "run", ""
+    run, different = read_run(job.folder), differences(job)
+    trainer = job.config.trainer
+    precision = resolve_precision(trainer.precision, resolve_accelerator(trainer.accelerator))
+    if run.metrics and run.metrics.get("precision") != precision:
+        different.append(f"{run.metrics.get('precision')}, now {precision}")
+    if different:
+        return "replace", f"was run with {'; '.join(different)}"
+    if run.finished and "test/acc" in run.metrics:
+        if job.evaluate is not None and not job.evaluation.is_file():
+            return "evaluate", "trained, to be evaluated"
+        return "keep", f"finished {run.metrics['started'][:10]}, commit {str(run.metrics.get('git_commit'))[:7]}"
+    if (job.folder / LAST).is_file():
+        return "resume", f"goes on after {len(run.metrics.get('epoch', []))} epochs"
+    return "replace", "was stopped before its first epoch was over"
+
+
+def set_aside(job: Job) -> Path:
+    """Move what is in a job's folder into `replaced`, beside it, and return where it is now."""
+    place = job.folder.parent / "replaced" / job.name
+    number = 1
+    while (new := place.with_name(f"{place.name}.{number}")).exists():
+        number += 1
+    new.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(job.folder, new)
+    return new
+
+
+def _ablations() -> dict[str, list[str]]:
+    names = sorted(path.stem for path in (cli.conf_folder() / "ablate").glob("*.yaml"))
+    return {name: [f"ablate={name}"] for name in sorted(names, key=lambda name: name != "none")}
+
+
+def _related(config: Any) -> dict[str, Any]:
+    """Return the values by dotted key that a result depends on; weights by their file's name."""
+    flat: dict[str, Any] = {}
+
+    def add(values: dict[str, Any], prefix: str) -> None:
+        for key, value in values.items():
+            if f"{prefix}{key}" in UNRELATED:
+                continue
+            if isinstance(value, dict):
+                add(value, f"{prefix}{key}.")
+            else:
+                flat[f"{prefix}{key}"] = value
+
+    add(OmegaConf.to_container(config, resolve=True), "")  # type: ignore[arg-type]  # the root is a mapping
+    if flat.get("model.weights") is not None:
+        flat["model.weights"] = Path(flat["model.weights"]).name
+    return flat
+
+
+def _identity(config: DictConfig) -> str:
+    return hashlib.sha256(json.dumps(_related(config), sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,53 @@
+"""What each ingredient of a recipe is worth: the recipe without it, beside the recipe as it is."""
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from cifar_tl.reports.compare import Group, seed_of
+from cifar_tl.reports.table import Table
+from cifar_tl.reports.text import points
+
+KEY, NOTHING = "ablate", "none"
+"""The override that removes an ingredient, and its value that removes none."""
+
+
+def ablation(groups: Sequence[Group]) -> Table | None:
+    """Return the validation accuracy without each ingredient, and its distance to the whole recipe, paired by seed.
+
+    Args:
+        groups: Of runs with an override `ablate=...`; others are left out.
+
+    Returns:
+        The table, the most useful ingredient first; None where no group removes nothing, or where
+            something else was swept, too.
+    """
+    removing = [group for group in groups if KEY in group.overrides]
+    by_name = {group.overrides[KEY]: _by_seed(group) for group in removing}
+    whole = by_name.get(NOTHING)
+    if not whole or len(by_name) < len(removing):
+        return None
+    rows = []
+    for name, accuracies in by_name.items():
+        values = list(accuracies.values())
+        pairs = [accuracies[seed] - whole[seed] for seed in accuracies if seed in whole]
+        if values:
+            spread = f"{100 * min(values):.2f} to {100 * max(values):.2f}"
+            # the whole recipe has no distance to itself
+            distance = ["", ""] if name == NOTHING or not pairs else [points(fmean(pairs)), _span(pairs)]
+            order = fmean(pairs) if pairs else 0.0
+            rows.append((order, [name, f"{100 * fmean(values):.2f}", spread, str(len(values)), *distance]))
+    rows.sort(key=lambda row: (row[1][0] != NOTHING, row[0]))
+    return Table(
+        "Ablation",
+        ["removed", "val acc, %, mean", "range", "n", "points against none", "per seed"],
+        [cells for _, cells in rows],
+        "Best validation accuracy of a run; n runs differ in their seed alone. Differences are paired by seed.",
+    )
+
+
+def _by_seed(group: Group) -> dict[int | None, float]:
+    return {seed_of(run): run.metrics["best/val/acc"] for run in group.runs if run.finished}
+
+
+def _span(values: Sequence[float]) -> str:
+    return f"{points(min(values))} to {points(max(values))}"

@@ -1,0 +1,225 @@
+"""The published tables, from the runs that cifar_tl.reproduce made: tables.md, a CSV per table, and the cliff."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from cifar_tl.jobs import Job, differences
+from cifar_tl.reports import figures, svg
+from cifar_tl.reports.ablation import KEY, ablation
+from cifar_tl.reports.compare import Group
+from cifar_tl.reports.runs import Run, read_run
+from cifar_tl.reports.table import Table
+from cifar_tl.reports.text import points
+
+CLIFF = "cliff"
+
+
+def write_tables(jobs: Sequence[Job], folder: Path) -> list[Path]:
+    """Write the tables of the runs that are finished.
+
+    Args:
+        jobs: All that the tables are for.
+        folder: Gets tables.md, a CSV per table, cliff.svg and cliff.png.
+
+    Returns:
+        What was written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = {job.name: _read(job) for job in jobs}
+    written, texts = [folder / "tables.md"], ["# Tables"]
+    for part in dict.fromkeys(part for job in jobs for part, *_ in job.uses):
+        groups = {
+            scale: [group for group in _groups(jobs, runs, part, scale) if group.runs]
+            for scale in sorted({scale for job in jobs for its, scale, _ in job.uses if its == part})
+        }
+        for name, table in _tables(part, groups).items():
+            table.write_csv(folder / f"{name}.csv")
+            written.append(folder / f"{name}.csv")
+            theirs = [job for job in jobs if part in {use[0] for use in job.uses}]
+            texts += [table.markdown(), *_provenance(part, theirs, runs)]
+        curves = {group.label: _curve(group.runs[0]) for those in groups.values() for group in those}
+        drawn = {label: curve for label, curve in curves.items() if curve is not None}
+        if part == "results" and drawn:
+            said = "; ".join(f"{label} {points(v[at] - v[at - 1], 1)} points" for label, (_, v, at) in drawn.items())
+            figure = figures.cliff("Validation accuracy around the thaw", drawn)
+            svg.save(figure, folder, CLIFF, f"Validation accuracy per epoch. One epoch after the thaw: {said}.")
+            written += [folder / f"{CLIFF}.{ending}" for ending in ("svg", "png")]
+            texts.append(f"![Validation accuracy around the thaw: {said}]({CLIFF}.png)")
+    written[0].write_text("\n\n".join(texts) + "\n")
+    return written
+
+
+def _tables(part: str, groups: dict[str, list[Group]]) -> dict[str, Table]:
+    """Return the tables of a part, by the name of their file, as far as there are runs."""
+    if part == "ladder":
+        table = ladder(groups)
+        return {part: table} if table.rows else {}
+    make = {"results": results, "ablation": ablation, "scale": equal_images}[part]
+    made = {scale if len(groups) > 1 else "": make(those) for scale, those in groups.items()}
+    return {f"{part}-{scale}".rstrip("-"): table for scale, table in made.items() if table is not None and table.rows}
+
+
+def results(groups: Sequence[Group]) -> Table:
+    """Return what each recipe came to, with the cliff, if there is one."""
+    beside = {"flip TTA": "test/flip/acc", "CIFAR-10.1 v6": "cifar10.1_v6/acc", "CIFAR-10.1 v4": "cifar10.1_v4/acc"}
+    beside = {name: key for name, key in beside.items() if any(group.values(key) for group in groups)}
+    rows = []
+    for group in groups:
+        around = [_around_thaw(run) for run in group.runs]
+        levels = [_mean([pair[side] for pair in around if pair is not None]) for side in (0, 1)]
+        test = group.values("test/acc")
+        low, high = (min(test), max(test)) if len(test) > 1 else group.runs[0].metrics.get("test/acc_interval", (0, 1))
+        rows.append(
+            [
+                group.label,
+                _each(_weights(run) for run in group.runs),
+                _each(_precision(run) for run in group.runs),
+                str(len(test)),
+                *levels,
+                _mean(group.values("best/val/acc")),
+                _mean(test),
+                f"{100 * low:.2f} to {100 * high:.2f}",
+                *(_mean(group.values(key)) for key in beside.values()),
+                f"{fmean(sum(run.metrics['seconds']) for run in group.runs) / 60:.1f}",
+                _each(_device(run) for run in group.runs),
+                _each(_commit(run) for run in group.runs),
+                _each(_date(run) for run in group.runs),
+            ]
+        )
+    head = ["config", "weights", "precision", "n", "frozen", "+1 epoch", "best val", "test acc", "range", *beside]
+    note = (
+        "In %. Frozen: validation accuracy in the last epoch before the thaw; +1 epoch: in the first after it. Means "
+        "over n seeds; the range is over the seeds, with one seed it is the 95 % interval for other test images. "
+        "Minutes are those of the epochs, on average."
+    )
+    return Table("Results", [*head, "minutes", "device", "commit", "date"], rows, note)
+
+
+def ladder(groups: dict[str, list[Group]]) -> Table:
+    """Return the validation accuracies of recipes on several scales, and how far the scales agree on their order."""
+    means = {
+        scale: {group.label: fmean(group.values("best/val/acc")) for group in those} for scale, those in groups.items()
+    }
+    first, *others = means
+    recipes = [label for label in means[first] if all(label in means[scale] for scale in others)]
+    recipes.sort(key=lambda label: -means[first][label])
+    rows = [[label, *(f"{100 * means[scale][label]:.2f}" for scale in means)] for label in recipes]
+    said = [
+        f"Spearman's rank correlation of {first} and {scale}: "
+        f"{spearman([means[first][label] for label in recipes], [means[scale][label] for label in recipes]):.2f} "
+        f"(n = {len(recipes)} recipes)."
+        for scale in others
+        if len(recipes) > 1
+    ]
+    note = " ".join(["Best validation accuracy in %, mean over the seeds, of recipes run on every scale.", *said])
+    return Table("Ladder", ["recipe", *means], rows, note)
+
+
+def equal_images(groups: Sequence[Group]) -> Table:
+    """Return accuracy and speed of recipes that saw equally many images."""
+    rows = [
+        [
+            group.label,
+            str(len(group.runs)),
+            _each(f"{run.metrics['images']['train']:,} x {len(run.metrics['epoch'])}" for run in group.runs),
+            _mean(group.values("best/val/acc")),
+            _mean(group.values("test/acc")),
+            f"{fmean(run.metrics['phases'][-1]['images_per_s'] for run in group.runs):,.0f}",
+        ]
+        for group in groups
+    ]
+    head = ["recipe", "n", "images x epochs", "val acc", "test acc", "images/s"]
+    return Table("Scale", head, rows, "Accuracies in %, means over n seeds. Images/s of the last phase's training.")
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    """Return Spearman's rank correlation; equal values share the mean of their ranks. NaN if all of `a` or `b` are."""
+    ranks = [[np.less(x, v).sum() + (np.equal(x, v).sum() - 1) / 2 for v in x] for x in (a, b)]
+    if any(np.ptp(rank) == 0 for rank in ranks):
+        return float("nan")
+    return float(np.corrcoef(ranks)[0, 1])
+
+
+def _read(job: Job) -> Run:
+    """Read a job's run, with the figures that cifar_tl.evaluate added to its own."""
+    run = read_run(job.folder)
+    if job.evaluate is not None and job.evaluation.is_file():
+        run.metrics = {**json.loads(job.evaluation.read_text()), **run.metrics}
+    return run
+
+
+def _groups(jobs: Sequence[Job], runs: dict[str, Run], part: str, scale: str) -> list[Group]:
+    """Return the finished runs of a part on a scale by recipe."""
+    groups: dict[str, Group] = {}
+    for job in jobs:
+        for its, on, recipe in job.uses:
+            if (its, on) == (part, scale):
+                group = groups.setdefault(recipe, Group(recipe, {KEY: recipe}, []))
+                group.runs += [runs[job.name]] if runs[job.name].finished else []
+    return list(groups.values())
+
+
+def _around_thaw(run: Run) -> tuple[float, float] | None:
+    """Return the validation accuracies of the last frozen epoch and of the one after it."""
+    curve = _curve(run)
+    return None if curve is None else (curve[1][curve[2] - 1], curve[1][curve[2]])
+
+
+def _curve(run: Run) -> tuple[list[int], list[float], int] | None:
+    """Return epochs, validation accuracies and the first thawed epoch; None if it was never frozen or never thawed."""
+    thaw = min((phase["start"] for phase in run.metrics.get("plan", []) if phase["stages"]), default=0)
+    values = run.metrics.get("val/acc", [])
+    return (run.metrics["epoch"], values, thaw) if 0 < thaw < len(values) else None
+
+
+def _provenance(part: str, jobs: Sequence[Job], runs: dict[str, Run]) -> list[str]:
+    """Return where a part's figures come from, and what is missing or differs."""
+    done = [job for job in jobs if runs[job.name].finished]
+    passed = dict.fromkeys(o for job in done for o in runs[job.name].overrides or [] if o not in job.overrides)
+    command = shlex.join(["python", "-m", "cifar_tl.reproduce", f"only=[{part}]", *passed])
+    device, date, commit, weights, precision = (
+        _each(what(runs[job.name]) for job in done) for what in (_device, _date, _commit, _weights, _precision)
+    )
+    lines = [f"`{command}`; {device}; {date}; commit {commit}; weights {weights}; {precision}."]
+    for job in done:  # weights are named above
+        if found := [text for text in differences(job) if not text.startswith("model.weights=")]:
+            lines.append(f"{job.name} was run with {'; '.join(found)}.")
+    if missing := [job.name for job in jobs if job not in done]:
+        lines.append(f"Not finished: {', '.join(missing)}.")
+    return lines
+
+
+def _device(run: Run) -> str:
+    return str(run.metrics.get("device"))
+
+
+def _precision(run: Run) -> str:
+    return str(run.metrics.get("precision"))
+
+
+def _weights(run: Run) -> str:
+    name, sha256 = run.metrics.get("weights"), run.metrics.get("weights_sha256")
+    return f"{Path(name).name} ({sha256[:12]})" if name and sha256 else "random"
+
+
+def _commit(run: Run) -> str:
+    return str(run.metrics.get("git_commit"))[:7] + (" with changes" if run.metrics.get("git_dirty") else "")
+
+
+def _date(run: Run) -> str:
+    return str(run.metrics.get("started"))[:10]
+
+
+def _each(values: Any) -> str:
+    """Return the different ones of some texts."""
+    return ", ".join(dict.fromkeys(values))
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{100 * fmean(values):.2f}" if values else "-"

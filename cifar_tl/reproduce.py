@@ -1,0 +1,142 @@
+"""python -m cifar_tl.reproduce [key=value ...]: the published tables, from nothing but the data and the weights."""
+
+import logging
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from cifar_tl import cli
+from cifar_tl.errors import Interrupted, UserError
+from cifar_tl.jobs import Job, plan_jobs, set_aside, state
+from cifar_tl.reports.text import duration_text
+
+log = logging.getLogger(__name__)
+
+OURS = ("seed", "experiment", "ablate", "sweep", "resume")
+"""Keys of cifar_tl.train that conf/reproduce.yaml decides."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; return the exit code."""
+    known = [*yaml.safe_load((cli.conf_folder() / "reproduce.yaml").read_text()), "hydra/"]
+    keys = {a: a.lstrip("+~").partition("=")[0].partition(".")[0] for a in arguments}
+    own = [a for a in arguments if a.startswith("-") or keys[a] in known or a.startswith("hydra/")]
+    passed = [a for a in arguments if a not in own]
+
+    def task(cfg: DictConfig) -> None:
+        if decided := [a for a in passed if keys[a] in OURS]:
+            raise UserError(
+                f"{decided[0]}: recipes and seeds of the tables are in conf/reproduce.yaml; change them there."
+            )
+        reproduce(cfg, passed, Path(HydraConfig.get().runtime.output_dir))
+
+    return cli.run(task, "reproduce", own)
+
+
+def reproduce(cfg: DictConfig, passed: Sequence[str], folder: Path) -> None:
+    """Run what is not there yet, one after the other, and write the tables of all that is.
+
+    Args:
+        cfg: As composed from conf/reproduce.yaml.
+        passed: Overrides of every run.
+        folder: Gets a folder per run, and the tables.
+
+    Raises:
+        UserError: A mistake in the config, the data or the weights; or, at the end, that a run failed.
+        Interrupted: Ctrl-C.
+    """
+    jobs = plan_jobs(cfg, passed, folder)
+    failed = [] if cfg.tables_only else run_jobs(jobs)
+    from cifar_tl.reports.published import write_tables  # late: `--help` should not wait for matplotlib
+
+    for path in write_tables(jobs, folder):
+        log.info("%s", path)
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)}. Their output above says why; the tables "
+            f"are without them. The same command tries them again."
+        )
+
+
+def run_jobs(jobs: Sequence[Job]) -> list[str]:
+    """Say how long the jobs will take, run those that are not finished, and return the names of those that fail."""
+    states = {job.name: state(job) for job in jobs}
+    for job in jobs:
+        if states[job.name][0] == "keep":
+            log.info("%-44s kept: %s", job.name, states[job.name][1])
+    to_do = [job for job in jobs if states[job.name][0] != "keep"]
+    if to_do:
+        announce(to_do, states)
+    failed = []
+    for number, job in enumerate(to_do, start=1):
+        log.info("\n=== %d of %d: %s", number, len(to_do), job.name)
+        if not run_job(job, states[job.name][0]):
+            failed.append(job.name)
+            log.error("=== %s failed", job.name)
+    return failed
+
+
+def announce(jobs: Sequence[Job], states: dict[str, tuple[str, str]]) -> None:
+    """Measure this device for some seconds, and say what will be run and how long that will take."""
+    from cifar_tl import run  # late: `--help` should not wait for torch
+    from cifar_tl.estimate import Estimate
+    from cifar_tl.hardware import device_name, resolve_accelerator
+    from cifar_tl.reports.runs import read_run
+
+    run.quieten_lightning()
+    log.info("Measuring this device for some seconds ...")
+    estimate, total = Estimate(), 0.0
+    for job in jobs:
+        what, reason = states[job.name]
+        done = len(read_run(job.folder).metrics.get("epoch", [])) if what == "resume" else 0
+        seconds = estimate.seconds(job.config, done, train=what != "evaluate", evaluate=job.evaluate is not None)
+        images = f"{estimate.datamodule(job.config).sizes['train']:,} images x {job.config.trainer.max_epochs} epochs"
+        total += seconds
+        log.info("%-44s %-26s about %-12s %s", job.name, images, duration_text(seconds), reason)
+    device = device_name(resolve_accelerator(jobs[0].config.trainer.accelerator))
+    log.info("In all about %s on %s.", duration_text(total), device)
+    log.info("Ctrl-C stops; the same command then goes on.")
+
+
+def run_job(job: Job, what: str) -> bool:
+    """Train or continue a job as its state says, evaluate it if it asks for that, and return whether all went well."""
+    if what == "replace":
+        log.info("The old run is now in %s", set_aside(job))
+    folder = f"hydra.run.dir='{job.folder}'"
+    if what != "evaluate":
+        arguments = [f"resume='{job.folder}'"] if what == "resume" else [*job.overrides, *job.passed, folder]
+        if not command("cifar_tl.train", arguments):
+            return False
+    if job.evaluate is None:
+        return True
+    trainer = job.config.trainer
+    arguments = [f"checkpoint='{job.checkpoint}'", f"trainer.accelerator={trainer.accelerator}", *job.evaluate]
+    return command("cifar_tl.evaluate", [*arguments, f"hydra.run.dir='{job.evaluation.parent}'"])
+
+
+def command(module: str, arguments: Sequence[str]) -> bool:
+    """Run a command of this program and return whether it went well.
+
+    Raises:
+        Interrupted: Ctrl-C; the command has then ended, too.
+    """
+    process: subprocess.Popen[Any]
+    with subprocess.Popen([sys.executable, "-m", module, *arguments]) as process:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            code = 130
+            process.wait()  # it saves what it has
+    if code == 130:
+        raise Interrupted("Interrupted. The same command goes on where it stopped; tables_only=true writes the tables.")
+    return code == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,210 @@
+"""The published tables: which runs are made, kept and continued, and what is made of them. Runs are made by hand."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+from handmade import make_run
+from omegaconf import OmegaConf
+
+from cifar_tl import cli, reproduce
+from cifar_tl.jobs import compose
+from cifar_tl.reports.__main__ import main as report
+from cifar_tl.reports.published import spearman
+
+PASSED = ("data=synthetic", "model.weights=null", "trainer=cpu")
+RESULTS = ["results-seed_baseline-full-seed0", "results-best32-full-seed0"]
+ACCURACIES = {"seed_baseline": 0.3, "best32": 0.5}
+"""Validation accuracies after the thaw; 0.4 before it. Other recipes have 0.45."""
+
+
+def leave_run(folder, overrides, **metrics):
+    """Leave what a run with these overrides would."""
+    after = next((value for name, value in ACCURACIES.items() if name in folder.name), 0.45)
+    curve = {"val/acc": [0.3, 0.4, after, after + 0.1], "best/val/acc": after + 0.1, "images": {"train": 2000}}
+    given, seed = [o for o in overrides if not o.startswith(("seed=", "hydra."))], folder.name[-1]
+    make_run(folder, given, int(seed), **{**curve, "test/acc_interval": [0.8, 0.9], **metrics})
+    OmegaConf.save(compose([*given, f"seed={seed}"]), folder / ".hydra" / "config.yaml")
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Run the command in an empty folder; what it calls is noted, and leaves hand-made runs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "announce", lambda *_: None)
+    called, failing = [], []
+
+    def play(module, arguments):
+        keys = {key: value.strip("'") for key, _, value in (a.partition("=") for a in arguments)}
+        if module == "cifar_tl.evaluate":
+            Path(keys["hydra.run.dir"]).mkdir()
+            (Path(keys["hydra.run.dir"]) / "evaluation.json").write_text('{"test/acc": 0, "test/flip/acc": 0.875}')
+            return True
+        folder = Path(keys.get("resume", keys.get("hydra.run.dir")))
+        called.append((folder.name, "resume" in keys))
+        if folder.name in failing:
+            return False
+        if "resume" in keys:
+            arguments = json.loads((folder / ".hydra" / "overrides.yaml").read_text())
+            shutil.rmtree(folder)
+        leave_run(folder, arguments)
+        return True
+
+    def run(*arguments):
+        called.clear()
+        code = reproduce.main([*PASSED, *arguments])
+        return code, *capsys.readouterr()
+
+    monkeypatch.setattr(reproduce, "command", play)
+    run.called, run.failing = called, failing
+    return run
+
+
+def rows(name):
+    return list(csv.DictReader(Path("outputs/reproduce", f"{name}.csv").read_text().splitlines()))
+
+
+def test_results_with_provenance_and_the_cliff(command):
+    code, out, err = command("only=[results]")
+    assert code == 0, err
+    assert command.called == [(name, False) for name in RESULTS]
+    first, second = rows("results")
+    assert (first["config"], first["frozen"], first["+1 epoch"], first["best val"]) == (
+        "seed_baseline",
+        "40.00",
+        "30.00",
+        "40.00",
+    )
+    assert (second["+1 epoch"], second["range"], second["flip TTA"]) == ("50.00", "80.00 to 90.00", "87.50")
+    assert second["test acc"] != "0.00"  # the run's own, read once
+    text = Path("outputs/reproduce/tables.md").read_text()
+    assert "`python -m cifar_tl.reproduce 'only=[results]' data=synthetic model.weights=null trainer=cpu`" in text
+    assert "a device; 2026-01-02; commit 0123abc; weights random; 32-true" in text
+    assert "seed_baseline -10.0 points; best32 +10.0 points" in Path("outputs/reproduce/cliff.svg").read_text()
+    assert Path("outputs/reproduce/cliff.png").is_file()
+    assert "outputs/reproduce/tables.md" in out
+
+
+def test_finished_runs_are_kept_interrupted_ones_go_on_and_others_are_set_aside(command):
+    command("only=[results]")
+    code, out, _ = command("only=[results]", "logger=csv")
+    assert code == 0
+    assert command.called == []
+    assert "kept: finished 2026-01-02, commit 0123abc" in out
+
+    folder = Path("outputs/reproduce", RESULTS[0])
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps({**metrics, "status": "interrupted"}))
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "last.ckpt").touch()
+    command("only=[results]")
+    assert command.called == [(RESULTS[0], True)]
+
+    code, out, _ = command("only=[results]", "model.dropout=0.5")
+    assert command.called == [(name, False) for name in RESULTS]
+    assert (folder.parent / "replaced" / f"{RESULTS[0]}.1" / "metrics.json").is_file()
+    assert f"The old run is now in {folder.parent.resolve() / 'replaced'}" in out
+
+    code, _, _ = command("only=[results]", "tables_only=true")
+    assert command.called == []
+    assert f"{RESULTS[0]} was run with model.dropout=0.5, now 0.0." in (folder.parent / "tables.md").read_text()
+
+
+def test_a_failing_job_is_named_and_the_others_go_on(command):
+    command.failing.append(RESULTS[0])
+    code, out, err = command("only=[results]")
+    assert code == 1
+    assert len(command.called) == 2
+    assert f"error: 1 of 2 jobs failed: {RESULTS[0]}." in err
+    assert [row["config"] for row in rows("results")] == ["best32"]
+    assert f"Not finished: {RESULTS[0]}." in Path("outputs/reproduce/tables.md").read_text()
+    assert "tables.md" in out
+
+
+def test_the_ladder_shares_runs_with_the_results_and_correlates_ranks(command):
+    code, _, err = command("only=[results,ladder]")
+    assert code == 0, err
+    names = [name for name, _ in command.called]
+    assert names[:2] == RESULTS
+    assert sorted(names[2:]) == [
+        "ladder-best32-proxy-seed0",
+        "ladder-best32_bn_train-full-seed0",
+        "ladder-best32_bn_train-proxy-seed0",
+        "ladder-seed_baseline-proxy-seed0",
+    ]
+    assert [row["recipe"] for row in rows("ladder")][-1] == "seed_baseline"
+    assert "correlation of full and proxy: 1.00 (n = 3 recipes)" in Path("outputs/reproduce/tables.md").read_text()
+
+
+def test_equal_images(command):
+    assert command("only=[scale]")[0] == 0
+    assert [(row["recipe"], row["images x epochs"], row["images/s"]) for row in rows("scale")] == [
+        ("best32", "2,000 x 4", "200"),
+        ("hires", "2,000 x 4", "200"),
+    ]
+
+
+def test_rank_correlation():
+    assert spearman([1, 2, 3, 4], [10, 20, 40, 30]) == pytest.approx(0.8)
+    assert spearman([1, 2, 2, 3], [1, 3, 3, 2]) == pytest.approx(1 / 3)  # ranks 0, 1.5, 1.5, 3 and 0, 2.5, 2.5, 1
+    assert spearman([1, 2], [1, 1]) != spearman([1, 2], [1, 1])  # NaN
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (cli.conf_folder() / "ablate").glob("*.yaml")))
+def test_an_ablation_changes_the_recipe_and_says_how(name):
+    whole, without = compose(["experiment=best32"]), compose(["experiment=best32", f"ablate={name}"])
+    assert (whole == without) == (name == "none")
+    lines = (cli.conf_folder() / "ablate" / f"{name}.yaml").read_text().splitlines()
+    assert lines[1] == f"# python -m cifar_tl.train experiment=best32 ablate={name}"
+    assert lines[2].startswith("# Removes ")
+
+
+def test_the_report_of_a_sweep_over_ablations_has_their_table(tmp_path):
+    accuracies = {("none", 0): 0.6, ("none", 1): 0.7, ("no_flip", 0): 0.55, ("no_flip", 1): 0.69}
+    for job, ((name, seed), accuracy) in enumerate(accuracies.items()):
+        run = make_run(tmp_path / str(job), [f"ablate={name}"], seed, **{"best/val/acc": accuracy})
+        (run / "report.html").touch()  # drawn when the job ended
+    assert report([str(tmp_path)]) == 0
+    text = (tmp_path / "sweep_report.md").read_text()
+    assert "| none | 65.00 | 60.00 to 70.00 | 2 |  |  |" in text
+    assert "| no_flip | 62.00 | 55.00 to 69.00 | 2 | -3.00 | -5.00 to -1.00 |" in text
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("only=[result]", "Did you mean results?"),
+        ("seed=3", "are in conf/reproduce.yaml"),
+        ("model.drop=0.1", "model.drop is no key of this program. Did you mean model.dropout?"),
+        ("results.recipes.best32=['experiment=best33']", "Could not find 'experiment/best33'"),
+        ("results.recipes.best32=['ablate=no_flipp']", "no_flip"),
+    ],
+)
+def test_a_mistake_gets_a_readable_error_before_anything_is_run(command, argument, said):
+    code, _, err = command(argument)
+    assert (code, command.called) == (1, [])
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_how_long_it_takes_is_said_before_the_first_job(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    printed = []
+    monkeypatch.setattr(reproduce, "run_job", lambda job, _: printed.append(capsys.readouterr().out))
+    tiny = [o for o in TINY if not o.startswith("experiment=")]
+    code = reproduce.main(
+        ["only=[results]", "~results.recipes.seed_baseline", *PASSED, *tiny, "finetune.unfreeze_at_epoch=2"]
+    )
+    assert code == 1  # nothing was run
+    assert "results-best32-full-seed0                    40 images x 4 epochs" in printed[0]
+    assert "In all about " in printed[0]
+    assert "Ctrl-C stops" in printed[0]
+
+
+def test_a_commands_exit_code_decides(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert reproduce.command("cifar_tl.train", ["--help"])
+    assert not reproduce.command("cifar_tl.train", ["experiment=nothing"])
