@@ -51,7 +51,7 @@ class Clock(L.Callback):
             self.seconds = time.perf_counter() - self.seconds
 
 
-def fit_options(setting: Setting, steps: int, clock: Clock) -> dict[str, Any]:
+def fit_options(setting: Setting, steps: int) -> dict[str, Any]:
     """Return what both of Lightning's loops are built with."""
     return {
         "accelerator": setting.device,
@@ -91,12 +91,11 @@ def candidates(setting: Setting, batch_size: int) -> dict[str, Callable[[], floa
         prepare_for(setting.device, module)
         return module
 
-    def ours(compiled: bool = False) -> float:
+    def ours(compiled: bool = False, **options: Any) -> float:
         clock = Clock(setting, steps)
         callbacks = [EpochSeed(0), BackboneUnfreeze(plan, "frozen", compiled), FreezeGuard(plan, "frozen"), clock]
-        trainer = L.Trainer(
-            **fit_options(setting, steps, clock), callbacks=callbacks, benchmark=setting.device == "cuda"
-        )
+        options = {**fit_options(setting, steps), **options}
+        trainer = L.Trainer(**options, callbacks=callbacks, benchmark=setting.device == "cuda")
         module = ours_module()
         if compiled:
             module.backbone.compile()
@@ -125,7 +124,7 @@ def candidates(setting: Setting, batch_size: int) -> dict[str, Callable[[], floa
 
     def tutorial() -> float:
         clock = Clock(setting, steps)
-        trainer = L.Trainer(**fit_options(setting, steps, clock), callbacks=[clock])
+        trainer = L.Trainer(**fit_options(setting, steps), callbacks=[clock])
         trainer.fit(Classifier(len(datamodule.classes), 1e-3), theirs)
         return timed * batch_size / clock.seconds
 
@@ -139,6 +138,8 @@ def candidates(setting: Setting, batch_size: int) -> dict[str, Callable[[], floa
     loops: dict[str, Callable[[], float]] = {"bare loop": bare, "cifar_tl": ours, "tutorial": tutorial}
     if setting.device == "cuda":
         loops["cifar_tl, compiled"] = partial(ours, compiled=True)
+    else:
+        loops["cifar_tl, bf16-mixed"] = partial(ours, precision="bf16-mixed")
     return {f"batch {batch_size}: {name}": loop for name, loop in loops.items()}
 
 
