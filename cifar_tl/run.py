@@ -32,6 +32,7 @@ from cifar_tl.errors import Interrupted, UserError, check_choice, check_int
 from cifar_tl.hardware import environment, prepare_for, resolve_accelerator, resolve_precision
 from cifar_tl.model.module import TransferClassifier
 from cifar_tl.model.weights import load_weights
+from cifar_tl.no_profiler import NoProfiler
 from cifar_tl.reports.scores import wilson_interval
 from cifar_tl.reports.text import duration_text
 
@@ -230,7 +231,7 @@ def build_trainer(trainer: Mapping[Any, Any], **extra: Any) -> L.Trainer:
     keys = {**trainer, "accelerator": accelerator, "precision": resolve_precision(trainer["precision"], accelerator)}
     try:
         return L.Trainer(
-            **{str(key): value for key, value in keys.items()},
+            **{"profiler": NoProfiler(), **{str(key): value for key, value in keys.items()}},
             num_sanity_val_steps=0,
             enable_model_summary=False,
             enable_progress_bar=bool(progress_bar()),
