@@ -53,6 +53,10 @@ def resolve_precision(requested: str, accelerator: str) -> str:
 def prepare_for(accelerator: str, module: TransferClassifier) -> None:
     """Choose what makes a model fast on a device and leaves its results the same but for rounding."""
     module.backbone.tuned_for_cpu = accelerator == "cpu"
+    if not torch.cuda.is_available():
+        # Lightning makes torch ask the driver's management library, which is not there: opened anew in every step of an
+        # optimizer
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
     if accelerator == "cuda":
         module.to(memory_format=torch.channels_last)
         torch.set_float32_matmul_precision("high")  # TF32 where the precision is 32-true
