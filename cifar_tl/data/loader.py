@@ -101,12 +101,13 @@ class ArrayLoader:
         here = torch.split(order, self.batch_size)
         mix = _mix(augment, self.classes) if augment is not None and features is None else None
         pixels = self._pixels(here) if features is None else None
+        rows_of_views = features.flatten(0, 1) if features is not None else None
         for step, indices in enumerate(torch.split(order.to(self.device), self.batch_size)):
             rows = {name: values[step] for name, values in there.items()}
             targets = self.targets[indices]
-            if features is not None:
+            if rows_of_views is not None:
                 view = rows["mirrored"].long() * examples if "mirrored" in rows else 0
-                inputs = features.flatten(0, 1).index_select(0, indices + view)
+                inputs = rows_of_views.index_select(0, indices + view)
             else:
                 assert pixels is not None
                 inputs = next(pixels)
