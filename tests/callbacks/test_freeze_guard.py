@@ -113,7 +113,7 @@ def test_rates_in_the_optimizer_are_the_plans(compose, tmp_path, monkeypatch):
         "on_train_batch_end",
         lambda self, trainer, *args: seen.append({g["name"]: g["lr"] for g in trainer.optimizers[0].param_groups}),
     )
-    overrides = ("finetune.schedule=constant", "finetune.warmup_epochs=0", "finetune.backbone_lr=1e-4")
-    run.train(compose(*TINY, *overrides), tmp_path, "demo")
-    assert seen[0] == {"head": 1e-3, "head_no_decay": 1e-3, "backbone": 0.0, "backbone_no_decay": 0.0}
-    assert seen[-1] == dict.fromkeys(seen[0], 1e-4)
+    rates = ("finetune.head_lr=3e-3", "finetune.head_lr_unfrozen=2e-4", "finetune.backbone_lr=1e-4")
+    run.train(compose(*TINY, *rates, "finetune.schedule=constant", "finetune.warmup_epochs=0"), tmp_path, "demo")
+    assert seen[0] == {"head": 3e-3, "head_no_decay": 3e-3, "backbone": 0.0, "backbone_no_decay": 0.0}
+    assert seen[-1] == {"head": 2e-4, "head_no_decay": 2e-4, "backbone": 1e-4, "backbone_no_decay": 1e-4}
