@@ -59,7 +59,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     prepare_for(resolve_accelerator(cfg.trainer.accelerator), trained.module)
     beside = Beside(cfg, trained)
     datamodule = build_datamodule(data, run.build_augment(trained.config), trained.config.seed)
-    trainer = run.build_trainer(cfg.trainer, logger=False, enable_checkpointing=False)
+    precision = cfg.trainer.precision or trained.facts["precision"]
+    trainer = run.build_trainer({**cfg.trainer, "precision": precision}, logger=False, enable_checkpointing=False)
     (scalars,) = trainer.test(trained.module, datamodule=datamodule, verbose=False)
     examples = datamodule.sizes["test"]
     result = run.test_result(scalars, trained.module, examples)

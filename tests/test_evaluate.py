@@ -69,6 +69,18 @@ def test_single_view_stays_the_runs_whatever_is_asked_for_beside_it(compose, tin
     assert single.items() <= evaluate(compose(*overrides, config_name="evaluate")).items()
 
 
+def test_precision_is_the_runs(compose, tiny_checkpoint, tmp_path):
+    content = torch.load(tiny_checkpoint, weights_only=True)
+    content["cifar_tl"]["facts"]["precision"] = "bf16-mixed"
+    torch.save(content, tmp_path / "best.ckpt")
+    arguments = (f"checkpoint='{tmp_path / 'best.ckpt'}'", "trainer.accelerator=cpu")
+    loss = {
+        precision: evaluate(compose(*arguments, f"trainer.precision={precision}", config_name="evaluate"))["test/loss"]
+        for precision in ("null", "bf16-mixed", "32-true")
+    }
+    assert loss["null"] == loss["bf16-mixed"] != loss["32-true"]
+
+
 def test_flip_and_shift_are_airbenchs(evaluated, checkpoint):
     images, targets = Synthetic(60, 20).test()
     trained = restore(checkpoint)
