@@ -16,6 +16,7 @@ from cifar_tl.reports.__main__ import main as report
 from cifar_tl.reports.published import spearman
 
 PASSED = ("data=synthetic", "model.weights=null", "trainer=cpu")
+RECIPES = {name: [f"experiment={name}"] for name in ("seed_baseline", "best32")}
 RESULTS = ["results-seed_baseline-full-seed0", "results-best32-full-seed0"]
 ACCURACIES = {"seed_baseline": 0.3, "best32": 0.5}
 """Validation accuracies after the thaw; 0.4 before it. Other recipes have 0.45."""
@@ -28,6 +29,17 @@ def leave_run(folder, overrides, **metrics):
     given, seed = [o for o in overrides if not o.startswith(("seed=", "hydra."))], folder.name[-1]
     make_run(folder, given, int(seed), **{**curve, "test/acc_interval": [0.8, 0.9], **metrics})
     OmegaConf.save(compose([*given, f"seed={seed}"]), folder / ".hydra" / "config.yaml")
+
+
+@pytest.fixture(autouse=True)
+def recipes(tmp_path_factory, monkeypatch):
+    """Few recipes, whatever the published tables have."""
+    folder = shutil.copytree(cli.conf_folder(), tmp_path_factory.mktemp("conf"), dirs_exist_ok=True)
+    conf = OmegaConf.load(folder / "reproduce.yaml")
+    conf.results.recipes = RECIPES
+    conf.ladder.recipes = {**RECIPES, "best32_bn_train": ["experiment=best32", "ablate=bn_train"]}
+    OmegaConf.save(conf, folder / "reproduce.yaml")
+    monkeypatch.setattr(cli, "conf_folder", lambda: folder)
 
 
 @pytest.fixture
