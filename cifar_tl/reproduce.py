@@ -1,5 +1,6 @@
 """python -m cifar_tl.reproduce [key=value ...]: the published tables, from nothing but the data and the weights."""
 
+import gc
 import logging
 import subprocess
 import sys
@@ -73,6 +74,7 @@ def run_jobs(jobs: Sequence[Job]) -> list[str]:
     to_do = [job for job in jobs if states[job.name][0] != "keep"]
     if to_do:
         announce(to_do, states)
+        gc.collect()  # the models that were measured leave the memory to the runs
     failed = []
     for number, job in enumerate(to_do, start=1):
         log.info("\n=== %d of %d: %s", number, len(to_do), job.name)
