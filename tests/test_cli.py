@@ -41,7 +41,7 @@ def command(tmp_path, monkeypatch, capsys):
         ([*TINY, "data.batch_size=0"], "data.batch_size=0 is not allowed: give a whole number of at least 1"),
         ([*TINY, "data.batch_size=abc"], "data.batch_size=abc"),
         ([*TINY, "finetune.batchnorm=frosen"], "Did you mean frozen"),
-        ([*TINY, "finetune.optimizer=adamm"], "choose adam, adamw, sgd"),
+        ([*TINY, "finetune.optimizer=adamm"], "choose adam, adamw, sgd, muon"),
         ([*TINY, "seed=-1"], "seed=-1"),
         ([*TINY, "+trainer.gradient_clip=1"], "gradient_clip"),
         ([*TINY, "trainer.precision=16-mixd"], "16-mixd"),

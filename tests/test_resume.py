@@ -12,7 +12,7 @@ from cifar_tl.resume import with_overrides_of_resumed_run
 from cifar_tl.run import train
 
 # everything random is on: shuffling, augmentation, dropout; the unfreeze is at epoch 2 of 4
-RANDOM = (*TINY, "model.dropout=0.2", "finetune.warmup_epochs=0.5")
+RANDOM = (*TINY, "model.dropout=0.2", "finetune.warmup_epochs=0.5", "finetune.optimizer=muon")
 
 
 class Killed(BaseException):

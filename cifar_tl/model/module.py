@@ -38,8 +38,8 @@ class TransferClassifier(L.LightningModule):
         upscale: Factor by which the model enlarges images before it looks at them.
         head: Units of the head's hidden layers.
         dropout: Probability of dropping a hidden unit of the head while training.
-        optimizer: `adam`, `adamw` or `sgd`.
-        momentum: For `sgd`.
+        optimizer: `adam`, `adamw`, `sgd` or `muon`.
+        momentum: For `sgd` and `muon`.
         weight_decay: For weight matrices and kernels; biases and norms have none.
         label_smoothing: Share of the target spread over all classes, in the training loss only.
     """

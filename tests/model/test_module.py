@@ -1,9 +1,11 @@
 import pytest
 import torch
+from torch import nn
 
 from cifar_tl.errors import UserError
 from cifar_tl.model.head import dense_head
 from cifar_tl.model.module import TransferClassifier, class_indices, one_hot
+from cifar_tl.model.optim import build_optimizer, parameter_groups
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +42,43 @@ def test_named_groups_hold_every_parameter_once_and_spare_vectors_from_decay(mod
         assert all((p.ndim > 1) == decays for p in group["params"])
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "muon"])
 def test_optimizers_start_at_rate_zero_until_their_owner_sets_it(module, name, monkeypatch):
     monkeypatch.setattr(module, "optimizer", name)
     assert {g["lr"] for g in module.configure_optimizers().param_groups} == {0.0}
+
+
+def step_with(name, rate, steps=1):
+    """Take steps with gradients that one direction dominates; return the groups of a small model, before and after."""
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Conv2d(16, 32, 3, bias=False), nn.BatchNorm2d(32))
+    groups = parameter_groups(nn.Linear(8, 4), backbone, weight_decay=0.05)
+    before = {g["name"]: [p.detach().clone() for p in g["params"]] for g in groups}
+    optimizer = build_optimizer(name, groups, momentum=0.9)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        for p in (p for g in groups for p in g["params"]):
+            rows, columns = len(p), p[0].numel()
+            strong = torch.randn(rows, 1, generator=generator) * torch.randn(1, columns, generator=generator)
+            p.grad = (10 * strong + torch.randn(rows, columns, generator=generator)).view_as(p)
+        optimizer.step()
+    return before, {g["name"]: [p.detach() for p in g["params"]] for g in groups}
+
+
+def test_muon_moves_kernels_about_equally_in_all_directions():
+    before, after = step_with("muon", rate=0.01)
+    change = (after["backbone"][0] - before["backbone"][0] * (1 - 0.01 * 0.05)).flatten(1)
+    sizes = torch.linalg.svdvals(change) / (0.01 * 0.2 * 144**0.5)  # 144 inputs: as long as a step of AdamW
+    assert 0.3 < sizes.min() < sizes.max() < 1.5  # of the gradient, one would be tens of times the others
+
+
+def test_muon_is_adamw_for_all_but_the_backbones_kernels():
+    _, muon = step_with("muon", rate=0.01, steps=3)
+    _, adamw = step_with("adamw", rate=0.01, steps=3)
+    for name in ("head", "head_no_decay", "backbone_no_decay"):
+        torch.testing.assert_close(muon[name], adamw[name])
 
 
 def test_logits_come_out_and_probabilities_are_predicted(module):
