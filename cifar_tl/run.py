@@ -31,6 +31,7 @@ from cifar_tl.data.datamodule import ImageDataModule, build_datamodule
 from cifar_tl.errors import Interrupted, UserError, check_choice, check_int
 from cifar_tl.hardware import environment, prepare_for, resolve_accelerator, resolve_precision
 from cifar_tl.model.module import TransferClassifier
+from cifar_tl.model.optim import optimizer_text
 from cifar_tl.model.weights import load_weights
 from cifar_tl.no_profiler import NoProfiler
 from cifar_tl.reports.scores import wilson_interval
@@ -277,9 +278,10 @@ def plan_text(
     for phase in plan.phases:
         rates = plan.peak_learning_rates(phase)
         backbone = f", backbone {rates['backbone']:g}" if phase.stages else ""
+        optimizer = optimizer_text(cfg.finetune.optimizer, thawed=bool(phase.stages))
         lines.append(
             f"phase      {phase.name}, epochs {epochs_text(phase)}: {stages_text(phase.stages)}; "
-            f"{cfg.finetune.optimizer}, {plan.schedule} learning rate, head {rates['head']:g}{backbone}"
+            f"{optimizer}, {plan.schedule} learning rate, head {rates['head']:g}{backbone}"
         )
     lines.append(f"features   {cache.text}")
     if cfg.resume is not None:

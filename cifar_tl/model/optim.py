@@ -57,3 +57,10 @@ def build_optimizer(name: str, groups: list[dict[str, Any]], momentum: float) ->
         case _:
             momentum = check_number("finetune.momentum", momentum, 0, below=1)
             return torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=momentum > 0, fused=True)
+
+
+def optimizer_text(name: str, thawed: bool) -> str:
+    """Return what trains while the backbone is frozen, or once it is thawed, for people."""
+    if name != "muon":
+        return name
+    return "muon for kernels, adamw for the rest" if thawed else "adamw"
