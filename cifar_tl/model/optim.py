@@ -35,11 +35,11 @@ def build_optimizer(name: str, groups: list[dict[str, Any]], momentum: float) ->
     """Build an optimizer whose learning rates are 0 until their owner, BackboneUnfreeze, sets them.
 
     Args:
-        name: One of OPTIMIZERS; `sgd` uses Nesterov momentum. `muon` is Muon (Jordan et al. 2024,
-            https://kellerjordan.github.io/posts/muon) for the backbone's kernels and AdamW for all else. Its steps are
-            as long as AdamW's at the same rate (Liu et al. 2025, arXiv:2502.16982, section 2.2).
+        name: One of OPTIMIZERS. `muon` is Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) for the
+            backbone's kernels, flattened to matrices, and AdamW for all else; its steps are as long as AdamW's at the
+            same rate (Liu et al. 2025, arXiv:2502.16982, section 2.2).
         groups: From `parameter_groups`.
-        momentum: For `sgd`, and for the kernels under `muon`.
+        momentum: Nesterov's, for `sgd` and for the kernels under `muon`.
 
     Raises:
         UserError: An unknown name.
