@@ -9,7 +9,7 @@ def test_every_benchmark_runs_and_leaves_figures(tmp_path, monkeypatch, capsys):
     assert main(["--limit", "20", "--rounds", "1", "--batch-sizes", "256"]) == 0
     (folder,) = (tmp_path / "outputs" / "bench").iterdir()
     result = json.loads((folder / "bench.json").read_text())
-    expected = {"pipeline": 3, "frozen": 3, "step": 4, "startup": 2, "runs": 1}
+    expected = {"pipeline": 3, "frozen": 3, "step": 5, "startup": 2, "runs": 1}
     assert {name: len(result[name]) for name in expected} == expected
     assert all(row["median"] > 0 for name in expected for row in result[name])
     assert result["runs"][0]["host GiB"] > 0

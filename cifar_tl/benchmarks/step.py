@@ -86,17 +86,18 @@ def candidates(setting: Setting, batch_size: int) -> dict[str, Callable[[], floa
     timed = max(4, 512 // batch_size)
     steps = WARM_UP + timed
 
-    def ours_module() -> TransferClassifier:
+    def ours_module(optimizer: str = "adamw") -> TransferClassifier:  # adamw, as the tutorial has
         module = build_module(config, datamodule.classes)
+        module.optimizer = optimizer
         prepare_for(setting.device, module)
         return module
 
-    def ours(compiled: bool = False, **options: Any) -> float:
+    def ours(compiled: bool = False, optimizer: str = "adamw", **options: Any) -> float:
         clock = Clock(setting, steps)
         callbacks = [EpochSeed(0), BackboneUnfreeze(plan, "frozen", compiled), FreezeGuard(plan, "frozen"), clock]
         options = {**fit_options(setting, steps), **options}
         trainer = L.Trainer(**options, callbacks=callbacks, benchmark=setting.device == "cuda")
-        module = ours_module()
+        module = ours_module(optimizer)
         if compiled:
             module.backbone.compile()
         trainer.fit(module, datamodule=datamodule)
@@ -140,6 +141,7 @@ def candidates(setting: Setting, batch_size: int) -> dict[str, Callable[[], floa
         loops["cifar_tl, compiled"] = partial(ours, compiled=True)
     else:
         loops["cifar_tl, bf16-mixed"] = partial(ours, precision="bf16-mixed")
+    loops["cifar_tl, Muon"] = partial(ours, optimizer="muon")
     return {f"batch {batch_size}: {name}": loop for name, loop in loops.items()}
 
 
