@@ -14,7 +14,7 @@ from cifar_tl.errors import UserError, check_choice
 from cifar_tl.model.module import TransferClassifier
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
-PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "torchmetrics")
+PACKAGES = ("torch", "torchvision", "lightning", "timm", "hydra-core", "torchmetrics")
 
 
 def resolve_accelerator(requested: str) -> str:
