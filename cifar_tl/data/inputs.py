@@ -172,7 +172,7 @@ def _tar_files(source: Path, archive: tarfile.TarFile) -> Iterator[InputFile]:
                 content = archive.extractfile(member)
                 assert content is not None  # it is a file
                 data = content.read()
-                yield InputFile(path, lambda data=data: data)  # type: ignore[misc]
+                yield InputFile(path, lambda data=data: data)  # type: ignore[misc]  # mypy cannot infer it
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         number += 1
         yield InputFile(str(source), _failing(f"the archive is broken from here on: {_first_line(error)}"))

@@ -5,7 +5,7 @@ from torch import nn
 from cifar_tl.errors import UserError
 from cifar_tl.model.head import dense_head
 from cifar_tl.model.module import TransferClassifier, class_indices, one_hot
-from cifar_tl.model.optim import build_optimizer, parameter_groups
+from cifar_tl.model.optim import build_optimizer, optimizer_text, parameter_groups
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,12 @@ def test_muon_is_adamw_for_all_but_the_backbones_kernels():
     _, adamw = step_with("adamw", rate=0.01, steps=3)
     for name in ("head", "head_no_decay", "backbone_no_decay"):
         torch.testing.assert_close(muon[name], adamw[name])
+
+
+def test_the_plan_names_adamw_while_muon_has_no_kernels_to_train():
+    assert optimizer_text("muon", thawed=False) == "adamw"
+    assert "muon" in optimizer_text("muon", thawed=True)
+    assert optimizer_text("sgd", thawed=True) == "sgd"
 
 
 def test_logits_come_out_and_probabilities_are_predicted(module):
