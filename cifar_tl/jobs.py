@@ -73,7 +73,8 @@ def plan_jobs(cfg: DictConfig, passed: Sequence[str], folder: Path) -> list[Job]
         recipes = cfg[part].recipes if cfg[part].recipes is not None else _ablations()
         for scale, shared in cfg[part].scales.items():
             for recipe, overrides in recipes.items():
-                for seed in cfg[part].seeds:
+                more = cfg[part].get("more_seeds", {}).get(recipe, [])
+                for seed in dict.fromkeys([*cfg[part].seeds, *more]):
                     given = [*overrides, *shared, f"seed={seed}"]
                     config = compose([*given, *passed])
                     name = f"{part}-{recipe}-{scale}-seed{seed}"

@@ -36,7 +36,8 @@ def recipes(tmp_path_factory, monkeypatch):
     """Few recipes, whatever the published tables have."""
     folder = shutil.copytree(cli.conf_folder(), tmp_path_factory.mktemp("conf"), dirs_exist_ok=True)
     conf = OmegaConf.load(folder / "reproduce.yaml")
-    conf.results.recipes = RECIPES
+    conf.results.recipes, conf.results.more_seeds = RECIPES, {"best32": []}
+    conf.scale.recipes = {name: [f"experiment={name}"] for name in ("best32", "hires")}
     conf.ladder.recipes = {**RECIPES, "best32_bn_train": ["experiment=best32", "ablate=bn_train"]}
     OmegaConf.save(conf, folder / "reproduce.yaml")
     monkeypatch.setattr(cli, "conf_folder", lambda: folder)
@@ -123,6 +124,13 @@ def test_finished_runs_are_kept_interrupted_ones_go_on_and_others_are_set_aside(
     code, _, _ = command("only=[results]", "tables_only=true")
     assert command.called == []
     assert f"{RESULTS[0]} was run with model.dropout=0.5, now 0.0." in (folder.parent / "tables.md").read_text()
+
+
+def test_a_recipe_may_have_more_seeds_than_the_others(command):
+    code, _, err = command("only=[results]", "results.more_seeds.best32=[0,1,2]")
+    assert code == 0, err
+    assert [name for name, _ in command.called] == [*RESULTS, *(f"results-best32-full-seed{seed}" for seed in (1, 2))]
+    assert [(row["config"], row["n"]) for row in rows("results")] == [("seed_baseline", "1"), ("best32", "3")]
 
 
 def test_a_failing_job_is_named_and_the_others_go_on(command):
