@@ -112,6 +112,7 @@ def differences(job: Job) -> list[str]:
 def state(job: Job) -> tuple[str, str]:
     """Return what there is to do, `keep`, `evaluate`, `resume`, `replace` or `run`, and a reason for people."""
     from cifar_tl.hardware import resolve_accelerator, resolve_precision  # late: `--help` should not wait for torch
+    from cifar_tl.model.weights import file_sha256
 
     if not job.folder.is_dir():
         return "run", ""
@@ -120,6 +121,9 @@ def state(job: Job) -> tuple[str, str]:
     precision = resolve_precision(trainer.precision, resolve_accelerator(trainer.accelerator))
     if run.metrics and run.metrics.get("precision") != precision:
         different.append(f"{run.metrics.get('precision')}, now {precision}")
+    weights, sha256 = job.config.model.weights, run.metrics.get("weights_sha256")
+    if weights is not None and sha256 and Path(weights).is_file() and (now := file_sha256(Path(weights))) != sha256:
+        different.append(f"weights of SHA-256 {sha256[:12]}, now {now[:12]}")
     if different:
         return "replace", f"was run with {'; '.join(different)}"
     if run.finished and "test/acc" in run.metrics:

@@ -43,6 +43,11 @@ def load_weights(backbone: nn.Module, weights: str) -> str:
         ) from error
     _check_layout(backbone, state, weights)
     backbone.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
+    return file_sha256(path)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

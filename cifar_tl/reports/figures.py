@@ -320,20 +320,16 @@ def cliff(title: str, recipes: Mapping[str, tuple[Sequence[int], Sequence[float]
     """
     figure, axes = _axes(3.4, width=4.4)  # it stands in half a page
     for color, (name, (epochs, values, thaw)) in zip(COLORS, recipes.items(), strict=False):
-        axes.plot(epochs, values, color=color, marker="o", label=name)
-        axes.plot([thaw - 1, epochs[-1]], [values[thaw - 1]] * 2, color=color, linewidth=1, linestyle=":")
         step = f"{100 * (values[thaw] - values[thaw - 1]):+.1f}"
-        axes.annotate(
-            step, (thaw, values[thaw]), (6, -4), textcoords="offset points", va="top", color=color, weight="bold"
-        )
+        axes.plot(epochs, values, color=color, marker="o", label=f"{name}  {step}")
+        axes.plot([thaw - 1, epochs[-1]], [values[thaw - 1]] * 2, color=color, linewidth=1, linestyle=":")
     for start in sorted({thaw for *_, thaw in recipes.values()}):
         mark_phases(axes, [("thaw", start)])
-    axes.margins(y=0.12)  # for what is written below a point
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
     axes.set_title(title, pad=16)
-    axes.legend(loc="best")
+    axes.legend(loc="best", title="points at the thaw", alignment="left")
     return figure
 
 

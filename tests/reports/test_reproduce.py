@@ -1,6 +1,7 @@
 """The published tables: which runs are made, kept and continued, and what is made of them. Runs are made by hand."""
 
 import csv
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -124,6 +125,22 @@ def test_finished_runs_are_kept_interrupted_ones_go_on_and_others_are_set_aside(
     code, _, _ = command("only=[results]", "tables_only=true")
     assert command.called == []
     assert f"{RESULTS[0]} was run with model.dropout=0.5, now 0.0." in (folder.parent / "tables.md").read_text()
+
+
+def test_other_weights_under_the_same_name_are_other_weights(command, tmp_path):
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(b"these")
+    arguments = ("only=[results]", "~results.recipes.seed_baseline", f"model.weights={weights}")
+    command(*arguments)
+    metrics = Path("outputs/reproduce", RESULTS[1], "metrics.json")
+    was = hashlib.sha256(b"these").hexdigest()
+    metrics.write_text(json.dumps({**json.loads(metrics.read_text()), "weights_sha256": was}))
+    command(*arguments)
+    assert command.called == []
+    weights.write_bytes(b"others")
+    _, out, _ = command(*arguments)
+    assert command.called == [(RESULTS[1], False)]
+    assert f"was run with weights of SHA-256 {was[:12]}, now {hashlib.sha256(b'others').hexdigest()[:12]}" in out
 
 
 def test_a_recipe_may_have_more_seeds_than_the_others(command):
