@@ -138,9 +138,9 @@ def test_other_weights_under_the_same_name_are_other_weights(command, tmp_path):
     command(*arguments)
     assert command.called == []
     weights.write_bytes(b"others")
-    _, out, _ = command(*arguments)
+    command(*arguments)
     assert command.called == [(RESULTS[1], False)]
-    assert f"was run with weights of SHA-256 {was[:12]}, now {hashlib.sha256(b'others').hexdigest()[:12]}" in out
+    assert Path("outputs/reproduce/replaced", f"{RESULTS[1]}.1").is_dir()
 
 
 def test_a_recipe_may_have_more_seeds_than_the_others(command):
