@@ -102,7 +102,7 @@ def explain(error: HydraException | OmegaConfBaseException, config_name: str) ->
     if text.startswith("Could not override '"):
         given = text.split("'")[1]
         with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            known = list(_keys(hydra.compose(config_name)))
+            known = _keys(hydra.compose(config_name)) + [path.name for path in conf_folder().iterdir() if path.is_dir()]
         if given not in known:
             return f"{given} is no key of this program.{suggest(given, known)} --cfg job prints all of them."
     if isinstance(error, OverrideParseException):

@@ -11,11 +11,11 @@ from typing import Any
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cifar_tl import cli
-from cifar_tl.errors import UserError, check_choice
+from cifar_tl.errors import UserError, check_choice, check_int
 from cifar_tl.reports.runs import read_run
 from cifar_tl.resume import LAST
 
@@ -69,12 +69,12 @@ def plan_jobs(cfg: DictConfig, passed: Sequence[str], folder: Path) -> list[Job]
         UserError: An unknown part, or overrides that do not compose.
     """
     jobs: dict[str, Job] = {}
-    for part in PARTS if cfg.only is None else [check_choice("only", part, PARTS) for part in cfg.only]:
+    only = PARTS if cfg.only is None else [cfg.only] if isinstance(cfg.only, str) else cfg.only
+    for part in [check_choice("only", part, PARTS) for part in only]:
         recipes = cfg[part].recipes if cfg[part].recipes is not None else _ablations()
         for scale, shared in cfg[part].scales.items():
             for recipe, overrides in recipes.items():
-                more = cfg[part].get("more_seeds", {}).get(recipe, [])
-                for seed in dict.fromkeys([*cfg[part].seeds, *more]):
+                for seed in _seeds(cfg, part, recipe):
                     given = [*overrides, *shared, f"seed={seed}"]
                     config = compose([*given, *passed])
                     name = f"{part}-{recipe}-{scale}-seed{seed}"
@@ -144,6 +144,15 @@ def set_aside(job: Job) -> Path:
     new.parent.mkdir(parents=True, exist_ok=True)
     shutil.move(job.folder, new)
     return new
+
+
+def _seeds(cfg: DictConfig, part: str, recipe: str) -> list[int]:
+    given = {f"{part}.seeds": cfg[part].seeds}
+    given[f"{part}.more_seeds.{recipe}"] = cfg[part].get("more_seeds", {}).get(recipe, ListConfig([]))
+    for key, seeds in given.items():
+        if not isinstance(seeds, ListConfig):
+            raise UserError(f"{key}={seeds} is not allowed: give a list, such as [0,1].")
+    return list(dict.fromkeys(check_int(key, seed, 0) for key, seeds in given.items() for seed in seeds))
 
 
 def _ablations() -> dict[str, list[str]]:

@@ -33,6 +33,7 @@ def command(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["experimnt=best32"], "experimnt is no key of this program. Did you mean experiment?"),
         (["modle.dropout=0.5"], "modle.dropout is no key of this program. Did you mean model.dropout?"),
         (["finetune.head_rl=1"], "Did you mean finetune.head_lr"),
         (["experiment=dmo"], "demo"),

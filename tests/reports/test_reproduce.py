@@ -214,6 +214,9 @@ def test_the_report_of_a_sweep_over_ablations_has_their_table(tmp_path):
     ("argument", "said"),
     [
         ("only=[result]", "Did you mean results?"),
+        ("only=result", "only=result is not allowed: choose results, ablation"),
+        ("results.seeds=1", "results.seeds=1 is not allowed: give a list, such as [0,1]."),
+        ("results.more_seeds.best32=2", "results.more_seeds.best32=2 is not allowed: give a list"),
         ("seed=3", "are in conf/reproduce.yaml"),
         ("model.drop=0.1", "model.drop is no key of this program. Did you mean model.dropout?"),
         ("results.recipes.best32=['experiment=best33']", "Could not find 'experiment/best33'"),
