@@ -145,7 +145,7 @@ def _measure(config: DictConfig, data: ImageDataModule) -> tuple[float, float]:
     module = run.build_module(thawed, data.classes)
     prepare_for(accelerator, module)
     if config.model.weights is not None:
-        load_weights(module.backbone, config.model.weights)
+        load_weights(module.backbone, config.model.weights, config.model.filter_rms)
     data.augment = run.build_augment(thawed)
     stopwatch = Stopwatch()
 

@@ -66,14 +66,17 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     augment = build_augment(cfg)
     datamodule = build_datamodule(cfg.data, augment, cfg.seed)
     accelerator = resolve_accelerator(cfg.trainer.accelerator)
-    module = build_module(cfg, datamodule.classes)
+    precision = resolve_precision(cfg.trainer.precision, accelerator)
+    # whoever trains in bfloat16 has a device that is fast in it
+    module = build_module(cfg, datamodule.classes, "bfloat16" if precision.startswith("bf16") else "float32")
     prepare_for(accelerator, module)
     if cfg.model.compile:
         module.backbone.compile()
 
     last = folder / "checkpoints" / LAST
     if cfg.resume is None:
-        sha256 = load_weights(module.backbone, cfg.model.weights) if cfg.model.weights is not None else None
+        weights = cfg.model.weights
+        sha256 = load_weights(module.backbone, weights, cfg.model.filter_rms) if weights is not None else None
     else:
         sha256 = read_checkpoint(last)["cifar_tl"]["facts"]["weights_sha256"]
     datamodule.prepare_data()
@@ -86,12 +89,13 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
         "seed": cfg.seed,
         "weights": cfg.model.weights,
         "weights_sha256": sha256,
+        "filter_rms": cfg.model.filter_rms if sha256 else None,
         "config_sha256": config_sha256({key: value for key, value in config.items() if key != "resume"}),
         "split_sha256": datamodule.split_sha256,
         "images": datamodule.sizes,
         "classes": list(datamodule.classes),
         "normalisation": {"mean": list(datamodule.mean), "std": list(datamodule.std)},
-        "precision": resolve_precision(cfg.trainer.precision, accelerator),
+        "precision": precision,
         **environment(accelerator),
         **git_state(),
     }
@@ -212,7 +216,7 @@ def build_augment(cfg: DictConfig) -> Callable[[int], Augment]:
     return lambda epoch: full if plan.phase(epoch).stages else frozen
 
 
-def build_module(cfg: DictConfig, classes: Any) -> TransferClassifier:
+def build_module(cfg: DictConfig, classes: Any, muon_dtype: str = "float32") -> TransferClassifier:
     """Build the LightningModule of a config, with a random backbone."""
     return TransferClassifier(
         classes=classes,
@@ -223,6 +227,7 @@ def build_module(cfg: DictConfig, classes: Any) -> TransferClassifier:
         momentum=cfg.finetune.momentum,
         weight_decay=cfg.finetune.weight_decay,
         label_smoothing=cfg.finetune.label_smoothing,
+        muon_dtype=muon_dtype,
     )
 
 
@@ -268,10 +273,11 @@ def plan_text(
     """Return what is about to happen, for people."""
     sizes = datamodule.sizes
     sha256 = f" (SHA-256 {facts['weights_sha256'][:12]})" if facts["weights_sha256"] else ""
+    scale = f", filters at RMS {facts['filter_rms']:g}" if facts["filter_rms"] else ""
     source = f"{cfg.data.name}, {cfg.data.root}" if "root" in cfg.data else cfg.data.name
     lines = [
         f"data       {source}: {sizes['train']:,} images to train, {sizes['val']:,} to validate, 32x32",
-        f"weights    {cfg.model.weights or 'random'}{sha256}",
+        f"weights    {cfg.model.weights or 'random'}{sha256}{scale}",
         f"device     {facts['device']}, {facts['precision']}, {facts['threads']} threads",
         f"folder     {folder}",
     ]

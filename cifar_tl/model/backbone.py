@@ -1,6 +1,7 @@
 """torchvision's ResNet-50 without its classifier, computed as fast as a CPU can."""
 
 import math
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -62,6 +63,15 @@ class Backbone(ResNet):  # type: ignore[misc]  # torchvision has no types
         x = self.maxpool(relu(convolve(images, self.conv1, self.bn1, self._tuned)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return torch.flatten(self.avgpool(x), 1)
+
+
+def conv_batchnorm_pairs(backbone: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+    """Yield each convolution of a torchvision ResNet with the BatchNorm layer behind it."""
+    for name, conv in backbone.named_modules():
+        if isinstance(conv, nn.Conv2d):
+            parent, _, last = name.rpartition(".")
+            bn = "1" if last == "0" else last.replace("conv", "bn")  # downsample.0 and .1, conv2 and bn2
+            yield conv, cast(nn.BatchNorm2d, backbone.get_submodule(f"{parent}.{bn}".lstrip(".")))
 
 
 class TunedBottleneck(Bottleneck):  # type: ignore[misc]  # torchvision has no types

@@ -42,6 +42,7 @@ class TransferClassifier(L.LightningModule):
         momentum: For `sgd` and `muon`.
         weight_decay: For weight matrices and kernels; biases and norms have none.
         label_smoothing: Share of the target spread over all classes, in the training loss only.
+        muon_dtype: `float32` or `bfloat16`, of the matrix products of `muon`.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class TransferClassifier(L.LightningModule):
         momentum: float,
         weight_decay: float,
         label_smoothing: float,
+        muon_dtype: str = "float32",
     ) -> None:
         super().__init__()
         self.provenance: dict[str, Any] = {}
@@ -61,6 +63,7 @@ class TransferClassifier(L.LightningModule):
         self.classes = list(classes)
         self.optimizer = optimizer
         self.momentum = momentum
+        self.muon_dtype: torch.dtype = getattr(torch, muon_dtype)
         self.weight_decay = check_number("finetune.weight_decay", weight_decay, 0)
         self.label_smoothing = check_number("finetune.label_smoothing", label_smoothing, 0, below=1)
         self.backbone = Backbone(upscale)
@@ -165,7 +168,7 @@ class TransferClassifier(L.LightningModule):
     def configure_optimizers(self) -> Optimizer:
         """Return one optimizer over all groups; it exists with both parts from step 0."""
         groups = parameter_groups(self.head, self.backbone, self.weight_decay)
-        return build_optimizer(self.optimizer, groups, self.momentum)
+        return build_optimizer(self.optimizer, groups, self.momentum, self.muon_dtype)
 
 
 def class_indices(targets: Tensor) -> Tensor:

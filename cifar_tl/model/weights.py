@@ -9,16 +9,21 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet50_Weights
 
-from cifar_tl.errors import UserError, suggest
+from cifar_tl.errors import UserError, check_number, suggest
+from cifar_tl.model.backbone import conv_batchnorm_pairs
+
+DEAD = 1e-3
+"""Root mean square of a filter, as a share of its layer's median, below which it computes nothing."""
 
 
-def load_weights(backbone: nn.Module, weights: str) -> str:
+def load_weights(backbone: nn.Module, weights: str, filter_rms: float | None) -> str:
     """Load ImageNet weights into a backbone.
 
     Args:
-        backbone: A `resnet.Backbone`.
+        backbone: A `backbone.Backbone`.
         weights: `IMAGENET1K_V1`, `IMAGENET1K_V2` (downloaded once into torch's cache), or the path of a state dict in
             torchvision's ResNet-50 layout.
+        filter_rms: Bring every filter to this root mean square (see `rescale_filters`); None keeps the file's scale.
 
     Returns:
         The SHA-256 of the file that was read.
@@ -43,7 +48,44 @@ def load_weights(backbone: nn.Module, weights: str) -> str:
         ) from error
     _check_layout(backbone, state, weights)
     backbone.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
+    if filter_rms is not None:
+        rescale_filters(backbone, filter_rms)
     return file_sha256(path)
+
+
+@torch.no_grad()
+def rescale_filters(backbone: nn.Module, rms: float) -> None:
+    """Bring every convolution filter to one root mean square; the BatchNorm layer behind it takes the factor back.
+
+    BatchNorm makes the function independent of a filter's scale, but not its training: a step of a given length is a
+    larger share of a smaller filter (van Laarhoven 2017, arXiv:1706.05350). Files of the same network differ in it by
+    an order of magnitude. After this a learning rate means the same for all of them. The function in eval mode is
+    unchanged up to rounding, BatchNorm's eps included.
+
+    Args:
+        backbone: A torchvision ResNet, changed in place.
+        rms: Root mean square of each filter, an output channel's slice of a kernel. A dead filter, one below DEAD times
+            its layer's median, stays as it is; its BatchNorm gets the median variance of the layer, since its own,
+            all but zero, would make a large signal of the first step that moves the filter.
+
+    Raises:
+        UserError: `rms` is not positive.
+    """
+    if not check_number("model.filter_rms", rms, 0) > 0:
+        raise UserError(f"model.filter_rms={rms} is not allowed: give a number above 0, or null for the file's scale.")
+    for conv, bn in conv_batchnorm_pairs(backbone):
+        assert bn.running_mean is not None
+        assert bn.running_var is not None
+        kernel, variance, mean = conv.weight.double(), bn.running_var.double(), bn.running_mean.double()
+        size = kernel.square().mean(dim=(1, 2, 3)).sqrt()
+        dead = size < DEAD * size.median()
+        factor = torch.where(dead, 1.0, rms / size)
+        rescaled = variance * factor**2
+        rescaled = torch.where(dead, rescaled[~dead].median(), rescaled)
+        conv.weight.copy_(kernel * factor[:, None, None, None])
+        bn.weight.mul_(((rescaled + bn.eps) / (variance + bn.eps)).sqrt() / factor)
+        bn.running_mean.copy_(mean * factor)
+        bn.running_var.copy_(rescaled)
 
 
 def file_sha256(path: Path) -> str:

@@ -15,7 +15,7 @@ def test_backbone_is_torchvisions_resnet50_up_to_its_pooling(tmp_path):
     path = tmp_path / "weights.pth"
     torch.save(original.state_dict(), path)
     backbone = Backbone(upscale=1).eval()
-    sha256 = load_weights(backbone, str(path))
+    sha256 = load_weights(backbone, str(path), filter_rms=None)
     images = torch.randn(2, 3, 32, 32)
     features = backbone(images)
     assert features.shape == (2, FEATURES)
@@ -67,20 +67,20 @@ def test_upscale_enlarges_images_inside_the_model():
 def test_weights_of_another_architecture_are_refused(tmp_path):
     torch.save(resnet18().state_dict(), tmp_path / "resnet18.pth")
     with pytest.raises(UserError, match=r"resnet18\.pth is not a ResNet-50.*missing"):
-        load_weights(Backbone(upscale=1), str(tmp_path / "resnet18.pth"))
+        load_weights(Backbone(upscale=1), str(tmp_path / "resnet18.pth"), filter_rms=None)
 
 
 def test_a_whole_checkpoint_is_no_state_dict(tmp_path):
     torch.save({"state_dict": {}, "epoch": 3}, tmp_path / "checkpoint.pth")
     with pytest.raises(UserError, match=r"its keys: state_dict, epoch"):
-        load_weights(Backbone(upscale=1), str(tmp_path / "checkpoint.pth"))
+        load_weights(Backbone(upscale=1), str(tmp_path / "checkpoint.pth"), filter_rms=None)
 
 
 def test_truncated_weights_are_refused(tmp_path):
     torch.save(resnet18().state_dict(), tmp_path / "w.pth")
     (tmp_path / "w.pth").write_bytes((tmp_path / "w.pth").read_bytes()[:1000])
     with pytest.raises(UserError, match="truncated"):
-        load_weights(Backbone(upscale=1), str(tmp_path / "w.pth"))
+        load_weights(Backbone(upscale=1), str(tmp_path / "w.pth"), filter_rms=None)
 
 
 def test_code_in_a_weights_file_is_not_run(tmp_path):
@@ -90,13 +90,13 @@ def test_code_in_a_weights_file_is_not_run(tmp_path):
 
     torch.save(Hostile(), tmp_path / "w.pth")
     with pytest.raises(UserError):
-        load_weights(Backbone(upscale=1), str(tmp_path / "w.pth"))
+        load_weights(Backbone(upscale=1), str(tmp_path / "w.pth"), filter_rms=None)
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_mistyped_name_is_corrected():
     with pytest.raises(UserError, match="Did you mean IMAGENET1K_V2"):
-        load_weights(Backbone(upscale=1), "IMAGENET1K_V22")
+        load_weights(Backbone(upscale=1), "IMAGENET1K_V22", filter_rms=None)
 
 
 def test_no_network_says_where_to_put_the_file(tmp_path, monkeypatch):
@@ -107,4 +107,4 @@ def test_no_network_says_where_to_put_the_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
     with pytest.raises(UserError, match=r"resnet50-0676ba61\.pth at .*model\.weights=PATH"):
-        load_weights(Backbone(upscale=1), "IMAGENET1K_V1")
+        load_weights(Backbone(upscale=1), "IMAGENET1K_V1", filter_rms=None)
