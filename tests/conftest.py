@@ -54,3 +54,8 @@ def tiny_run(compose: Callable[..., DictConfig], tmp_path_factory: pytest.TempPa
 def tiny_checkpoint(tiny_run: Path) -> Path:
     """A checkpoint with ten classes of generated images."""
     return tiny_run / "checkpoints" / "best.ckpt"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the flag that writes the golden files anew."""
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden anew")
