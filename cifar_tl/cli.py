@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from cifar_tl.errors import Interrupted, UserError, suggest
-from cifar_tl.resume import with_overrides_of_resumed_run
+from cifar_tl.runs.resume import with_overrides_of_resumed_run
 
 # torch and lightning are imported by the commands' functions, not here: `--help` should not take 3 s
 

@@ -84,14 +84,14 @@ class Beside:
     """
 
     def __init__(self, cfg: DictConfig, trained: "Trained") -> None:
-        from cifar_tl.data import shifted
+        from cifar_tl.data import robustness
         from cifar_tl.data.cifar10 import Cifar10
 
         self.trained = trained
         self.tta = check_flag("tta", cfg.tta)
         self.temperature = check_flag("temperature", cfg.temperature)
         self.version = cfg.cifar10_1
-        self.corruptions = shifted.chosen_corruptions(cfg.cifar10_c) if cfg.cifar10_c is not None else []
+        self.corruptions = robustness.chosen_corruptions(cfg.cifar10_c) if cfg.cifar10_c is not None else []
         self.root = Path(trained.config.data.get("root") or "data")  # generated images have no root
         if (self.version is not None or self.corruptions) and trained.classes != Cifar10.classes:
             raise UserError(
@@ -99,9 +99,9 @@ class Beside:
                 f"{', '.join(trained.classes)}."
             )
         if self.version is not None:
-            self.new_images = shifted.cifar10_1(self.root, self.version)
+            self.new_images = robustness.cifar10_1(self.root, self.version)
         for corruption in self.corruptions:
-            shifted.cifar10_c(self.root, corruption)
+            robustness.cifar10_c(self.root, corruption)
 
     def evaluate(self, trainer: "L.Trainer", datamodule: "ImageDataModule") -> dict[str, Any]:
         """Measure and say it; return the figures by name.

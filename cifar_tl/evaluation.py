@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from cifar_tl.data import shifted
+from cifar_tl.data import robustness
 from cifar_tl.model.temperature import fit_temperature
-from cifar_tl.model.views import AUGMENTED, SINGLE, View
-from cifar_tl.reports.scores import wilson_interval
+from cifar_tl.model.tta import AUGMENTED, SINGLE, View
+from cifar_tl.runs.metrics import wilson_interval
 
 log = logging.getLogger(__name__)
 
@@ -85,14 +85,14 @@ class Evaluation:
         log.info("\nCIFAR-10-C, accuracy by severity 1 to 5, and their mean")
         table = []
         for corruption in corruptions:
-            by_severity, targets = shifted.cifar10_c(root, corruption)
-            accuracies = [scores(self.logits(shifted.as_tensor(part)), targets)["acc"] for part in by_severity]
+            by_severity, targets = robustness.cifar10_c(root, corruption)
+            accuracies = [scores(self.logits(robustness.as_tensor(part)), targets)["acc"] for part in by_severity]
             self.result[f"cifar10_c/{corruption}/acc"] = accuracies
             table.append(accuracies)
             columns = " ".join(f"{100 * accuracy:6.2f}" for accuracy in [*accuracies, np.mean(accuracies)])
             log.info("  %-18s %s %%", corruption, columns)
         self.result["cifar10_c/acc"] = float(np.mean(table))
-        whose = "all 15" if corruptions == list(shifted.CORRUPTIONS) else f"these {len(corruptions)}"
+        whose = "all 15" if corruptions == list(robustness.CORRUPTIONS) else f"these {len(corruptions)}"
         log.info("  mean accuracy over %s corruptions: %.2f %%", whose, 100 * self.result["cifar10_c/acc"])
 
     def _calibrate(self, name: str, logits: Tensor, targets: Tensor) -> None:

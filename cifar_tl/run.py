@@ -17,14 +17,13 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
 from cifar_tl.callbacks.backbone_unfreeze import BackboneUnfreeze
-from cifar_tl.callbacks.console import Console
 from cifar_tl.callbacks.epoch_seed import EpochSeed
 from cifar_tl.callbacks.feature_cache import CacheDecision, FeatureCache, decide, memory_for_features
 from cifar_tl.callbacks.freeze_guard import FreezeGuard
-from cifar_tl.callbacks.inspection import Inspection
-from cifar_tl.callbacks.phases import Plan, epochs_text, stages_text
-from cifar_tl.callbacks.predictions_file import PredictionsFile
-from cifar_tl.callbacks.run_record import RunRecord, config_sha256, git_state
+from cifar_tl.callbacks.phase_log import Console
+from cifar_tl.callbacks.predictions_recorder import PredictionsFile
+from cifar_tl.callbacks.run_recorder import RunRecord, config_sha256, git_state
+from cifar_tl.callbacks.tensorboard_figures import Inspection
 from cifar_tl.checkpoints import BEST, LAST, PacedCheckpointIO, checkpoint_callbacks, read_checkpoint
 from cifar_tl.data.augment import Augment
 from cifar_tl.data.datamodule import ImageDataModule, build_datamodule
@@ -34,8 +33,9 @@ from cifar_tl.model.module import TransferClassifier
 from cifar_tl.model.optim import optimizer_text
 from cifar_tl.model.weights import load_weights
 from cifar_tl.no_profiler import NoProfiler
-from cifar_tl.reports.scores import wilson_interval
-from cifar_tl.reports.text import duration_text
+from cifar_tl.runs.formatting import duration_text
+from cifar_tl.runs.metrics import wilson_interval
+from cifar_tl.schedule import Plan, epochs_text, stages_text
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ def main(cfg: DictConfig) -> float:
 
 def draw_report(folder: Path) -> None:
     """Draw the run's page and say where it is; a run with its result written is worth more than the page."""
-    from cifar_tl.reports.run_report import write_run_report  # late: `--help` should not wait for matplotlib
+    from cifar_tl.reports.run_page import write_run_report  # late: `--help` should not wait for matplotlib
 
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return  # one process of several draws

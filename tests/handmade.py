@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 
-from cifar_tl.reports.predictions import Predictions, Scored, worth_showing, write_images, write_predictions
-from cifar_tl.reports.scores import confusion_matrix
+from cifar_tl.runs.metrics import confusion_matrix
+from cifar_tl.runs.predictions import Predictions, Scored, worth_showing, write_images, write_predictions
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer"]
 

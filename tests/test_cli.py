@@ -12,7 +12,7 @@ import torch
 from conftest import TINY
 
 from cifar_tl import cli
-from cifar_tl.data import fetch
+from cifar_tl.data import download
 from cifar_tl.evaluate import evaluate
 from cifar_tl.train import main
 
@@ -72,15 +72,15 @@ def test_cuda_asked_for_and_absent(command, accelerator):
 def test_missing_data_names_the_file_and_the_commands(command, tmp_path):
     code, _, err = command("data.download=false", "model.weights=null", "data.root=somewhere")
     assert code == 1
-    assert str(tmp_path / "somewhere" / fetch.FOLDER) in err
+    assert str(tmp_path / "somewhere" / download.FOLDER) in err
     assert "experiment=demo" in err
 
 
 @pytest.mark.parametrize(("damage", "said"), [(lambda b: b[:-5], "truncated"), (lambda b: b[:-1] + b"!", "MD5")])
 def test_a_damaged_data_file_is_named(command, tmp_path, shared, damage, said):
-    real, copy = shared / "data" / fetch.FOLDER, tmp_path / "data" / fetch.FOLDER
+    real, copy = shared / "data" / download.FOLDER, tmp_path / "data" / download.FOLDER
     copy.mkdir(parents=True)
-    for name in fetch.FILES:
+    for name in download.FILES:
         (copy / name).symlink_to(real / name)
     (copy / "test_batch").unlink()
     (copy / "test_batch").write_bytes(damage((real / "test_batch").read_bytes()))

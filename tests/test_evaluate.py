@@ -8,14 +8,14 @@ import torch
 from torch.nn.functional import cross_entropy, pad
 
 from cifar_tl import cli
-from cifar_tl.data import shifted
+from cifar_tl.data import robustness
 from cifar_tl.data.cifar10 import Cifar10
 from cifar_tl.data.splits import split_train_val
 from cifar_tl.data.synthetic import Synthetic
 from cifar_tl.errors import UserError
 from cifar_tl.evaluate import evaluate, main
 from cifar_tl.model.temperature import fit_temperature
-from cifar_tl.model.views import AUGMENTED, identity, mirrored, shifted_in, shifted_out
+from cifar_tl.model.tta import AUGMENTED, identity, mirrored, shifted_in, shifted_out
 from cifar_tl.trained import restore
 
 
@@ -186,7 +186,7 @@ def test_cifar10_1(compose, cifar_checkpoint, root):
 
 
 def test_cifar10_1_has_two_versions(root):
-    assert [len(shifted.cifar10_1(root, version)[0]) for version in ("v4", "v6")] == [21, 20]
+    assert [len(robustness.cifar10_1(root, version)[0]) for version in ("v4", "v6")] == [21, 20]
 
 
 def test_cifar10_c_by_severity_and_mean(compose, cifar_checkpoint, root):
@@ -203,8 +203,8 @@ def test_cifar10_c_by_severity_and_mean(compose, cifar_checkpoint, root):
 
 
 def test_all_corruptions_are_the_fifteen_of_the_benchmark():
-    assert len(shifted.chosen_corruptions("all")) == 15
-    assert not set(shifted.chosen_corruptions("all")) & set(shifted.EXTRA_CORRUPTIONS)
+    assert len(robustness.chosen_corruptions("all")) == 15
+    assert not set(robustness.chosen_corruptions("all")) & set(robustness.EXTRA_CORRUPTIONS)
 
 
 @pytest.fixture

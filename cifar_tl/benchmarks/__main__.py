@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
 
     from cifar_tl.benchmarks import frozen, pipeline, step, whole  # late: --help should not wait for torch
     from cifar_tl.benchmarks.setting import Setting
-    from cifar_tl.callbacks.run_record import git_state
+    from cifar_tl.callbacks.run_recorder import git_state
     from cifar_tl.errors import UserError
     from cifar_tl.hardware import environment, resolve_accelerator
     from cifar_tl.run import quieten_lightning

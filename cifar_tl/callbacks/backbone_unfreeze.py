@@ -5,9 +5,9 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from cifar_tl.callbacks import freezing
-from cifar_tl.callbacks.phases import Phase, Plan
 from cifar_tl.errors import check_choice
 from cifar_tl.model.module import TransferClassifier
+from cifar_tl.schedule import Phase, Plan
 
 
 class BackboneUnfreeze(L.Callback):

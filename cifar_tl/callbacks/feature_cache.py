@@ -16,12 +16,12 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from cifar_tl.callbacks.phases import Plan
 from cifar_tl.data.augment import Augment
 from cifar_tl.data.datamodule import ImageDataModule
 from cifar_tl.errors import UserError, check_choice
 from cifar_tl.model.backbone import FEATURES
 from cifar_tl.model.module import TransferClassifier
+from cifar_tl.schedule import Plan
 
 log = logging.getLogger(__name__)
 

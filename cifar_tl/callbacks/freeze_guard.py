@@ -6,9 +6,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cifar_tl.callbacks.freezing import stage_modules
-from cifar_tl.callbacks.phases import Plan
 from cifar_tl.errors import UserError
 from cifar_tl.model.module import TransferClassifier
+from cifar_tl.schedule import Plan
 
 CHECKED_STEPS = 3
 

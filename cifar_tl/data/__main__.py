@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from cifar_tl.data import fetch
+from cifar_tl.data import download
 from cifar_tl.errors import UserError
 
 
@@ -29,20 +29,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        part = fetch.partial(options.root)
+        part = download.partial(options.root)
         if part.exists():
             print(f"{part} is kept; run the same command again to go on from there.", file=sys.stderr)
         return 130
 
 
 def _fetch(root: str) -> int:
-    fetch.ensure(root, download=True)
-    print(f"CIFAR-10 is complete in {fetch.FOLDER} under {root}: {len(fetch.FILES)} files, every MD5 right")
+    download.ensure(root, download=True)
+    print(f"CIFAR-10 is complete in {download.FOLDER} under {root}: {len(download.FILES)} files, every MD5 right")
     return 0
 
 
 def _verify(root: str) -> int:
-    files = fetch.verify(root)
+    files = download.verify(root)
     for file in files:
         print(file.message)
     return 0 if all(file.state == "ok" for file in files) else 1

@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cifar_tl.data import fetch
+from cifar_tl.data import download
 
 
 class Cifar10:
     """The official 50,000 training and 10,000 test images, in torchvision's order.
 
     Args:
-        root: the folder that holds `cifar-10-batches-py` or the archive; see `cifar_tl.data.fetch`.
+        root: the folder that holds `cifar-10-batches-py` or the archive; see `cifar_tl.data.download`.
         download: whether `prepare` may use the network.
     """
 
@@ -38,9 +38,9 @@ class Cifar10:
         """Make sure that every file is there and right, the test batch included, before anything is trained.
 
         Raises:
-            UserError: see `fetch.ensure`.
+            UserError: see `download.ensure`.
         """
-        fetch.ensure(self.root, self.download)
+        download.ensure(self.root, self.download)
 
     def train(self) -> tuple[Tensor, Tensor]:
         """Load the training images.
@@ -68,7 +68,7 @@ class Cifar10:
         images, labels = [], []
         for name in names:
             # A pickle can run code. These bytes have the official MD5, so they are the official, harmless pickle.
-            batch = pickle.loads(fetch.read_checked(self.root, name), encoding="latin1")
+            batch = pickle.loads(download.read_checked(self.root, name), encoding="latin1")
             images.append(torch.from_numpy(batch["data"]).reshape(-1, 3, 32, 32))
             labels.append(torch.tensor(batch["labels"], dtype=torch.int64))
         return torch.cat(images), torch.cat(labels)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from cifar_tl.errors import UserError
-from cifar_tl.reports.runs import METRICS, find_runs
+from cifar_tl.runs.folder import METRICS, find_runs
 
 
 def main(arguments: list[str]) -> int:
@@ -51,7 +51,7 @@ def report(folders: list[Path], output: Path | None = None) -> list[Path]:
     """
     found = {folder: find_runs(folder) for folder in folders}
     runs = list(dict.fromkeys(run for those in found.values() for run in those))
-    from cifar_tl.reports.run_report import REPORT, write_run_report  # late: `--help` should not wait for matplotlib
+    from cifar_tl.reports.run_page import REPORT, write_run_report  # late: `--help` should not wait for matplotlib
 
     written = []
     for run in runs:
@@ -60,7 +60,7 @@ def report(folders: list[Path], output: Path | None = None) -> list[Path]:
         if run in folders or not fresh:
             written.append(write_run_report(run))
     if runs != folders or len(runs) > 1:
-        from cifar_tl.reports.sweep_report import write_sweep_report
+        from cifar_tl.reports.comparison_page import write_sweep_report
 
         written += write_sweep_report(runs, output or common_folder(folders))
     return written

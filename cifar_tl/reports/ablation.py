@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from cifar_tl.reports.compare import Group, seed_of
-from cifar_tl.reports.table import Table
-from cifar_tl.reports.text import points
+from cifar_tl.reports.comparison import Group, seed_of
+from cifar_tl.runs.formatting import points
+from cifar_tl.runs.table import Table
 
 KEY, NOTHING = "ablate", "none"
 """The override that removes an ingredient, and its value that removes none."""

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from cifar_tl.reports.scores import BINS, Ints, Reliability
+from cifar_tl.runs.metrics import BINS, Ints, Reliability
 
 INK = "#1f2329"
 """Text and axes. Nothing else has this colour, so that a page can replace it by its own text's colour."""

@@ -7,11 +7,21 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar_tl.reports import figures, html, scores, svg
+from cifar_tl.reports import figures, html, svg
 from cifar_tl.reports.html import Markup
-from cifar_tl.reports.predictions import CERTAIN, LEAK_EXAMPLES, LEAKS, MISTAKES, UNCERTAIN, Predictions
-from cifar_tl.reports.scores import Floats, Ints
-from cifar_tl.reports.text import percent
+from cifar_tl.runs.formatting import percent
+from cifar_tl.runs.metrics import (
+    Floats,
+    Ints,
+    confusion_matrix,
+    leaks,
+    least_certain,
+    mistaken,
+    most_certain,
+    softmax,
+    top_mistakes,
+)
+from cifar_tl.runs.predictions import CERTAIN, LEAK_EXAMPLES, LEAKS, MISTAKES, UNCERTAIN, Predictions
 
 Images = dict[int, NDArray[np.uint8]]
 
@@ -19,22 +29,22 @@ Images = dict[int, NDArray[np.uint8]]
 def leakage(predictions: Predictions, images: Images) -> str:
     """Return the pairs of classes that are most often taken for each other, with examples."""
     test, names = predictions.test, predictions.classes
-    probabilities = scores.softmax(test.logits)
-    matrix = scores.confusion_matrix(test.predicted, test.targets, len(names))
+    probabilities = softmax(test.logits)
+    matrix = confusion_matrix(test.predicted, test.targets, len(names))
     mistakes = int((~test.right).sum())
     rows = []
-    for leak in scores.leaks(matrix, LEAKS):
+    for leak in leaks(matrix, LEAKS):
         cells: list[object] = [Markup(f"{escape(names[leak.first])} ⇄ {escape(names[leak.second])}")]
         for true, said, count in ((leak.first, leak.second, leak.forth), (leak.second, leak.first, leak.back)):
             share = count / max(1, int(matrix[true].sum()))
-            examples = scores.mistaken(probabilities, test.targets, true, said, LEAK_EXAMPLES)
+            examples = mistaken(probabilities, test.targets, true, said, LEAK_EXAMPLES)
             strip = "".join(_image(predictions, images, probabilities, int(at)) for at in examples)
             words = f"{escape(names[true])} said to be {escape(names[said])}: <b>{count}</b> ({percent(share, 1)})"
             cells.append(Markup(f'{words}<div class="strip">{strip}</div>'))
         rows.append([*cells, percent((leak.forth + leak.back) / max(1, mistakes), 1)])
     if not rows:
         return "<p>No test image was taken for another class.</p>"
-    shown = sum(leak.forth + leak.back for leak in scores.leaks(matrix, LEAKS))
+    shown = sum(leak.forth + leak.back for leak in leaks(matrix, LEAKS))
     intro = (
         f"<p>{shown:,} of the {mistakes:,} mistakes are between these pairs. In brackets: share of the true class.</p>"
     )
@@ -45,10 +55,10 @@ def leakage(predictions: Predictions, images: Images) -> str:
 def image_sections(predictions: Predictions, images: Images, out: Path) -> list[tuple[str, Callable[[], str]]]:
     """Return the headings of the galleries and the functions that draw them; they write their figures into `out`."""
     test = predictions.test
-    probabilities = scores.softmax(test.logits)
-    mistakes = scores.top_mistakes(probabilities, test.targets, MISTAKES)
-    certain = scores.most_certain(probabilities, CERTAIN)
-    uncertain = scores.least_certain(probabilities, UNCERTAIN)
+    probabilities = softmax(test.logits)
+    mistakes = top_mistakes(probabilities, test.targets, MISTAKES)
+    certain = most_certain(probabilities, CERTAIN)
+    uncertain = least_certain(probabilities, UNCERTAIN)
 
     def draw_mistakes() -> str:
         if not len(mistakes):

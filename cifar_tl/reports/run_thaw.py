@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifar_tl.reports import figures, html, svg
-from cifar_tl.reports.predictions import Predictions
-from cifar_tl.reports.scores import Z95
-from cifar_tl.reports.text import percent, points
+from cifar_tl.runs.formatting import percent, points
+from cifar_tl.runs.metrics import Z95
+from cifar_tl.runs.predictions import Predictions
 
 
 def thaw(predictions: Predictions, metrics: Mapping[str, Any], out: Path) -> str:

@@ -10,10 +10,10 @@ from conftest import TINY
 from cifar_tl import run
 from cifar_tl.callbacks import feature_cache
 from cifar_tl.callbacks.feature_cache import FeatureCache, decide
-from cifar_tl.callbacks.phases import Plan
 from cifar_tl.data.augment import Augment
 from cifar_tl.errors import UserError
 from cifar_tl.model.backbone import Backbone
+from cifar_tl.schedule import Plan
 
 FLIP = Augment("random", 0, 0, 0, 0, 0, 0, 0)
 CROP = replace(FLIP, crop_padding=4)

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from cifar_tl.callbacks import freezing
-from cifar_tl.callbacks.phases import STAGES
 from cifar_tl.model.backbone import Backbone
+from cifar_tl.schedule import STAGES
 
 
 def block():

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torchvision
 
-from cifar_tl.data import fetch
+from cifar_tl.data import download
 from cifar_tl.data.cifar10 import Cifar10
 from cifar_tl.errors import UserError
 
@@ -21,15 +21,15 @@ REAL = Path(SHARED) / "data"
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A root whose batches hold four images each, with the constants set to them."""
-    folder = tmp_path / fetch.FOLDER
+    folder = tmp_path / download.FOLDER
     folder.mkdir()
     spec = {}
-    for number, name in enumerate(fetch.FILES):
+    for number, name in enumerate(download.FILES):
         pixels = np.arange(4 * 3072, dtype=np.int64).reshape(4, 3072) // 1024 % 3 + 10 * number
         data = pickle.dumps({"data": pixels.astype(np.uint8), "labels": [number, 0, 1, 2]}, protocol=2)
         (folder / name).write_bytes(data)
         spec[name] = (len(data), hashlib.md5(data).hexdigest())
-    monkeypatch.setattr(fetch, "FILES", spec)
+    monkeypatch.setattr(download, "FILES", spec)
     return tmp_path
 
 
@@ -51,17 +51,17 @@ def test_test_images_come_from_the_test_batch(small: Path) -> None:
 def test_prepare_finds_a_wrong_test_batch_before_training(small: Path) -> None:
     data = Cifar10(small, download=False)
     data.prepare()
-    path = small / fetch.FOLDER / "test_batch"
+    path = small / download.FOLDER / "test_batch"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match="test_batch is altered"):
         data.prepare()
 
 
 def test_a_pickle_without_the_official_md5_is_never_loaded(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = small / fetch.FOLDER / "data_batch_1"
+    path = small / download.FOLDER / "data_batch_1"
     size = path.stat().st_size
     path.write_bytes(b"cos\nabort\n(tR.".ljust(size, b"x"))  # unpickling it would end this process
-    monkeypatch.setattr(fetch, "ensure", lambda *args: None)
+    monkeypatch.setattr(download, "ensure", lambda *args: None)
     with pytest.raises(UserError, match="data_batch_1 is altered"):
         Cifar10(small, download=False).train()
 

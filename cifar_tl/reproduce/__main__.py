@@ -14,8 +14,8 @@ from omegaconf import DictConfig
 
 from cifar_tl import cli
 from cifar_tl.errors import Interrupted, UserError
-from cifar_tl.jobs import Job, plan_jobs, set_aside, state
-from cifar_tl.reports.text import duration_text
+from cifar_tl.reproduce.jobs import Job, plan_jobs, set_aside, state
+from cifar_tl.runs.formatting import duration_text
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def reproduce(cfg: DictConfig, passed: Sequence[str], folder: Path) -> None:
     """
     jobs = plan_jobs(cfg, passed, folder)
     failed = [] if cfg.tables_only else run_jobs(jobs)
-    from cifar_tl.reports.published import write_tables  # late: `--help` should not wait for matplotlib
+    from cifar_tl.reproduce.tables import write_tables  # late: `--help` should not wait for matplotlib
 
     for path in write_tables(jobs, folder):
         log.info("%s", path)
@@ -89,7 +89,7 @@ def announce(jobs: Sequence[Job], states: dict[str, tuple[str, str]]) -> None:
     from cifar_tl import run  # late: `--help` should not wait for torch
     from cifar_tl.estimate import Estimate
     from cifar_tl.hardware import device_name, resolve_accelerator
-    from cifar_tl.reports.runs import read_run
+    from cifar_tl.runs.folder import read_run
 
     run.quieten_lightning()
     log.info("Measuring this device for some seconds ...")

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from cifar_tl.jobs import Job, differences
 from cifar_tl.reports import figures, svg
 from cifar_tl.reports.ablation import KEY, ablation
-from cifar_tl.reports.compare import Group
-from cifar_tl.reports.runs import Run, read_run
-from cifar_tl.reports.table import Table
-from cifar_tl.reports.text import points
+from cifar_tl.reports.comparison import Group
+from cifar_tl.reproduce.jobs import Job, differences
+from cifar_tl.runs.folder import Run, read_run
+from cifar_tl.runs.formatting import points
+from cifar_tl.runs.table import Table
 
 CLIFF = "cliff"
 

@@ -8,8 +8,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar_tl.reports import scores
-from cifar_tl.reports.scores import Ints
+from cifar_tl.runs.metrics import (
+    Ints,
+    confusion_matrix,
+    leaks,
+    least_certain,
+    mistaken,
+    most_certain,
+    softmax,
+    top_mistakes,
+)
 
 PREDICTIONS, IMAGES = "predictions.npz", "images.npz"
 SPLIT_KEYS, FROZEN = ("logits", "targets", "indices"), "frozen_val_logits"
@@ -109,16 +117,16 @@ def read_predictions(folder: Path) -> Predictions:
 
 def worth_showing(test: Scored) -> Ints:
     """Return the positions, sorted, of the test images that the galleries of a report show."""
-    probabilities = scores.softmax(test.logits)
-    confusion = scores.confusion_matrix(test.predicted, test.targets, test.logits.shape[1])
+    probabilities = softmax(test.logits)
+    confusion = confusion_matrix(test.predicted, test.targets, test.logits.shape[1])
     chosen = [
-        scores.top_mistakes(probabilities, test.targets, MISTAKES),
-        scores.most_certain(probabilities, CERTAIN),
-        scores.least_certain(probabilities, UNCERTAIN),
+        top_mistakes(probabilities, test.targets, MISTAKES),
+        most_certain(probabilities, CERTAIN),
+        least_certain(probabilities, UNCERTAIN),
     ]
-    for leak in scores.leaks(confusion, LEAKS):
+    for leak in leaks(confusion, LEAKS):
         for pair in ((leak.first, leak.second), (leak.second, leak.first)):
-            chosen.append(scores.mistaken(probabilities, test.targets, *pair, LEAK_EXAMPLES))
+            chosen.append(mistaken(probabilities, test.targets, *pair, LEAK_EXAMPLES))
     return np.unique(np.concatenate(chosen))
 
 

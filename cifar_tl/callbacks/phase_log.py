@@ -6,10 +6,10 @@ import lightning as L
 import torch
 
 from cifar_tl.callbacks.freezing import BATCHNORM_POLICIES
-from cifar_tl.callbacks.phases import Plan, epochs_text, stages_text
-from cifar_tl.callbacks.run_record import RunRecord
+from cifar_tl.callbacks.run_recorder import RunRecord
 from cifar_tl.hardware import peak_memory
-from cifar_tl.reports.text import duration_text
+from cifar_tl.runs.formatting import duration_text
+from cifar_tl.schedule import Plan, epochs_text, stages_text
 
 log = logging.getLogger(__name__)
 

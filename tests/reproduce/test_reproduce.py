@@ -12,9 +12,9 @@ from handmade import make_run
 from omegaconf import OmegaConf
 
 from cifar_tl import cli, reproduce
-from cifar_tl.jobs import compose
 from cifar_tl.reports.__main__ import main as report
-from cifar_tl.reports.published import spearman
+from cifar_tl.reproduce.jobs import compose
+from cifar_tl.reproduce.tables import spearman
 
 PASSED = ("data=synthetic", "model.weights=null", "trainer=cpu")
 RECIPES = {name: [f"experiment={name}"] for name in ("seed_baseline", "best32")}

@@ -12,8 +12,8 @@ from typing import Any
 
 import lightning as L
 
-from cifar_tl.callbacks.phases import Plan
 from cifar_tl.hardware import peak_memory
+from cifar_tl.schedule import Plan
 
 
 class RunRecord(L.Callback):

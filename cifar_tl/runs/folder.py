@@ -12,9 +12,8 @@ import yaml
 from numpy.typing import NDArray
 
 from cifar_tl.errors import UserError
-from cifar_tl.reports import scores
-from cifar_tl.reports.predictions import IMAGES, PREDICTIONS, Predictions, read_images, read_predictions
-from cifar_tl.reports.scores import Ints
+from cifar_tl.runs.metrics import Ints, confusion_matrix
+from cifar_tl.runs.predictions import IMAGES, PREDICTIONS, Predictions, read_images, read_predictions
 
 METRICS, OVERRIDES = "metrics.json", Path(".hydra") / "overrides.yaml"
 
@@ -59,7 +58,7 @@ class Run:
         """Counts on the test set by true class and prediction, from either file; None if there are none."""
         if self.predictions is not None:
             test = self.predictions.test
-            return scores.confusion_matrix(test.predicted, test.targets, len(self.classes))
+            return confusion_matrix(test.predicted, test.targets, len(self.classes))
         try:
             counts = np.array(self.metrics["test/confusion"], dtype=np.int64)
         except (KeyError, ValueError, TypeError):

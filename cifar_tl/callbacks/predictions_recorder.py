@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cifar_tl.callbacks.phases import Plan
 from cifar_tl.data.datamodule import ImageDataModule
 from cifar_tl.model.module import class_indices
-from cifar_tl.reports.predictions import Predictions, Scored, worth_showing, write_images, write_predictions
+from cifar_tl.runs.predictions import Predictions, Scored, worth_showing, write_images, write_predictions
+from cifar_tl.schedule import Plan
 
 
 class PredictionsFile(L.Callback):

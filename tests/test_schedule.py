@@ -1,7 +1,7 @@
 import pytest
 
-from cifar_tl.callbacks.phases import STAGES, Plan
 from cifar_tl.errors import UserError
+from cifar_tl.schedule import STAGES, Plan
 
 TWO_PHASE = {
     "max_epochs": 20,

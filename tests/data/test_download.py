@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from cifar_tl.data import __main__ as command_line
-from cifar_tl.data import fetch
+from cifar_tl.data import download
 from cifar_tl.errors import UserError
 
 
@@ -29,18 +29,18 @@ def content(name: str) -> bytes:
 @pytest.fixture
 def archive(monkeypatch: pytest.MonkeyPatch) -> bytes:
     """A small archive with the real names; the constants are set to it. It also holds files nobody asked for."""
-    files = {f"{fetch.FOLDER}/{name}": content(name) for name in fetch.FILES}
+    files = {f"{download.FOLDER}/{name}": content(name) for name in download.FILES}
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        for name, data in {**files, f"{fetch.FOLDER}/readme.html": b"hello", "../outside": b"evil"}.items():
+        for name, data in {**files, f"{download.FOLDER}/readme.html": b"hello", "../outside": b"evil"}.items():
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     packed = buffer.getvalue()
-    monkeypatch.setattr(fetch, "ARCHIVE_SIZE", len(packed))
-    monkeypatch.setattr(fetch, "ARCHIVE_MD5", hashlib.md5(packed).hexdigest())
-    spec = {name: (len(content(name)), hashlib.md5(content(name)).hexdigest()) for name in fetch.FILES}
-    monkeypatch.setattr(fetch, "FILES", spec)
+    monkeypatch.setattr(download, "ARCHIVE_SIZE", len(packed))
+    monkeypatch.setattr(download, "ARCHIVE_MD5", hashlib.md5(packed).hexdigest())
+    spec = {name: (len(content(name)), hashlib.md5(content(name)).hexdigest()) for name in download.FILES}
+    monkeypatch.setattr(download, "FILES", spec)
     return packed
 
 
@@ -57,7 +57,7 @@ class Server:
 
 @pytest.fixture
 def server(archive: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(fetch, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(download, "TIMEOUT_S", 0.3)
     released = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
@@ -124,15 +124,15 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def assert_complete(root: Path) -> None:
-    found = {path.name: path.read_bytes() for path in (root / fetch.FOLDER).iterdir()}
-    assert found == {name: content(name) for name in fetch.FILES}
+    found = {path.name: path.read_bytes() for path in (root / download.FOLDER).iterdir()}
+    assert found == {name: content(name) for name in download.FILES}
 
 
 @pytest.fixture
 def complete(tmp_path: Path, archive: bytes) -> Path:
-    (tmp_path / fetch.ARCHIVE).write_bytes(archive)
-    fetch.ensure(tmp_path, download=False)
-    (tmp_path / fetch.ARCHIVE).unlink()
+    (tmp_path / download.ARCHIVE).write_bytes(archive)
+    download.ensure(tmp_path, download=False)
+    (tmp_path / download.ARCHIVE).unlink()
     return tmp_path
 
 
@@ -141,28 +141,28 @@ def complete(tmp_path: Path, archive: bytes) -> Path:
 
 @pytest.mark.usefixtures("no_network")
 def test_complete_folder_needs_neither_archive_nor_network(complete: Path) -> None:
-    fetch.ensure(complete, download=True)
-    assert all(file.state == "ok" for file in fetch.verify(complete))
+    download.ensure(complete, download=True)
+    assert all(file.state == "ok" for file in download.verify(complete))
 
 
 @pytest.mark.usefixtures("no_network")
 def test_archive_copied_by_hand_is_extracted_and_only_the_known_names(tmp_path: Path, archive: bytes) -> None:
     root = tmp_path / "data"
     root.mkdir()
-    (root / fetch.ARCHIVE).write_bytes(archive)
-    fetch.ensure(root, download=False)
+    (root / download.ARCHIVE).write_bytes(archive)
+    download.ensure(root, download=False)
     assert_complete(root)
     assert not (tmp_path / "outside").exists()
-    assert (root / fetch.ARCHIVE).read_bytes() == archive
+    assert (root / download.ARCHIVE).read_bytes() == archive
 
 
 @pytest.mark.usefixtures("no_network", "archive")
 def test_missing_data_without_download_says_where_to_put_it_and_every_way_out(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        fetch.ensure(tmp_path / "my data", download=False)
+        download.ensure(tmp_path / "my data", download=False)
     message = str(caught.value)
-    assert str(tmp_path / "my data" / fetch.FOLDER) in message
-    assert f"copy {fetch.ARCHIVE}" in message
+    assert str(tmp_path / "my data" / download.FOLDER) in message
+    assert f"copy {download.ARCHIVE}" in message
     assert f"python -m cifar_tl.data fetch --root '{tmp_path}/my data'" in message
     assert "experiment=demo" in message
     assert "data_batch_1" not in message  # the folder says it, rather than seven files
@@ -171,9 +171,9 @@ def test_missing_data_without_download_says_where_to_put_it_and_every_way_out(tm
 
 @pytest.mark.usefixtures("no_network")
 def test_one_missing_file_is_named_alone(complete: Path) -> None:
-    (complete / fetch.FOLDER / "test_batch").unlink()
+    (complete / download.FOLDER / "test_batch").unlink()
     with pytest.raises(UserError, match="test_batch is missing") as caught:
-        fetch.ensure(complete, download=False)
+        download.ensure(complete, download=False)
     assert "data_batch_1" not in str(caught.value)
 
 
@@ -192,13 +192,13 @@ def test_damaged_file_is_reported_with_both_values_and_left_alone(
     complete: Path, archive: bytes, damage: Callable[[bytes], bytes], says: str, archive_is_there: bool
 ) -> None:
     if archive_is_there:
-        (complete / fetch.ARCHIVE).write_bytes(archive)
-    path = complete / fetch.FOLDER / "data_batch_3"
+        (complete / download.ARCHIVE).write_bytes(archive)
+    path = complete / download.FOLDER / "data_batch_3"
     right, wrong = content("data_batch_3"), damage(content("data_batch_3"))
     path.write_bytes(wrong)
     says = says.format(right=hashlib.md5(right).hexdigest(), wrong=hashlib.md5(wrong).hexdigest())
     with pytest.raises(UserError) as caught:
-        fetch.ensure(complete, download=True)
+        download.ensure(complete, download=True)
     assert f"{path} {says}" in str(caught.value)
     assert "Delete" in str(caught.value)
     assert path.read_bytes() == wrong
@@ -206,27 +206,27 @@ def test_damaged_file_is_reported_with_both_values_and_left_alone(
 
 @pytest.mark.usefixtures("no_network")
 def test_after_deleting_the_damaged_file_the_archive_brings_it_back(complete: Path, archive: bytes) -> None:
-    (complete / fetch.ARCHIVE).write_bytes(archive)
-    (complete / fetch.FOLDER / "data_batch_3").unlink()
-    kept = (complete / fetch.FOLDER / "data_batch_1").stat().st_mtime_ns
-    fetch.ensure(complete, download=False)
+    (complete / download.ARCHIVE).write_bytes(archive)
+    (complete / download.FOLDER / "data_batch_3").unlink()
+    kept = (complete / download.FOLDER / "data_batch_1").stat().st_mtime_ns
+    download.ensure(complete, download=False)
     assert_complete(complete)
-    assert (complete / fetch.FOLDER / "data_batch_1").stat().st_mtime_ns == kept
+    assert (complete / download.FOLDER / "data_batch_1").stat().st_mtime_ns == kept
 
 
 @pytest.mark.usefixtures("no_network")
 def test_truncated_archive_is_refused_and_left_alone(tmp_path: Path, archive: bytes) -> None:
-    (tmp_path / fetch.ARCHIVE).write_bytes(archive[:-5])
-    with pytest.raises(UserError, match=rf"{fetch.ARCHIVE} is truncated: expected {len(archive)} bytes"):
-        fetch.ensure(tmp_path, download=True)
-    assert (tmp_path / fetch.ARCHIVE).read_bytes() == archive[:-5]
-    assert not (tmp_path / fetch.FOLDER).exists()
+    (tmp_path / download.ARCHIVE).write_bytes(archive[:-5])
+    with pytest.raises(UserError, match=rf"{download.ARCHIVE} is truncated: expected {len(archive)} bytes"):
+        download.ensure(tmp_path, download=True)
+    assert (tmp_path / download.ARCHIVE).read_bytes() == archive[:-5]
+    assert not (tmp_path / download.FOLDER).exists()
 
 
 def test_extraction_cut_short_leaves_no_file_that_looks_whole(
     tmp_path: Path, archive: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / fetch.ARCHIVE).write_bytes(archive)
+    (tmp_path / download.ARCHIVE).write_bytes(archive)
 
     def cut_short(source: io.BufferedIOBase, target: io.BufferedIOBase) -> None:
         target.write(source.read(10))
@@ -235,28 +235,28 @@ def test_extraction_cut_short_leaves_no_file_that_looks_whole(
     with monkeypatch.context() as patch:
         patch.setattr("shutil.copyfileobj", cut_short)
         with pytest.raises(KeyboardInterrupt):
-            fetch.ensure(tmp_path, download=False)
-    assert not set(fetch.FILES) & {path.name for path in (tmp_path / fetch.FOLDER).iterdir()}
-    fetch.ensure(tmp_path, download=False)
+            download.ensure(tmp_path, download=False)
+    assert not set(download.FILES) & {path.name for path in (tmp_path / download.FOLDER).iterdir()}
+    download.ensure(tmp_path, download=False)
     assert_complete(tmp_path)
 
 
 def test_read_only_root_is_explained(tmp_path: Path, archive: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / fetch.ARCHIVE).write_bytes(archive)
+    (tmp_path / download.ARCHIVE).write_bytes(archive)
 
     def read_only(self: Path, target: Path) -> Path:
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(Path, "replace", read_only)
     with pytest.raises(UserError, match=r"cannot be written under .*Read-only file system"):
-        fetch.ensure(tmp_path, download=False)
+        download.ensure(tmp_path, download=False)
 
 
 def test_read_checked_refuses_bytes_without_the_md5(complete: Path) -> None:
-    assert fetch.read_checked(complete, "test_batch") == content("test_batch")
-    (complete / fetch.FOLDER / "test_batch").write_bytes(bytes(640))
+    assert download.read_checked(complete, "test_batch") == content("test_batch")
+    (complete / download.FOLDER / "test_batch").write_bytes(bytes(640))
     with pytest.raises(UserError, match="test_batch is altered"):
-        fetch.read_checked(complete, "test_batch")
+        download.read_checked(complete, "test_batch")
 
 
 # The network.
@@ -264,15 +264,15 @@ def test_read_checked_refuses_bytes_without_the_md5(complete: Path) -> None:
 
 def test_download_extracts_and_keeps_the_archive(tmp_path: Path, archive: bytes, server: Server) -> None:
     root = tmp_path / "new" / "data"
-    fetch.ensure(root, download=True, urls=[server.url("serves")])
+    download.ensure(root, download=True, urls=[server.url("serves")])
     assert_complete(root)
-    assert (root / fetch.ARCHIVE).read_bytes() == archive
-    assert not fetch.partial(root).exists()
+    assert (root / download.ARCHIVE).read_bytes() == archive
+    assert not download.partial(root).exists()
 
 
 @pytest.mark.parametrize("bad", ["gone", "wrong", "login_page"])
 def test_bad_mirror_is_left_for_the_next_one_which_starts_at_zero(tmp_path: Path, server: Server, bad: str) -> None:
-    fetch.ensure(tmp_path, download=True, urls=[server.url(bad), server.url("serves")])
+    download.ensure(tmp_path, download=True, urls=[server.url(bad), server.url("serves")])
     assert_complete(tmp_path)
     assert server.asked == [(bad, None), ("serves", None)]
 
@@ -281,15 +281,15 @@ def test_bad_mirror_is_left_for_the_next_one_which_starts_at_zero(tmp_path: Path
 def test_the_next_mirror_goes_on_where_a_broken_one_stopped(
     tmp_path: Path, archive: bytes, server: Server, caplog: pytest.LogCaptureFixture, bad: str, says: str
 ) -> None:
-    fetch.ensure(tmp_path, download=True, urls=[server.url(bad), server.url("serves")])
+    download.ensure(tmp_path, download=True, urls=[server.url(bad), server.url("serves")])
     assert_complete(tmp_path)
     assert says in caplog.text
     assert server.asked == [(bad, None), ("serves", f"bytes={len(archive) // 2}-")]
 
 
 def test_slow_mirror_is_left_for_a_faster_one(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "SPEED_WINDOW_S", 0.05)
-    fetch.ensure(tmp_path, download=True, urls=[server.url("crawls"), server.url("serves")])
+    monkeypatch.setattr(download, "SPEED_WINDOW_S", 0.05)
+    download.ensure(tmp_path, download=True, urls=[server.url("crawls"), server.url("serves")])
     assert_complete(tmp_path)
     assert [behaviour for behaviour, _ in server.asked] == ["crawls", "serves"]
     assert server.asked[1][1] is not None  # it went on with what the slow one had sent
@@ -298,8 +298,8 @@ def test_slow_mirror_is_left_for_a_faster_one(tmp_path: Path, server: Server, mo
 def test_where_everything_is_slow_the_download_still_ends(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetch, "SPEED_WINDOW_S", 0.05)
-    fetch.ensure(tmp_path, download=True, urls=[server.url("crawls")])
+    monkeypatch.setattr(download, "SPEED_WINDOW_S", 0.05)
+    download.ensure(tmp_path, download=True, urls=[server.url("crawls")])
     assert_complete(tmp_path)
     assert len(server.asked) == 2
 
@@ -310,8 +310,8 @@ def test_partial_file_of_an_earlier_run_ends_in_the_right_archive(
     tmp_path: Path, archive: bytes, server: Server, behaviour: str, old: str
 ) -> None:
     before = {"right": archive[:99], "wrong": bytes(99), "too_long": archive + b"x", "whole_but_wrong": bytes(9999)}
-    fetch.partial(tmp_path).write_bytes(before[old] if old != "whole_but_wrong" else bytes(len(archive)))
-    fetch.ensure(tmp_path, download=True, urls=[server.url(behaviour)])
+    download.partial(tmp_path).write_bytes(before[old] if old != "whole_but_wrong" else bytes(len(archive)))
+    download.ensure(tmp_path, download=True, urls=[server.url(behaviour)])
     assert_complete(tmp_path)
     assert (server.asked[0][1] == "bytes=99-") == (old in ("right", "wrong"))
     if old == "right" and behaviour == "serves":
@@ -319,8 +319,8 @@ def test_partial_file_of_an_earlier_run_ends_in_the_right_archive(
 
 
 def test_a_range_other_than_the_one_asked_for_is_not_appended(tmp_path: Path, archive: bytes, server: Server) -> None:
-    fetch.partial(tmp_path).write_bytes(archive[:99])
-    fetch.ensure(tmp_path, download=True, urls=[server.url("other_range"), server.url("serves")])
+    download.partial(tmp_path).write_bytes(archive[:99])
+    download.ensure(tmp_path, download=True, urls=[server.url("other_range"), server.url("serves")])
     assert_complete(tmp_path)
     assert server.asked == [("other_range", "bytes=99-"), ("serves", "bytes=99-")]
 
@@ -328,10 +328,10 @@ def test_a_range_other_than_the_one_asked_for_is_not_appended(tmp_path: Path, ar
 def test_when_no_mirror_delivers_the_error_lists_them_and_the_ways_out(tmp_path: Path, server: Server) -> None:
     nobody = "http://127.0.0.1:9/nobody"
     with pytest.raises(UserError) as caught:
-        fetch.ensure(tmp_path, download=True, urls=[nobody, server.url("gone"), server.url("breaks")])
+        download.ensure(tmp_path, download=True, urls=[nobody, server.url("gone"), server.url("breaks")])
     message = str(caught.value)
     assert all(text in message for text in (nobody, "Connection refused", "503", "connection closed at byte"))
-    assert f"{fetch.partial(tmp_path)} keeps what was received" in message
+    assert f"{download.partial(tmp_path)} keeps what was received" in message
     assert "python -m cifar_tl.data fetch" in message
     assert "experiment=demo" in message
 
@@ -341,7 +341,7 @@ def test_two_downloads_at_once_fetch_the_archive_once(tmp_path: Path, server: Se
 
     def run() -> None:
         try:
-            fetch.ensure(tmp_path, download=True, urls=[server.url("crawls")])
+            download.ensure(tmp_path, download=True, urls=[server.url("crawls")])
         except BaseException as error:
             errors.append(error)
 
@@ -362,14 +362,14 @@ def test_too_little_disk_space_is_found_before_downloading(tmp_path: Path, monke
 
     monkeypatch.setattr("shutil.disk_usage", lambda path: Usage)
     with pytest.raises(UserError, match=r"No space|are free.* It takes .* MB"):
-        fetch.ensure(tmp_path, download=True, urls=["http://127.0.0.1:9/"])
+        download.ensure(tmp_path, download=True, urls=["http://127.0.0.1:9/"])
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which is Linux's")
 def test_disk_that_fills_up_is_not_blamed_on_the_mirror(tmp_path: Path, server: Server) -> None:
-    fetch.partial(tmp_path).symlink_to("/dev/full")
+    download.partial(tmp_path).symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"No space left on device.* It takes .* MB"):
-        fetch.ensure(tmp_path, download=True, urls=[server.url("serves"), server.url("gone")])
+        download.ensure(tmp_path, download=True, urls=[server.url("serves"), server.url("gone")])
     assert [behaviour for behaviour, _ in server.asked] == ["serves"]
 
 
@@ -377,7 +377,7 @@ def test_without_a_terminal_progress_is_logged_at_most_every_tenth(
     tmp_path: Path, server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    fetch.ensure(tmp_path, download=True, urls=[server.url("crawls")])
+    download.ensure(tmp_path, download=True, urls=[server.url("crawls")])
     lines = [record.getMessage() for record in caplog.records if " % of " in record.getMessage()]
     assert 5 <= len(lines) <= 10
     assert lines[-1].startswith("100 %")
@@ -390,8 +390,8 @@ def test_verify_prints_one_line_per_file_and_fails_on_a_wrong_one(
     complete: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command_line.main(["verify", "--root", str(complete)]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(fetch.FILES)
-    (complete / fetch.FOLDER / "data_batch_2").write_bytes(b"")
+    assert len(capsys.readouterr().out.splitlines()) == len(download.FILES)
+    (complete / download.FOLDER / "data_batch_2").write_bytes(b"")
     assert command_line.main(["verify", "--root", str(complete)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if "truncated" in line] == [lines[1]]
@@ -400,7 +400,7 @@ def test_verify_prints_one_line_per_file_and_fails_on_a_wrong_one(
 def test_fetch_command_fails_without_a_traceback(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(fetch, "MIRRORS", (server.url("gone"),))
+    monkeypatch.setattr(download, "MIRRORS", (server.url("gone"),))
     assert command_line.main(["fetch", "--root", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("error: CIFAR-10 could not be downloaded")
 
@@ -416,12 +416,12 @@ def test_interrupted_fetch_keeps_the_partial_file_and_the_next_one_resumes(
 
         yield press_ctrl_c
 
-    monkeypatch.setattr(fetch, "MIRRORS", (server.url("crawls"),))
+    monkeypatch.setattr(download, "MIRRORS", (server.url("crawls"),))
     with monkeypatch.context() as patch:
-        patch.setattr(fetch, "_progress", interrupting)
+        patch.setattr(download, "_progress", interrupting)
         assert command_line.main(["fetch", "--root", str(tmp_path)]) == 130
-    assert f"{fetch.partial(tmp_path)} is kept" in capsys.readouterr().err
-    size = fetch.partial(tmp_path).stat().st_size
+    assert f"{download.partial(tmp_path)} is kept" in capsys.readouterr().err
+    size = download.partial(tmp_path).stat().st_size
     assert size > 1000
     assert command_line.main(["fetch", "--root", str(tmp_path)]) == 0
     assert_complete(tmp_path)

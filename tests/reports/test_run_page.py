@@ -200,7 +200,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, monkeypatch, capsys, folde
 def test_reports_import_no_torch_and_help_no_matplotlib(tmp_path):
     code = (
         "import sys, cifar_tl.reports.__main__; assert 'matplotlib' not in sys.modules; "
-        "import cifar_tl.reports.run_report, cifar_tl.reports.sweep_report; "
+        "import cifar_tl.reports.run_page, cifar_tl.reports.comparison_page; "
         "assert 'torch' not in sys.modules and 'lightning' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)

@@ -16,8 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cifar_tl import cli
 from cifar_tl.errors import UserError, check_choice, check_int
-from cifar_tl.reports.runs import read_run
-from cifar_tl.resume import LAST
+from cifar_tl.runs.folder import read_run
+from cifar_tl.runs.resume import LAST
 
 PARTS = ("results", "ablation", "ladder", "scale")
 UNRELATED = ("resume", "logger", "data.root", "data.download", "finetune.features_folder", "trainer.log_every_n_steps")

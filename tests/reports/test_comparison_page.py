@@ -7,8 +7,8 @@ import pytest
 from handmade import make_run, scored
 
 from cifar_tl.reports.__main__ import main
-from cifar_tl.reports.compare import Difference, effects, group_runs, paired_difference
-from cifar_tl.reports.runs import read_runs
+from cifar_tl.reports.comparison import Difference, effects, group_runs, paired_difference
+from cifar_tl.runs.folder import read_runs
 
 STRENGTHS = {"1e-3": 2.0, "3e-4": 1.0}
 

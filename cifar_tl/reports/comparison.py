@@ -7,8 +7,8 @@ from statistics import fmean
 
 import numpy as np
 
-from cifar_tl.reports.runs import Run
-from cifar_tl.reports.scores import Z95
+from cifar_tl.runs.folder import Run
+from cifar_tl.runs.metrics import Z95
 
 
 @dataclass

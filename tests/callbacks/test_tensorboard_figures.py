@@ -14,13 +14,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
 
-from cifar_tl.callbacks import inspection
-from cifar_tl.callbacks.inspection import hparam_values
+from cifar_tl.callbacks import tensorboard_figures as inspection
 from cifar_tl.callbacks.projector import evaluating, principal_components, sprite
+from cifar_tl.callbacks.tensorboard_figures import hparam_values
 from cifar_tl.data.synthetic import Synthetic
 from cifar_tl.model.module import TransferClassifier
-from cifar_tl.reports.predictions import read_images, read_predictions
 from cifar_tl.run import train
+from cifar_tl.runs.predictions import read_images, read_predictions
 
 
 def events(folder):

@@ -9,12 +9,20 @@ from statistics import fmean
 
 from cifar_tl.reports import figures, html, svg
 from cifar_tl.reports.ablation import ablation
-from cifar_tl.reports.compare import Group, common_overrides, effects, group_runs, paired_difference, reference, seed_of
+from cifar_tl.reports.comparison import (
+    Group,
+    common_overrides,
+    effects,
+    group_runs,
+    paired_difference,
+    reference,
+    seed_of,
+)
 from cifar_tl.reports.html import Markup
-from cifar_tl.reports.run_report import REPORT
-from cifar_tl.reports.runs import Run, read_runs
-from cifar_tl.reports.table import Table
-from cifar_tl.reports.text import duration_text, percent, points
+from cifar_tl.reports.run_page import REPORT
+from cifar_tl.runs.folder import Run, read_runs
+from cifar_tl.runs.formatting import duration_text, percent, points
+from cifar_tl.runs.table import Table
 
 NAME = "sweep_report"
 RUNS_AND_MEANS = "Thin lines are runs, thick ones means; dashed: a phase starts."

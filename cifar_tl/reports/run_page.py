@@ -5,15 +5,23 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from cifar_tl.callbacks.phases import Phase, epochs_text, stages_text
-from cifar_tl.reports import figures, html, scores, svg
+from cifar_tl.reports import figures, html, svg
 from cifar_tl.reports.html import Markup
-from cifar_tl.reports.predictions import Predictions
 from cifar_tl.reports.run_images import image_sections, leakage
 from cifar_tl.reports.run_thaw import thaw
-from cifar_tl.reports.runs import Run, read_run
-from cifar_tl.reports.scores import Ints
-from cifar_tl.reports.text import duration_text, percent, points
+from cifar_tl.runs.folder import Run, read_run
+from cifar_tl.runs.formatting import duration_text, percent, points
+from cifar_tl.runs.metrics import (
+    Ints,
+    class_scores,
+    fit_temperature,
+    negative_log_likelihood,
+    reliability,
+    softmax,
+    wilson_interval,
+)
+from cifar_tl.runs.predictions import Predictions
+from cifar_tl.schedule import Phase, epochs_text, stages_text
 
 REPORT, FIGURES = "report.html", "figures"
 
@@ -85,16 +93,16 @@ def _head(run: Run, missing: list[str]) -> str:
     if run.test_confusion is not None:
         images = int(run.test_confusion.sum())
         accuracy = int(run.test_confusion.trace()) / images
-        low, high = scores.wilson_interval(accuracy, images)
+        low, high = wilson_interval(accuracy, images)
         parts.append(
             f'<div class="headline"><strong>{percent(accuracy)}</strong><span>test accuracy on '
             f"{images:,} images<br>95 % interval {100 * low:.2f} to {percent(high)}</span></div>"
         )
     if run.predictions is not None:
         test = run.predictions.test
-        ece = scores.reliability(scores.softmax(test.logits), test.targets).ece
+        ece = reliability(softmax(test.logits), test.targets).ece
         tiles += [
-            (f"{scores.negative_log_likelihood(test.logits, test.targets):.4f}", "test loss (cross-entropy)"),
+            (f"{negative_log_likelihood(test.logits, test.targets):.4f}", "test loss (cross-entropy)"),
             (f"{ece:.4f}", "test ECE, 15 bins"),
         ]
     if "best/val/acc" in metrics and "best/epoch" in metrics:
@@ -185,12 +193,12 @@ def _curves(run: Run, out: Path) -> str:
 
 def _classes(matrix: Ints, names: list[str], out: Path) -> str:
     """Return the confusion matrix and every class' scores on the test set, with intervals."""
-    classes = scores.class_scores(matrix)
+    classes = class_scores(matrix)
     rows = []
     for name, c in zip(names, classes, strict=True):
         cells: list[object] = [name, f"{c.examples:,}"]
         for share, count in ((c.recall, c.examples), (c.precision, c.predicted)):
-            low, high = scores.wilson_interval(share, count)
+            low, high = wilson_interval(share, count)
             cells += [f"{100 * share:.1f}", f"{100 * low:.1f} to {100 * high:.1f}"]
         rows.append([*cells, f"{100 * c.f1:.1f}"])
     mean = [sum(getattr(c, key) for c in classes) / len(classes) for key in ("recall", "precision", "f1")]
@@ -206,7 +214,7 @@ def _classes(matrix: Ints, names: list[str], out: Path) -> str:
         ]
     )
     order = sorted(range(len(names)), key=lambda i: -classes[i].recall)
-    shown = [(classes[i].recall, *scores.wilson_interval(classes[i].recall, classes[i].examples)) for i in order]
+    shown = [(classes[i].recall, *wilson_interval(classes[i].recall, classes[i].examples)) for i in order]
     best, worst = names[order[0]], names[order[-1]]
     drawn = [
         html.figure(
@@ -236,9 +244,9 @@ def _classes(matrix: Ints, names: list[str], out: Path) -> str:
 def _calibration(predictions: Predictions, out: Path) -> str:
     """Return how honest the confidences are, before and after temperature scaling."""
     val, test = predictions.val, predictions.test
-    before = scores.reliability(scores.softmax(test.logits), test.targets)
-    temperature = scores.fit_temperature(val.logits, val.targets)
-    after = scores.reliability(scores.softmax(test.logits, temperature), test.targets)
+    before = reliability(softmax(test.logits), test.targets)
+    temperature = fit_temperature(val.logits, val.targets)
+    after = reliability(softmax(test.logits, temperature), test.targets)
     drawn = figures.reliability(
         "Reliability, test set", {"as trained": before, f"temperature {temperature:.3f}": after}
     )
@@ -246,11 +254,11 @@ def _calibration(predictions: Predictions, out: Path) -> str:
     for name, split in (("validation", val), ("test", test)):
         columns = []
         for t in (1.0, temperature):
-            probabilities = scores.softmax(split.logits, t)
+            probabilities = softmax(split.logits, t)
             columns.append(
                 [
-                    f"{scores.negative_log_likelihood(split.logits, split.targets, t):.4f}",
-                    f"{scores.reliability(probabilities, split.targets).ece:.4f}",
+                    f"{negative_log_likelihood(split.logits, split.targets, t):.4f}",
+                    f"{reliability(probabilities, split.targets).ece:.4f}",
                     percent(probabilities.max(axis=1).mean()),
                     percent(split.accuracy),
                 ]

@@ -15,15 +15,16 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from cifar_tl.callbacks.phases import Plan, epochs_text, stages_text
-from cifar_tl.callbacks.predictions_file import PredictionsFile
+from cifar_tl.callbacks.predictions_recorder import PredictionsFile
 from cifar_tl.callbacks.projector import Projector
-from cifar_tl.callbacks.run_record import RunRecord
+from cifar_tl.callbacks.run_recorder import RunRecord
 from cifar_tl.data.datamodule import ImageDataModule
 from cifar_tl.model.module import TransferClassifier, class_indices
-from cifar_tl.reports import figures, scores
-from cifar_tl.reports.predictions import MISTAKES, Scored
+from cifar_tl.reports import figures
 from cifar_tl.reports.run_images import captions
+from cifar_tl.runs.metrics import confusion_matrix, reliability, softmax, top_mistakes
+from cifar_tl.runs.predictions import MISTAKES, Scored
+from cifar_tl.schedule import Plan, epochs_text, stages_text
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ class Inspection(L.Callback):
         step = trainer.global_step
         self._pictures("test", test, "test set", step)
         with self._softly("test/pr"):
-            probabilities = scores.softmax(test.logits)
+            probabilities = softmax(test.logits)
             for index, name in enumerate(self.datamodule.classes):
                 self.writer.add_pr_curve(f"test/pr/{name}", test.targets == index, probabilities[:, index], step)
         with self._softly("hparams"):
@@ -161,15 +162,15 @@ class Inspection(L.Callback):
     def _pictures(self, split: str, scored: Scored, where: str, step: int) -> None:
         """Show confusion matrix, reliability diagram and gallery of mistakes of a split."""
         classes = self.datamodule.classes
-        probabilities = scores.softmax(scored.logits)
+        probabilities = softmax(scored.logits)
         with self._softly(f"{split}/confusion"):
-            matrix = scores.confusion_matrix(scored.predicted, scored.targets, len(classes))
+            matrix = confusion_matrix(scored.predicted, scored.targets, len(classes))
             self._picture(f"{split}/confusion", figures.confusion(f"Confusion, {where}", matrix, classes), step)
         with self._softly(f"{split}/reliability"):
-            bins = {"as trained": scores.reliability(probabilities, scored.targets)}
+            bins = {"as trained": reliability(probabilities, scored.targets)}
             self._picture(f"{split}/reliability", figures.reliability(f"Reliability, {where}", bins), step)
         with self._softly(f"{split}/mistakes"):
-            chosen = scores.top_mistakes(probabilities, scored.targets, MISTAKES)
+            chosen = top_mistakes(probabilities, scored.targets, MISTAKES)
             if len(chosen):
                 at = np.searchsorted(self.datamodule.indices[split].numpy(), scored.indices[chosen])
                 images = list(self.datamodule.images(split)[at].cpu().permute(0, 2, 3, 1).numpy())
