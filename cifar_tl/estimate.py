@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from cifar_tl import run
 from cifar_tl.callbacks.backbone_unfreeze import BackboneUnfreeze
 from cifar_tl.callbacks.feature_cache import decide, memory_for_features
-from cifar_tl.data.datamodule import ImageDataModule, build_datamodule
+from cifar_tl.data.datamodule import CIFAR10DataModule, build_datamodule
 from cifar_tl.hardware import prepare_for, resolve_accelerator
 from cifar_tl.model.weights import load_weights
 
@@ -78,7 +78,7 @@ class Estimate:
 
     def __init__(self) -> None:
         self._speeds: dict[str, tuple[float, float]] = {}
-        self._data: dict[str, ImageDataModule] = {}
+        self._data: dict[str, CIFAR10DataModule] = {}
         self._features: set[str] = set()
 
     def seconds(self, config: DictConfig, done: int, train: bool, evaluate: bool) -> float:
@@ -95,7 +95,7 @@ class Estimate:
         """
         data = self.datamodule(config)
         training, evaluation = self.speeds(config, data)
-        sizes, plan = data.sizes, run.build_plan(config)
+        sizes, plan = data.sizes, run.build_schedule(config)
         seconds = evaluate * EVALUATE_VIEWS * sizes["test"] / evaluation
         if not train:
             return seconds
@@ -114,7 +114,7 @@ class Estimate:
             forward += frozen * (sizes["train"] + sizes["val"])
         return seconds + AROUND + tuning * sizes["train"] / training + forward / evaluation
 
-    def datamodule(self, config: DictConfig) -> ImageDataModule:
+    def datamodule(self, config: DictConfig) -> CIFAR10DataModule:
         """Return the data of a run, loaded."""
         key = str(config.data)
         if key not in self._data:
@@ -124,7 +124,7 @@ class Estimate:
             self._data[key].setup("test")
         return self._data[key]
 
-    def speeds(self, config: DictConfig, data: ImageDataModule) -> tuple[float, float]:
+    def speeds(self, config: DictConfig, data: CIFAR10DataModule) -> tuple[float, float]:
         """Return images a second of fine-tuning and of evaluation."""
         finetune, model, trainer = config.finetune, config.model, config.trainer
         key = str(
@@ -138,7 +138,7 @@ class Estimate:
         return self._speeds[key]
 
 
-def _measure(config: DictConfig, data: ImageDataModule) -> tuple[float, float]:
+def _measure(config: DictConfig, data: CIFAR10DataModule) -> tuple[float, float]:
     thawed = OmegaConf.merge(config, {"finetune": {"unfreeze_at_epoch": 0, "stage_epochs": 0}})
     assert isinstance(thawed, DictConfig)
     accelerator = resolve_accelerator(config.trainer.accelerator)
@@ -151,7 +151,7 @@ def _measure(config: DictConfig, data: ImageDataModule) -> tuple[float, float]:
 
     def trainer(**limits: Any) -> L.Trainer:
         keys = {**config.trainer, "min_epochs": 0, **limits}
-        callbacks = [BackboneUnfreeze(run.build_plan(thawed), config.finetune.batchnorm), stopwatch]
+        callbacks = [BackboneUnfreeze(run.build_schedule(thawed), config.finetune.batchnorm), stopwatch]
         cuda = accelerator == "cuda"
         return run.build_trainer(keys, callbacks=callbacks, logger=False, enable_checkpointing=False, benchmark=cuda)
 

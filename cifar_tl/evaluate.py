@@ -16,7 +16,7 @@ from cifar_tl.files import written_in_one_step
 if TYPE_CHECKING:
     import lightning as L
 
-    from cifar_tl.data.datamodule import ImageDataModule
+    from cifar_tl.data.datamodule import CIFAR10DataModule
     from cifar_tl.trained import Trained
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         if value is not None:
             data[key] = value
     prepare_for(resolve_accelerator(cfg.trainer.accelerator), trained.module)
-    beside = Beside(cfg, trained)
+    beside = ExtraEvaluations(cfg, trained)
     datamodule = build_datamodule(data, run.build_augment(trained.config), trained.config.seed)
     precision = cfg.trainer.precision or trained.facts["precision"]
     trainer = run.build_trainer({**cfg.trainer, "precision": precision}, logger=False, enable_checkpointing=False)
@@ -72,7 +72,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     return result | beside.evaluate(trainer, datamodule)
 
 
-class Beside:
+class ExtraEvaluations:
     """The figures that are asked for beside those of the single view on the test set.
 
     Args:
@@ -103,7 +103,7 @@ class Beside:
         for corruption in self.corruptions:
             robustness.cifar10_c(self.root, corruption)
 
-    def evaluate(self, trainer: "L.Trainer", datamodule: "ImageDataModule") -> dict[str, Any]:
+    def evaluate(self, trainer: "L.Trainer", datamodule: "CIFAR10DataModule") -> dict[str, Any]:
         """Measure and say it; return the figures by name.
 
         Args:

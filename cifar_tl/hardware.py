@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cifar_tl.errors import UserError, check_choice
-from cifar_tl.model.module import TransferClassifier
+from cifar_tl.model.module import ResNet50Classifier
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 PACKAGES = ("torch", "torchvision", "lightning", "timm", "hydra-core", "torchmetrics")
@@ -50,7 +50,7 @@ def resolve_precision(requested: str, accelerator: str) -> str:
     return "bf16-mixed" if accelerator == "cuda" and torch.cuda.get_device_capability() >= (8, 0) else "32-true"
 
 
-def prepare_for(accelerator: str, module: TransferClassifier) -> None:
+def prepare_for(accelerator: str, module: ResNet50Classifier) -> None:
     """Choose what makes a model fast on a device and leaves its results the same but for rounding."""
     module.backbone.tuned_for_cpu = accelerator == "cpu"
     if not torch.cuda.is_available():

@@ -21,21 +21,21 @@ from cifar_tl.callbacks.epoch_seed import EpochSeed
 from cifar_tl.callbacks.feature_cache import CacheDecision, FeatureCache, decide, memory_for_features
 from cifar_tl.callbacks.freeze_guard import FreezeGuard
 from cifar_tl.callbacks.phase_log import Console
-from cifar_tl.callbacks.predictions_recorder import PredictionsFile
-from cifar_tl.callbacks.run_recorder import RunRecord, config_sha256, git_state
-from cifar_tl.callbacks.tensorboard_figures import Inspection
+from cifar_tl.callbacks.predictions_recorder import PredictionsRecorder
+from cifar_tl.callbacks.run_recorder import RunRecorder, config_sha256, git_state
+from cifar_tl.callbacks.tensorboard_figures import TensorBoardFigures
 from cifar_tl.checkpoints import BEST, LAST, PacedCheckpointIO, checkpoint_callbacks, read_checkpoint
 from cifar_tl.data.augment import Augment
-from cifar_tl.data.datamodule import ImageDataModule, build_datamodule
+from cifar_tl.data.datamodule import CIFAR10DataModule, build_datamodule
 from cifar_tl.errors import Interrupted, UserError, check_choice, check_int
 from cifar_tl.hardware import environment, prepare_for, resolve_accelerator, resolve_precision
-from cifar_tl.model.module import TransferClassifier
+from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.model.optim import optimizer_text
 from cifar_tl.model.weights import load_weights
 from cifar_tl.no_profiler import NoProfiler
 from cifar_tl.runs.formatting import duration_text
 from cifar_tl.runs.metrics import wilson_interval
-from cifar_tl.schedule import Plan, epochs_text, stages_text
+from cifar_tl.schedule import FinetuneSchedule, epochs_text, stages_text
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     """
     quieten_lightning()
     L.seed_everything(check_int("seed", cfg.seed, 0), workers=True, verbose=False)
-    plan = build_plan(cfg)
+    plan = build_schedule(cfg)
     callbacks: list[L.Callback] = [
         EpochSeed(cfg.seed),
         BackboneUnfreeze(plan, cfg.finetune.batchnorm, compiled=cfg.model.compile),
@@ -100,15 +100,15 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
         **git_state(),
     }
     module.provenance = {"config": config, "facts": facts}
-    record = RunRecord(folder, plan, facts)
-    predictions = PredictionsFile(folder, datamodule, plan)
+    record = RunRecorder(folder, plan, facts)
+    predictions = PredictionsRecorder(folder, datamodule, plan)
     callbacks += [record, Console(plan, cfg.finetune.batchnorm, record)]
     kept = Path(cfg.finetune.features_folder) if cfg.finetune.features_folder and sha256 else None
     feature_cache = FeatureCache(plan, datamodule, kept)
     callbacks += [feature_cache, predictions]  # the cache after the record, which counts its time
     loggers = build_loggers(cfg.logger, folder)
     callbacks += [
-        Inspection(plan, datamodule, predictions, record, logger, config)
+        TensorBoardFigures(plan, datamodule, predictions, record, logger, config)
         for logger in loggers
         if isinstance(logger, TensorBoardLogger)
     ]
@@ -149,7 +149,7 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
 
 
 def test(
-    trainer: L.Trainer, module: TransferClassifier, datamodule: ImageDataModule, record: RunRecord, folder: Path
+    trainer: L.Trainer, module: ResNet50Classifier, datamodule: CIFAR10DataModule, record: RunRecorder, folder: Path
 ) -> dict[str, Any]:
     """Measure the best epoch's weights on the test set, the run's one look at it, and say what came out."""
     module.load_state_dict(read_checkpoint(folder / "checkpoints" / BEST)["state_dict"])
@@ -172,7 +172,7 @@ def test(
     return record.content()
 
 
-def test_result(scalars: Mapping[str, float], module: TransferClassifier, examples: int) -> dict[str, Any]:
+def test_result(scalars: Mapping[str, float], module: ResNet50Classifier, examples: int) -> dict[str, Any]:
     """Return a test's figures as metrics.json holds them."""
     return {
         "test/acc": scalars["test/acc"],
@@ -192,10 +192,10 @@ def result_text(result: dict[str, Any], examples: int) -> str:
     )
 
 
-def build_plan(cfg: DictConfig) -> Plan:
+def build_schedule(cfg: DictConfig) -> FinetuneSchedule:
     """Build the phases and learning rates of a config."""
     finetune = cfg.finetune
-    return Plan(
+    return FinetuneSchedule(
         max_epochs=cfg.trainer.max_epochs,
         unfreeze_at_epoch=finetune.unfreeze_at_epoch,
         stage_epochs=finetune.stage_epochs,
@@ -209,16 +209,16 @@ def build_plan(cfg: DictConfig) -> Plan:
 
 def build_augment(cfg: DictConfig) -> Callable[[int], Augment]:
     """Build the augmentation of a config as a function of the epoch."""
-    plan = build_plan(cfg)
+    plan = build_schedule(cfg)
     full = Augment(**cfg.augment)
     choice = check_choice("finetune.frozen_augment", cfg.finetune.frozen_augment, ("none", "flip", "full"))
     frozen = {"none": replace(full.only_flips, flip="none"), "flip": full.only_flips, "full": full}[choice]
     return lambda epoch: full if plan.phase(epoch).stages else frozen
 
 
-def build_module(cfg: DictConfig, classes: Any, muon_dtype: str = "float32") -> TransferClassifier:
+def build_module(cfg: DictConfig, classes: Any, muon_dtype: str = "float32") -> ResNet50Classifier:
     """Build the LightningModule of a config, with a random backbone."""
-    return TransferClassifier(
+    return ResNet50Classifier(
         classes=classes,
         upscale=cfg.model.upscale,
         head=list(cfg.model.head),
@@ -264,8 +264,8 @@ def build_loggers(loggers: DictConfig, folder: Path) -> list[Logger]:
 
 def plan_text(
     cfg: DictConfig,
-    plan: Plan,
-    datamodule: ImageDataModule,
+    plan: FinetuneSchedule,
+    datamodule: CIFAR10DataModule,
     facts: dict[str, Any],
     cache: CacheDecision,
     folder: Path,
@@ -295,7 +295,7 @@ def plan_text(
     return "\n".join(lines)
 
 
-def interrupted_text(record: RunRecord, last: Path) -> str:
+def interrupted_text(record: RunRecorder, last: Path) -> str:
     """Return what Ctrl-C left and how to go on."""
     if not last.is_file():
         return "Interrupted before the first epoch was over: nothing to resume. Start the run again."

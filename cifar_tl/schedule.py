@@ -27,7 +27,7 @@ class Phase:
     stages: tuple[str, ...]
 
 
-class Plan:
+class FinetuneSchedule:
     """The phases of a run and the learning rates inside them.
 
     The epochs before `unfreeze_at_epoch` and those from it on are one segment each; a schedule runs once through each

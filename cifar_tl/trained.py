@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from cifar_tl.checkpoints import read_checkpoint
 from cifar_tl.errors import UserError
 from cifar_tl.model.classifier import ImageClassifier
-from cifar_tl.model.module import TransferClassifier
+from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.run import build_module
 
 
@@ -27,7 +27,7 @@ class Trained:
     """
 
     path: Path
-    module: TransferClassifier
+    module: ResNet50Classifier
     config: DictConfig
     facts: dict[str, Any]
     epoch: int

@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from cifar_tl.runs.metrics import confusion_matrix
-from cifar_tl.runs.predictions import Predictions, Scored, worth_showing, write_images, write_predictions
+from cifar_tl.runs.predictions import Predictions, SplitPredictions, worth_showing, write_images, write_predictions
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer"]
 
@@ -17,7 +17,9 @@ def scored(seed, examples, strength):
     logits = rng.normal(size=(examples, len(CLASSES)))
     logits[np.arange(examples), targets] += strength
     logits[targets == 3, 4] += 0.8  # cats are taken for deer
-    return Scored((3 * logits).astype(np.float32), targets.astype(np.int64), np.arange(examples, dtype=np.int64) * 2)
+    return SplitPredictions(
+        (3 * logits).astype(np.float32), targets.astype(np.int64), np.arange(examples, dtype=np.int64) * 2
+    )
 
 
 def make_run(folder, overrides=(), seed=0, strength=1.5, status="finished", **metrics):

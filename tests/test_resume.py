@@ -7,7 +7,7 @@ import torch
 from conftest import TINY
 
 from cifar_tl.errors import UserError
-from cifar_tl.model.module import TransferClassifier
+from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.run import train
 from cifar_tl.runs.resume import with_overrides_of_resumed_run
 
@@ -32,7 +32,7 @@ def straight(compose, tmp_path_factory):
     ids=["before-the-unfreeze", "at-the-unfreeze", "after-the-unfreeze", "in-mid-epoch"],
 )
 def test_resumed_run_equals_straight_run(straight, compose, tmp_path, monkeypatch, epoch, batch):
-    step = TransferClassifier.training_step
+    step = ResNet50Classifier.training_step
 
     def dies(self, images_and_targets, batch_idx):
         if (self.current_epoch, batch_idx) == (epoch, batch):
@@ -40,7 +40,7 @@ def test_resumed_run_equals_straight_run(straight, compose, tmp_path, monkeypatc
         return step(self, images_and_targets, batch_idx)
 
     with monkeypatch.context() as patched:
-        patched.setattr(TransferClassifier, "training_step", dies)
+        patched.setattr(ResNet50Classifier, "training_step", dies)
         with pytest.raises(Killed):
             train(compose(*RANDOM), tmp_path, "demo")
     train(compose(*RANDOM, f"resume={tmp_path}"), tmp_path, "demo")

@@ -8,7 +8,7 @@ import torch
 from conftest import TINY
 
 from cifar_tl.evaluate import evaluate
-from cifar_tl.model.module import TransferClassifier
+from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.run import train, wilson_interval
 
 
@@ -80,7 +80,7 @@ def test_interval_is_wilsons():
 
 
 def test_train_loss_is_the_mean_over_the_epochs_images(compose, tmp_path, monkeypatch):
-    losses, sizes, step = [], [], TransferClassifier.training_step
+    losses, sizes, step = [], [], ResNet50Classifier.training_step
 
     def spy(self, batch, batch_idx):
         loss = step(self, batch, batch_idx)
@@ -88,7 +88,7 @@ def test_train_loss_is_the_mean_over_the_epochs_images(compose, tmp_path, monkey
         sizes.append(len(batch[1]))
         return loss
 
-    monkeypatch.setattr(TransferClassifier, "training_step", spy)
+    monkeypatch.setattr(ResNet50Classifier, "training_step", spy)
     metrics = train(compose(*TINY), tmp_path, "demo")
     assert sizes == [16, 16, 8] * 4
     expected = [np.average(losses[i : i + 3], weights=sizes[i : i + 3]) for i in range(0, 12, 3)]

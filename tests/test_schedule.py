@@ -1,7 +1,7 @@
 import pytest
 
 from cifar_tl.errors import UserError
-from cifar_tl.schedule import STAGES, Plan
+from cifar_tl.schedule import STAGES, FinetuneSchedule
 
 TWO_PHASE = {
     "max_epochs": 20,
@@ -16,7 +16,7 @@ TWO_PHASE = {
 
 
 def plan(**changes):
-    return Plan(**{**TWO_PHASE, **changes})
+    return FinetuneSchedule(**{**TWO_PHASE, **changes})
 
 
 def test_two_phases_meet_at_the_unfreeze():

@@ -19,8 +19,8 @@ from cifar_tl.callbacks.freeze_guard import CHECKED_STEPS, FreezeGuard
 from cifar_tl.data.datamodule import build_datamodule
 from cifar_tl.hardware import device_name, prepare_for
 from cifar_tl.model.backbone import Backbone
-from cifar_tl.model.module import TransferClassifier
-from cifar_tl.run import build_augment, build_module, build_plan
+from cifar_tl.model.module import ResNet50Classifier
+from cifar_tl.run import build_augment, build_module, build_schedule
 
 WARM_UP = CHECKED_STEPS + 1
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}
@@ -82,11 +82,11 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
 def candidates(setting: Setting, batch_size: int) -> dict[str, Callable[[], float]]:
     """Return the loops, each as a function that runs some steps and returns images a second."""
     config = setting.config("finetune=full", f"data.batch_size={batch_size}")
-    plan = build_plan(config)
+    plan = build_schedule(config)
     timed = max(4, 512 // batch_size)
     steps = WARM_UP + timed
 
-    def ours_module(optimizer: str = "adamw") -> TransferClassifier:  # adamw, as the tutorial has
+    def ours_module(optimizer: str = "adamw") -> ResNet50Classifier:  # adamw, as the tutorial has
         module = build_module(config, datamodule.classes)
         module.optimizer = optimizer
         prepare_for(setting.device, module)

@@ -6,14 +6,14 @@ from torch.utils.hooks import RemovableHandle
 
 from cifar_tl.callbacks import freezing
 from cifar_tl.errors import check_choice
-from cifar_tl.model.module import TransferClassifier
-from cifar_tl.schedule import Phase, Plan
+from cifar_tl.model.module import ResNet50Classifier
+from cifar_tl.schedule import FinetuneSchedule, Phase
 
 
 class BackboneUnfreeze(L.Callback):
     """Freeze the backbone until `plan.unfreeze_at_epoch`, then thaw it and drop the learning rates.
 
-    What trains and how fast is a function of the epoch (see Plan), applied anew at the start of every epoch: a resumed
+    What trains and how fast is a function of the epoch (see FinetuneSchedule), applied anew at the start of every epoch: a resumed
     run is in the right phase by construction (Lightning issue 21901). Parameter groups exist from step 0, and no
     scheduler touches their rates.
 
@@ -23,13 +23,13 @@ class BackboneUnfreeze(L.Callback):
         compiled: The backbone is compiled, and has to be compiled anew for every phase.
     """
 
-    def __init__(self, plan: Plan, batchnorm: str, compiled: bool = False) -> None:
+    def __init__(self, plan: FinetuneSchedule, batchnorm: str, compiled: bool = False) -> None:
         self.plan = plan
         self.compiled = compiled
         self.batchnorm = check_choice("finetune.batchnorm", batchnorm, freezing.BATCHNORM_POLICIES)
         self._adapting: list[RemovableHandle] = []
 
-    def apply(self, module: TransferClassifier, phase: Phase) -> None:
+    def apply(self, module: ResNet50Classifier, phase: Phase) -> None:
         """Put the module into a phase, whatever phase it was in."""
         for handle in self._adapting:
             handle.remove()
@@ -42,7 +42,7 @@ class BackboneUnfreeze(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Enter the epoch's phase; at the thaw, drop what the optimizer remembers of the frozen phase."""
-        assert isinstance(pl_module, TransferClassifier)
+        assert isinstance(pl_module, ResNet50Classifier)
         epoch = trainer.current_epoch
         phase = self.plan.phase(epoch)
         self.apply(pl_module, phase)

@@ -17,11 +17,11 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from cifar_tl.data.augment import Augment
-from cifar_tl.data.datamodule import ImageDataModule
+from cifar_tl.data.datamodule import CIFAR10DataModule
 from cifar_tl.errors import UserError, check_choice
 from cifar_tl.model.backbone import FEATURES
-from cifar_tl.model.module import TransferClassifier
-from cifar_tl.schedule import Plan
+from cifar_tl.model.module import ResNet50Classifier
+from cifar_tl.schedule import FinetuneSchedule
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class CacheDecision:
 
 
 def decide(
-    mode: str, plan: Plan, augment: Augment, sizes: dict[str, int], available: int, world_size: int
+    mode: str, plan: FinetuneSchedule, augment: Augment, sizes: dict[str, int], available: int, world_size: int
 ) -> CacheDecision:
     """Decide whether features are cached.
 
@@ -115,7 +115,7 @@ class FeatureCache(L.Callback):
         views: Views of each training image, as `decide` decided; 0 caches nothing.
     """
 
-    def __init__(self, plan: Plan, datamodule: ImageDataModule, folder: Path | None) -> None:
+    def __init__(self, plan: FinetuneSchedule, datamodule: CIFAR10DataModule, folder: Path | None) -> None:
         self.plan = plan
         self.datamodule = datamodule
         self.folder = folder
@@ -123,7 +123,7 @@ class FeatureCache(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make sure that frozen epochs, and only they, have features."""
-        assert isinstance(pl_module, TransferClassifier)
+        assert isinstance(pl_module, ResNet50Classifier)
         if self.plan.phase(trainer.current_epoch).stages:
             self.datamodule.features.clear()
         elif self.views and not self.datamodule.features:

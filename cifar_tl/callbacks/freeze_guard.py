@@ -7,8 +7,8 @@ from torch.optim import Optimizer
 
 from cifar_tl.callbacks.freezing import stage_modules
 from cifar_tl.errors import UserError
-from cifar_tl.model.module import TransferClassifier
-from cifar_tl.schedule import Plan
+from cifar_tl.model.module import ResNet50Classifier
+from cifar_tl.schedule import FinetuneSchedule
 
 CHECKED_STEPS = 3
 
@@ -32,14 +32,14 @@ class FreezeGuard(L.Callback):
         FreezeViolationError: From `on_train_batch_end`, with what is wrong, the tensors and the likely reason.
     """
 
-    def __init__(self, plan: Plan, batchnorm: str) -> None:
+    def __init__(self, plan: FinetuneSchedule, batchnorm: str) -> None:
         self.plan = plan
         self.batchnorm = batchnorm
         self._before: dict[str, Tensor] = {}
         self._had_gradient: set[str] = set()
         self._resuming = True
 
-    def expected_to_change(self, module: TransferClassifier, epoch: int) -> set[str]:
+    def expected_to_change(self, module: ResNet50Classifier, epoch: int) -> set[str]:
         """Return the names of the parameters and buffers that training must change in an epoch's phase."""
         training = [m for s in self.plan.phase(epoch).stages for m in stage_modules(module.backbone, s)]
         changing = {id(p) for m in [module.head, *training] for p in m.parameters()}
@@ -71,7 +71,7 @@ class FreezeGuard(L.Callback):
         """Compare, once the checked steps are done."""
         if not self._before or batch_idx + 1 < min(CHECKED_STEPS, int(trainer.num_training_batches)):
             return
-        assert isinstance(pl_module, TransferClassifier)
+        assert isinstance(pl_module, ResNet50Classifier)
         before, self._before = self._before, {}
         epoch = trainer.current_epoch
         changed = {n for n, t in pl_module.state_dict().items() if not torch.equal(t, before[n])}

@@ -6,10 +6,10 @@ import lightning as L
 import torch
 
 from cifar_tl.callbacks.freezing import BATCHNORM_POLICIES
-from cifar_tl.callbacks.run_recorder import RunRecord
+from cifar_tl.callbacks.run_recorder import RunRecorder
 from cifar_tl.hardware import peak_memory
 from cifar_tl.runs.formatting import duration_text
-from cifar_tl.schedule import Plan, epochs_text, stages_text
+from cifar_tl.schedule import FinetuneSchedule, epochs_text, stages_text
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Console(L.Callback):
         record: Has the epoch's figures; must come before this callback.
     """
 
-    def __init__(self, plan: Plan, batchnorm: str, record: RunRecord) -> None:
+    def __init__(self, plan: FinetuneSchedule, batchnorm: str, record: RunRecorder) -> None:
         self.plan = plan
         self.batchnorm = batchnorm
         self.record = record

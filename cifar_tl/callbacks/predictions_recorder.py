@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cifar_tl.data.datamodule import ImageDataModule
+from cifar_tl.data.datamodule import CIFAR10DataModule
 from cifar_tl.model.module import class_indices
-from cifar_tl.runs.predictions import Predictions, Scored, worth_showing, write_images, write_predictions
-from cifar_tl.schedule import Plan
+from cifar_tl.runs.predictions import Predictions, SplitPredictions, worth_showing, write_images, write_predictions
+from cifar_tl.schedule import FinetuneSchedule
 
 
-class PredictionsFile(L.Callback):
+class PredictionsRecorder(L.Callback):
     """Write predictions.npz and images.npz after the test, without a pass over the data of its own.
 
     Logits are what `validation_step` and `test_step` return. Those of the epoch with the highest validation accuracy,
@@ -27,13 +27,13 @@ class PredictionsFile(L.Callback):
         plan: Says when the backbone thaws.
     """
 
-    def __init__(self, folder: Path, datamodule: ImageDataModule, plan: Plan) -> None:
+    def __init__(self, folder: Path, datamodule: CIFAR10DataModule, plan: FinetuneSchedule) -> None:
         self.folder = folder
         self.datamodule = datamodule
         self.plan = plan
-        self.val: Scored | None = None
+        self.val: SplitPredictions | None = None
         """The latest validation."""
-        self.test: Scored | None = None
+        self.test: SplitPredictions | None = None
         self._best: dict[str, Tensor] = {}
         self._frozen: Tensor | None = None
         self._best_accuracy = -1.0
@@ -82,8 +82,8 @@ class PredictionsFile(L.Callback):
         test = self.test
         if not trainer.is_global_zero or test is None:
             return
-        val = Scored(**{name: tensor.numpy() for name, tensor in self._best.items()})
-        frozen = Scored(self._frozen.numpy(), val.targets, val.indices) if self._frozen is not None else None
+        val = SplitPredictions(**{name: tensor.numpy() for name, tensor in self._best.items()})
+        frozen = SplitPredictions(self._frozen.numpy(), val.targets, val.indices) if self._frozen is not None else None
         write_predictions(self.folder, Predictions(list(self.datamodule.classes), val, test, frozen))
         chosen = worth_showing(test)
         where = np.searchsorted(self.datamodule.indices["test"].numpy(), test.indices[chosen])
@@ -98,7 +98,7 @@ class PredictionsFile(L.Callback):
         self._best_accuracy, self._best = state_dict["accuracy"], state_dict["best"]
         self._frozen = state_dict["frozen"]
 
-    def _scored(self, trainer: L.Trainer, split: str) -> Scored:
+    def _scored(self, trainer: L.Trainer, split: str) -> SplitPredictions:
         """Put the batches of all processes together, in the order of the split."""
         logits, targets = torch.cat(self._logits).float().cpu(), torch.cat(self._targets).cpu()
         # process r has examples r, r + world_size, ...
@@ -109,4 +109,4 @@ class PredictionsFile(L.Callback):
             logits, targets, indices = (torch.cat(parts) for parts in zip(*shares, strict=True))
             order = indices.argsort()
             logits, targets, indices = logits[order], targets[order], indices[order]
-        return Scored(logits.numpy(), targets.numpy(), indices.numpy())
+        return SplitPredictions(logits.numpy(), targets.numpy(), indices.numpy())

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from cifar_tl.data.datamodule import ImageDataModule
-from cifar_tl.model.module import TransferClassifier
+from cifar_tl.data.datamodule import CIFAR10DataModule
+from cifar_tl.model.module import ResNet50Classifier
 
 IMAGES = 1000
 DIMENSIONS = 64
@@ -32,12 +32,12 @@ class Projector:
         folder: TensorBoard's, of the run.
     """
 
-    def __init__(self, datamodule: ImageDataModule, folder: str) -> None:
+    def __init__(self, datamodule: CIFAR10DataModule, folder: str) -> None:
         self.datamodule = datamodule
         self.config = Path(folder) / "projector_config.pbtxt"
         self.folder = Path(folder) / "projector"
 
-    def write(self, name: str, trainer: L.Trainer, module: TransferClassifier) -> None:
+    def write(self, name: str, trainer: L.Trainer, module: ResNet50Classifier) -> None:
         """Write the features that the module's backbone gives now.
 
         Args:
@@ -63,7 +63,7 @@ class Projector:
         return torch.arange(0, size, math.ceil(size / IMAGES))
 
     @torch.no_grad()
-    def _features(self, trainer: L.Trainer, module: TransferClassifier) -> NDArray[np.float64]:
+    def _features(self, trainer: L.Trainer, module: ResNet50Classifier) -> NDArray[np.float64]:
         """Return what the backbone gives for the chosen images, (images, features)."""
         kept: list[Tensor] = []
         hook = module.backbone.register_forward_hook(lambda _module, _inputs, output: kept.append(output.float().cpu()))

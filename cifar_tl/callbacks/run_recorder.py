@@ -13,10 +13,10 @@ from typing import Any
 import lightning as L
 
 from cifar_tl.hardware import peak_memory
-from cifar_tl.schedule import Plan
+from cifar_tl.schedule import FinetuneSchedule
 
 
-class RunRecord(L.Callback):
+class RunRecorder(L.Callback):
     """Write metrics.json after every epoch and at the end; keep the history in checkpoints, for resumed runs.
 
     Times are wall-clock seconds. An epoch's `seconds` include its validation; `images_per_s` counts training only.
@@ -27,7 +27,7 @@ class RunRecord(L.Callback):
         facts: What is known before training: config, seed, hashes, versions, device.
     """
 
-    def __init__(self, folder: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, plan: FinetuneSchedule, facts: Mapping[str, Any]) -> None:
         self.folder = folder
         self.plan = plan
         self.facts = dict(facts)

@@ -15,16 +15,16 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from cifar_tl.callbacks.predictions_recorder import PredictionsFile
+from cifar_tl.callbacks.predictions_recorder import PredictionsRecorder
 from cifar_tl.callbacks.projector import Projector
-from cifar_tl.callbacks.run_recorder import RunRecord
-from cifar_tl.data.datamodule import ImageDataModule
-from cifar_tl.model.module import TransferClassifier, class_indices
+from cifar_tl.callbacks.run_recorder import RunRecorder
+from cifar_tl.data.datamodule import CIFAR10DataModule
+from cifar_tl.model.module import ResNet50Classifier, class_indices
 from cifar_tl.reports import figures
 from cifar_tl.reports.run_images import captions
 from cifar_tl.runs.metrics import confusion_matrix, reliability, softmax, top_mistakes
-from cifar_tl.runs.predictions import MISTAKES, Scored
-from cifar_tl.schedule import Plan, epochs_text, stages_text
+from cifar_tl.runs.predictions import MISTAKES, SplitPredictions
+from cifar_tl.schedule import FinetuneSchedule, epochs_text, stages_text
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ HPARAMS = (
 """The keys of the config that the HParams page has; all of them would make it unreadable."""
 
 
-class Inspection(L.Callback):
+class TensorBoardFigures(L.Callback):
     """Write pictures into TensorBoard's event files; tags are listed in the README.
 
     It draws from what the run computes anyway, apart from the projector's features. It draws no random numbers and
@@ -74,10 +74,10 @@ class Inspection(L.Callback):
 
     def __init__(
         self,
-        plan: Plan,
-        datamodule: ImageDataModule,
-        predictions: PredictionsFile,
-        record: RunRecord,
+        plan: FinetuneSchedule,
+        datamodule: CIFAR10DataModule,
+        predictions: PredictionsRecorder,
+        record: RunRecorder,
         logger: TensorBoardLogger,
         config: Mapping[str, Any],
     ) -> None:
@@ -127,7 +127,7 @@ class Inspection(L.Callback):
             entered = f"Epoch {epoch}: **{phase.name}**, {stages_text(phase.stages)} train."
             self.writer.add_text("phases", entered, trainer.global_step)
         if epoch == self.plan.unfreeze_at_epoch:
-            assert isinstance(pl_module, TransferClassifier)
+            assert isinstance(pl_module, ResNet50Classifier)
             with self._softly("projector"):
                 self.projector.write("before", trainer, pl_module)
 
@@ -145,7 +145,7 @@ class Inspection(L.Callback):
         test = self.predictions.test
         if not trainer.is_global_zero or test is None:
             return
-        assert isinstance(pl_module, TransferClassifier)
+        assert isinstance(pl_module, ResNet50Classifier)
         step = trainer.global_step
         self._pictures("test", test, "test set", step)
         with self._softly("test/pr"):
@@ -159,7 +159,7 @@ class Inspection(L.Callback):
             self.projector.write("after" if thawed else "before", trainer, pl_module)
         self.writer.flush()
 
-    def _pictures(self, split: str, scored: Scored, where: str, step: int) -> None:
+    def _pictures(self, split: str, scored: SplitPredictions, where: str, step: int) -> None:
         """Show confusion matrix, reliability diagram and gallery of mistakes of a split."""
         classes = self.datamodule.classes
         probabilities = softmax(scored.logits)
@@ -214,7 +214,7 @@ def denormalised(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]
     return np.asarray((shown * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy())
 
 
-def sample_grid(datamodule: ImageDataModule) -> Figure:
+def sample_grid(datamodule: CIFAR10DataModule) -> Figure:
     """Return the first training images of each class (at most 20 classes), as they are in the data."""
     targets = datamodule.targets("train")
     chosen, names = [], []
@@ -226,7 +226,7 @@ def sample_grid(datamodule: ImageDataModule) -> Figure:
     return figures.gallery("Training images, before augmentation", list(images), names, columns=PER_CLASS)
 
 
-def plan_markdown(plan: Plan) -> str:
+def plan_markdown(plan: FinetuneSchedule) -> str:
     """Return the phases as a Markdown table."""
     rows = ["| phase | epochs | trains | head rate | backbone rate |", "|---|---|---|---|---|"]
     for phase in plan.phases:

@@ -37,7 +37,7 @@ class Source(Protocol):
         """Return images (examples, 3, 32, 32), uint8, and targets (examples,), int64."""
 
 
-class ImageDataModule(L.LightningDataModule):
+class CIFAR10DataModule(L.LightningDataModule):
     """CIFAR-10 at 32x32, never resized, or a stand-in.
 
     Validation is cut from the training set; the test set is loaded when testing starts, not before.
@@ -201,9 +201,9 @@ def build_source(data: DictConfig) -> Source:
             return Synthetic(data.train_size, data.test_size)
 
 
-def build_datamodule(data: DictConfig, augment: Callable[[int], Augment], seed: int) -> ImageDataModule:
+def build_datamodule(data: DictConfig, augment: Callable[[int], Augment], seed: int) -> CIFAR10DataModule:
     """Build the data module of a run from its `data` group and its augmentation as a function of the epoch."""
-    return ImageDataModule(
+    return CIFAR10DataModule(
         source=build_source(data),
         batch_size=data.batch_size,
         eval_batch_size=data.eval_batch_size,

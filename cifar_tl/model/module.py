@@ -28,7 +28,7 @@ Batch = tuple[Tensor, Tensor]
 or (batch, classes) with rows that sum to 1."""
 
 
-class TransferClassifier(L.LightningModule):
+class ResNet50Classifier(L.LightningModule):
     """Backbone, head, loss, metrics and optimizer. Which part trains, and how fast, is BackboneUnfreeze's business.
 
     The backbone starts random; `weights.load_weights` or a checkpoint fills it.

@@ -47,7 +47,7 @@ def write_run_report(folder: Path) -> Path:
 
     out = folder / FIGURES
     if run.metrics:
-        attempt("Plan, and what happened", lambda: _plan(run))
+        attempt("FinetuneSchedule, and what happened", lambda: _plan(run))
         attempt("Curves", lambda: _curves(run, out))
     if run.test_confusion is not None:
         matrix = run.test_confusion

@@ -29,7 +29,7 @@ LEAKS, LEAK_EXAMPLES = 8, 6
 
 
 @dataclass(frozen=True)
-class Scored:
+class SplitPredictions:
     """What a model said about the images of one split.
 
     Attributes:
@@ -70,9 +70,9 @@ class Predictions:
     """
 
     classes: list[str]
-    val: Scored
-    test: Scored
-    frozen: Scored | None = None
+    val: SplitPredictions
+    test: SplitPredictions
+    frozen: SplitPredictions | None = None
 
 
 def write_predictions(folder: Path, predictions: Predictions) -> None:
@@ -99,9 +99,9 @@ def read_predictions(folder: Path) -> Predictions:
     keys = ("classes", *(f"{split}_{key}" for split in ("val", "test") for key in SPLIT_KEYS))
     data = _load(folder / PREDICTIONS, keys, optional=(FROZEN,))
     classes = [str(name) for name in data["classes"]]
-    splits = [Scored(*(data[f"{split}_{key}"] for key in SPLIT_KEYS)) for split in ("val", "test")]
+    splits = [SplitPredictions(*(data[f"{split}_{key}"] for key in SPLIT_KEYS)) for split in ("val", "test")]
     if FROZEN in data:
-        splits.append(Scored(data[FROZEN], splits[0].targets, splits[0].indices))
+        splits.append(SplitPredictions(data[FROZEN], splits[0].targets, splits[0].indices))
     for split in splits:
         lengths = {len(split.logits), len(split.targets), len(split.indices)}
         if split.logits.ndim != 2 or split.logits.shape[1] != len(classes) or len(lengths) != 1:
@@ -115,7 +115,7 @@ def read_predictions(folder: Path) -> Predictions:
     return Predictions(classes, *splits)
 
 
-def worth_showing(test: Scored) -> Ints:
+def worth_showing(test: SplitPredictions) -> Ints:
     """Return the positions, sorted, of the test images that the galleries of a report show."""
     probabilities = softmax(test.logits)
     confusion = confusion_matrix(test.predicted, test.targets, test.logits.shape[1])

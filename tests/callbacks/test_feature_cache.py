@@ -13,7 +13,7 @@ from cifar_tl.callbacks.feature_cache import FeatureCache, decide
 from cifar_tl.data.augment import Augment
 from cifar_tl.errors import UserError
 from cifar_tl.model.backbone import Backbone
-from cifar_tl.schedule import Plan
+from cifar_tl.schedule import FinetuneSchedule
 
 FLIP = Augment("random", 0, 0, 0, 0, 0, 0, 0)
 CROP = replace(FLIP, crop_padding=4)
@@ -21,7 +21,7 @@ SIZES = {"train": 45_000, "val": 5_000}
 
 
 def plan(unfreeze_at_epoch):
-    return Plan(20, unfreeze_at_epoch, 0, 1e-3, 1e-3, 1e-3, "constant", 0)
+    return FinetuneSchedule(20, unfreeze_at_epoch, 0, 1e-3, 1e-3, 1e-3, "constant", 0)
 
 
 def decision(mode="auto", epochs=10, augment=FLIP, available=10**10, world_size=1):

@@ -88,7 +88,7 @@ def test_guard_checks_a_resumed_run_where_it_resumes(compose, tmp_path, monkeypa
     monkeypatch.setattr(
         FreezeGuard, "expected_to_change", lambda self, m, epoch: checked.append(epoch) or check(self, m, epoch)
     )
-    epoch_end = run.Console.on_train_epoch_end
+    epoch_end = run.PhaseLog.on_train_epoch_end
 
     def die_in_epoch_2(self, trainer, module):
         if trainer.current_epoch == 2:
@@ -96,7 +96,7 @@ def test_guard_checks_a_resumed_run_where_it_resumes(compose, tmp_path, monkeypa
         epoch_end(self, trainer, module)
 
     with monkeypatch.context() as patched:
-        patched.setattr(run.Console, "on_train_epoch_end", die_in_epoch_2)
+        patched.setattr(run.PhaseLog, "on_train_epoch_end", die_in_epoch_2)
         with pytest.raises(SystemError):
             run.train(compose(*overrides), tmp_path, "demo")
     assert checked == [0, 1]
@@ -109,7 +109,7 @@ def test_guard_checks_a_resumed_run_where_it_resumes(compose, tmp_path, monkeypa
 def test_rates_in_the_optimizer_are_the_plans(compose, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        run.Console,
+        run.PhaseLog,
         "on_train_batch_end",
         lambda self, trainer, *args: seen.append({g["name"]: g["lr"] for g in trainer.optimizers[0].param_groups}),
     )

@@ -18,7 +18,7 @@ from cifar_tl.callbacks import tensorboard_figures as inspection
 from cifar_tl.callbacks.projector import evaluating, principal_components, sprite
 from cifar_tl.callbacks.tensorboard_figures import hparam_values
 from cifar_tl.data.synthetic import Synthetic
-from cifar_tl.model.module import TransferClassifier
+from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.run import train
 from cifar_tl.runs.predictions import read_images, read_predictions
 
@@ -126,7 +126,7 @@ class Killed(BaseException):
 
 
 def test_a_resumed_run_shows_everything_once(run, compose, tmp_path, monkeypatch):
-    step = TransferClassifier.training_step
+    step = ResNet50Classifier.training_step
 
     def dies(self, images_and_targets, batch_idx):
         if (self.current_epoch, batch_idx) == (3, 1):
@@ -135,7 +135,7 @@ def test_a_resumed_run_shows_everything_once(run, compose, tmp_path, monkeypatch
 
     arguments = (*TINY, "logger=tensorboard", "model.dropout=0.2")
     with monkeypatch.context() as patched:
-        patched.setattr(TransferClassifier, "training_step", dies)
+        patched.setattr(ResNet50Classifier, "training_step", dies)
         with pytest.raises(Killed):
             train(compose(*arguments), tmp_path, "demo")
     train(compose(*arguments, f"resume={tmp_path}"), tmp_path, "demo")

@@ -4,13 +4,13 @@ from torch import nn
 
 from cifar_tl.errors import UserError
 from cifar_tl.model.head import dense_head
-from cifar_tl.model.module import TransferClassifier, class_indices, one_hot
+from cifar_tl.model.module import ResNet50Classifier, class_indices, one_hot
 from cifar_tl.model.optim import build_optimizer, optimizer_text, parameter_groups
 
 
 @pytest.fixture(scope="module")
 def module():
-    return TransferClassifier(
+    return ResNet50Classifier(
         classes=[str(n) for n in range(10)],
         upscale=1,
         head=[128, 64],
