@@ -139,19 +139,19 @@ class Estimate:
 
 
 def _measure(config: DictConfig, data: CIFAR10DataModule) -> tuple[float, float]:
-    thawed = OmegaConf.merge(config, {"finetune": {"unfreeze_at_epoch": 0, "stage_epochs": 0}})
-    assert isinstance(thawed, DictConfig)
+    unfrozen = OmegaConf.merge(config, {"finetune": {"unfreeze_at_epoch": 0, "stage_epochs": 0}})
+    assert isinstance(unfrozen, DictConfig)
     accelerator = resolve_accelerator(config.trainer.accelerator)
-    module = run.build_module(thawed, data.classes)
+    module = run.build_module(unfrozen, data.classes)
     prepare_for(accelerator, module)
     if config.model.weights is not None:
         load_weights(module.backbone, config.model.weights, config.model.filter_rms)
-    data.augment = run.build_augment(thawed)
+    data.augment = run.build_augment(unfrozen)
     stopwatch = Stopwatch()
 
     def trainer(**limits: Any) -> L.Trainer:
         keys = {**config.trainer, "min_epochs": 0, **limits}
-        callbacks = [BackboneUnfreeze(run.build_schedule(thawed), config.finetune.batchnorm), stopwatch]
+        callbacks = [BackboneUnfreeze(run.build_schedule(unfrozen), config.finetune.batchnorm), stopwatch]
         cuda = accelerator == "cuda"
         return run.build_trainer(keys, callbacks=callbacks, logger=False, enable_checkpointing=False, benchmark=cuda)
 

@@ -20,7 +20,7 @@ from cifar_tl.callbacks.backbone_unfreeze import BackboneUnfreeze
 from cifar_tl.callbacks.epoch_seed import EpochSeed
 from cifar_tl.callbacks.feature_cache import CacheDecision, FeatureCache, decide, memory_for_features
 from cifar_tl.callbacks.freeze_guard import FreezeGuard
-from cifar_tl.callbacks.phase_log import Console
+from cifar_tl.callbacks.phase_log import PhaseLog
 from cifar_tl.callbacks.predictions_recorder import PredictionsRecorder
 from cifar_tl.callbacks.run_recorder import RunRecorder, config_sha256, git_state
 from cifar_tl.callbacks.tensorboard_figures import TensorBoardFigures
@@ -102,7 +102,7 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     module.provenance = {"config": config, "facts": facts}
     record = RunRecorder(folder, plan, facts)
     predictions = PredictionsRecorder(folder, datamodule, plan)
-    callbacks += [record, Console(plan, cfg.finetune.batchnorm, record)]
+    callbacks += [record, PhaseLog(plan, cfg.finetune.batchnorm, record)]
     kept = Path(cfg.finetune.features_folder) if cfg.finetune.features_folder and sha256 else None
     feature_cache = FeatureCache(plan, datamodule, kept)
     callbacks += [feature_cache, predictions]  # the cache after the record, which counts its time
@@ -284,7 +284,7 @@ def plan_text(
     for phase in plan.phases:
         rates = plan.peak_learning_rates(phase)
         backbone = f", backbone {rates['backbone']:g}" if phase.stages else ""
-        optimizer = optimizer_text(cfg.finetune.optimizer, thawed=bool(phase.stages))
+        optimizer = optimizer_text(cfg.finetune.optimizer, unfrozen=bool(phase.stages))
         lines.append(
             f"phase      {phase.name}, epochs {epochs_text(phase)}: {stages_text(phase.stages)}; "
             f"{optimizer}, {plan.schedule} learning rate, head {rates['head']:g}{backbone}"

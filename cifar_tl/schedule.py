@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from cifar_tl.errors import UserError, check_choice, check_int, check_number
 
 STAGES = ("layer4", "layer3", "layer2", "layer1", "stem")
-"""The backbone's stages in the order in which they thaw: from the top, which is the most specific to ImageNet."""
+"""The backbone's stages in the order in which they unfreeze: from the top, which is the most specific to ImageNet."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class FinetuneSchedule:
     """The phases of a run and the learning rates inside them.
 
     The epochs before `unfreeze_at_epoch` and those from it on are one segment each; a schedule runs once through each
-    segment. `gradual` thawing splits the second segment into several phases under one schedule.
+    segment. `gradual` unfreezing splits the second segment into several phases under one schedule.
 
     Args:
         max_epochs: Epochs of the whole run.
-        unfreeze_at_epoch: First epoch of fine-tuning; 0 trains everything from the start, None never thaws.
-        stage_epochs: Epochs between the thaws of two stages; 0 thaws all at once.
+        unfreeze_at_epoch: First epoch of fine-tuning; 0 trains everything from the start, None never unfreezes.
+        stage_epochs: Epochs between the unfreezes of two stages; 0 unfreezes all at once.
         head_lr: Learning rate of the head while the backbone is frozen.
         backbone_lr: Learning rate of the backbone once it trains.
         head_lr_unfrozen: Learning rate of the head once the backbone trains.
@@ -77,17 +77,17 @@ class FinetuneSchedule:
         self.phases = self._phases(stage_epochs)
 
     def _phases(self, stage_epochs: int) -> list[Phase]:
-        thaw, end = self.unfreeze_at_epoch, self.max_epochs
-        phases = [Phase("frozen", 0, thaw, ())] if thaw > 0 else []
-        if thaw == end:
+        unfreeze, end = self.unfreeze_at_epoch, self.max_epochs
+        phases = [Phase("frozen", 0, unfreeze, ())] if unfreeze > 0 else []
+        if unfreeze == end:
             return phases
         if stage_epochs == 0:
-            return [*phases, Phase("fine-tune", thaw, end, STAGES)]
+            return [*phases, Phase("fine-tune", unfreeze, end, STAGES)]
         for count, stage in enumerate(STAGES, start=1):
-            start = thaw + (count - 1) * stage_epochs
+            start = unfreeze + (count - 1) * stage_epochs
             if start >= end:
                 raise UserError(
-                    f"finetune.stage_epochs={stage_epochs} is too long: {stage} would thaw at epoch {start}, after the "
+                    f"finetune.stage_epochs={stage_epochs} is too long: {stage} would unfreeze at epoch {start}, after the "
                     f"run's {end} epochs. Lower it, or raise trainer.max_epochs to {start + 1} or more."
                 )
             last = stage == STAGES[-1]

@@ -1,4 +1,4 @@
-"""The callback that keeps the backbone frozen, thaws it on time, and owns every learning rate."""
+"""The callback that keeps the backbone frozen, unfreezes it on time, and owns every learning rate."""
 
 import lightning as L
 import torch
@@ -11,10 +11,10 @@ from cifar_tl.schedule import FinetuneSchedule, Phase
 
 
 class BackboneUnfreeze(L.Callback):
-    """Freeze the backbone until `plan.unfreeze_at_epoch`, then thaw it and drop the learning rates.
+    """Freeze the backbone until `plan.unfreeze_at_epoch`, then unfreeze it and drop the learning rates.
 
-    What trains and how fast is a function of the epoch (see FinetuneSchedule), applied anew at the start of every epoch: a resumed
-    run is in the right phase by construction (Lightning issue 21901). Parameter groups exist from step 0, and no
+    What trains and how fast is a function of the epoch (see FinetuneSchedule), applied anew at the start of every epoch: a
+    resumed run is in the right phase by construction (Lightning issue 21901). Parameter groups exist from step 0, and no
     scheduler touches their rates.
 
     Args:
@@ -37,11 +37,11 @@ class BackboneUnfreeze(L.Callback):
         module.head.requires_grad_(True)
         module.head.train()
         training = [m for stage in phase.stages for m in freezing.stage_modules(module.backbone, stage)]
-        freezing.thaw(training, self.batchnorm)
+        freezing.unfreeze(training, self.batchnorm)
         self._adapting = freezing.adapt_statistics(training) if self.batchnorm == "adapt" else []
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Enter the epoch's phase; at the thaw, drop what the optimizer remembers of the frozen phase."""
+        """Enter the epoch's phase; at the unfreeze, drop what the optimizer remembers of the frozen phase."""
         assert isinstance(pl_module, ResNet50Classifier)
         epoch = trainer.current_epoch
         phase = self.plan.phase(epoch)

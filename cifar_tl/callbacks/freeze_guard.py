@@ -1,4 +1,4 @@
-"""A proof, early in every phase, that the frozen part is frozen and the thawed part moves."""
+"""A proof, early in every phase, that the frozen part is frozen and the unfrozen part moves."""
 
 import lightning as L
 import torch
@@ -87,7 +87,7 @@ class FreezeGuard(L.Callback):
         if moved := changed - expected:
             raise FreezeViolationError(
                 f"{where}: {_listing(moved)} changed although frozen. "
-                f"Something un-froze them or left BatchNorm in train mode after BackboneUnfreeze had frozen them."
+                f"Something unfroze them or left BatchNorm in train mode after BackboneUnfreeze had frozen them."
             )
         if orphans:
             raise FreezeViolationError(
@@ -97,7 +97,7 @@ class FreezeGuard(L.Callback):
         if without_gradient:
             raise FreezeViolationError(
                 f"{where}: {_listing(without_gradient)} should train but had no gradient. "
-                f"They were never thawed, or a compiled or traced graph from the frozen phase is still in use."
+                f"They were never unfrozen, or a compiled or traced graph from the frozen phase is still in use."
             )
         if still:
             raise FreezeViolationError(f"{where}: {_listing(still)} should train but did not change.")

@@ -1,4 +1,4 @@
-"""Freezing and thawing as pure functions on modules, usable and testable without a Trainer."""
+"""Freezing and unfreezing as pure functions on modules, usable and testable without a Trainer."""
 
 from collections.abc import Iterable, Iterator
 
@@ -37,7 +37,7 @@ def freeze(module: nn.Module) -> None:
     module.eval()  # requires_grad=False alone still updates BatchNorm's running statistics
 
 
-def thaw(modules: Iterable[nn.Module], batchnorm: str) -> None:
+def unfreeze(modules: Iterable[nn.Module], batchnorm: str) -> None:
     """Let modules train, with one of the BATCHNORM_POLICIES for their BatchNorm layers."""
     modules = list(modules)
     for module in modules:

@@ -22,7 +22,7 @@ BATCHNORM_TEXT = dict(
 )
 
 
-class Console(L.Callback):
+class PhaseLog(L.Callback):
     """Log a card at the start of each phase and a line at the end of each epoch.
 
     Args:

@@ -18,13 +18,13 @@ class PredictionsRecorder(L.Callback):
     """Write predictions.npz and images.npz after the test, without a pass over the data of its own.
 
     Logits are what `validation_step` and `test_step` return. Those of the epoch with the highest validation accuracy,
-    the first of equals, are kept, and those of the last epoch before the thaw; they travel in checkpoints, for resumed
+    the first of equals, are kept, and those of the last epoch before the unfreeze; they travel in checkpoints, for resumed
     runs.
 
     Args:
         folder: The run's.
         datamodule: Knows which images were scored.
-        plan: Says when the backbone thaws.
+        plan: Says when the backbone unfreezes.
     """
 
     def __init__(self, folder: Path, datamodule: CIFAR10DataModule, plan: FinetuneSchedule) -> None:
@@ -90,7 +90,7 @@ class PredictionsRecorder(L.Callback):
         write_images(self.folder, test.indices[chosen], self.datamodule.images("test")[where].cpu().numpy())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what validation said in the best epoch and before the thaw."""
+        """Return what validation said in the best epoch and before the unfreeze."""
         return {"accuracy": self._best_accuracy, "best": self._best, "frozen": self._frozen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

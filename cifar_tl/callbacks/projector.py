@@ -24,7 +24,7 @@ class Projector:
     """Write the projector's files: features, labels and thumbnails.
 
     The images are validation's, at most IMAGES of them at equal distances, and the same before and after: the test set
-    is read once, at the end, so it cannot give features at the thaw. `before` is the backbone as it was when it was
+    is read once, at the end, so it cannot give features at the unfreeze. `before` is the backbone as it was when it was
     frozen, which is ImageNet's; `after` is that of the best epoch. Files of an earlier start of the run stay valid.
 
     Args:

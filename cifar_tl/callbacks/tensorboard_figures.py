@@ -118,7 +118,7 @@ class TensorBoardFigures(L.Callback):
             self._picture("inputs/first_batch", figures.gallery(title, shown, names), trainer.global_step)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Mark the phase; at the thaw, keep the features of the frozen backbone."""
+        """Mark the phase; at the unfreeze, keep the features of the frozen backbone."""
         if not trainer.is_global_zero:
             return
         phase, epoch = self.plan.phase(trainer.current_epoch), trainer.current_epoch
@@ -155,8 +155,8 @@ class TensorBoardFigures(L.Callback):
         with self._softly("hparams"):
             self._hparams({k: float(v) for k, v in trainer.callback_metrics.items()}, step)
         with self._softly("projector"):
-            thawed = self.plan.unfreeze_at_epoch < self.plan.max_epochs
-            self.projector.write("after" if thawed else "before", trainer, pl_module)
+            unfrozen = self.plan.unfreeze_at_epoch < self.plan.max_epochs
+            self.projector.write("after" if unfrozen else "before", trainer, pl_module)
         self.writer.flush()
 
     def _pictures(self, split: str, scored: SplitPredictions, where: str, step: int) -> None:

@@ -61,8 +61,8 @@ def build_optimizer(
             return torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=momentum > 0, fused=True)
 
 
-def optimizer_text(name: str, thawed: bool) -> str:
-    """Return what trains while the backbone is frozen, or once it is thawed, for people."""
+def optimizer_text(name: str, unfrozen: bool) -> str:
+    """Return what trains while the backbone is frozen, or once it is unfrozen, for people."""
     if name != "muon":
         return name
-    return "muon for kernels, adamw for the rest" if thawed else "adamw"
+    return "muon for kernels, adamw for the rest" if unfrozen else "adamw"

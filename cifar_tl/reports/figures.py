@@ -312,24 +312,24 @@ def runs_over_each_other(
 
 @_styled
 def cliff(title: str, recipes: Mapping[str, tuple[Sequence[int], Sequence[float], int]]) -> Figure:
-    """Draw validation accuracies over each other, with each one's level before the thaw and what one epoch then did.
+    """Draw validation accuracies over each other, with each one's level before the unfreeze and what one epoch then did.
 
     Args:
         title: Of the figure.
-        recipes: Epochs, shares, and the first epoch after the thaw, by name.
+        recipes: Epochs, shares, and the first epoch after the unfreeze, by name.
     """
     figure, axes = _axes(3.4, width=4.4)  # it stands in half a page
-    for color, (name, (epochs, values, thaw)) in zip(COLORS, recipes.items(), strict=False):
-        step = f"{100 * (values[thaw] - values[thaw - 1]):+.1f}"
+    for color, (name, (epochs, values, unfreeze)) in zip(COLORS, recipes.items(), strict=False):
+        step = f"{100 * (values[unfreeze] - values[unfreeze - 1]):+.1f}"
         axes.plot(epochs, values, color=color, marker="o", label=f"{name}  {step}")
-        axes.plot([thaw - 1, epochs[-1]], [values[thaw - 1]] * 2, color=color, linewidth=1, linestyle=":")
-    for start in sorted({thaw for *_, thaw in recipes.values()}):
-        mark_phases(axes, [("thaw", start)])
+        axes.plot([unfreeze - 1, epochs[-1]], [values[unfreeze - 1]] * 2, color=color, linewidth=1, linestyle=":")
+    for start in sorted({unfreeze for *_, unfreeze in recipes.values()}):
+        mark_phases(axes, [("unfreeze", start)])
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
     axes.set_title(title, pad=16)
-    axes.legend(loc="best", title="points at the thaw", alignment="left")
+    axes.legend(loc="best", title="points at the unfreeze", alignment="left")
     return figure
 
 

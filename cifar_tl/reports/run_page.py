@@ -8,7 +8,7 @@ from typing import Any
 from cifar_tl.reports import figures, html, svg
 from cifar_tl.reports.html import Markup
 from cifar_tl.reports.run_images import image_sections, leakage
-from cifar_tl.reports.run_thaw import thaw
+from cifar_tl.reports.run_unfreeze import unfreeze
 from cifar_tl.runs.folder import Run, read_run
 from cifar_tl.runs.formatting import duration_text, percent, points
 from cifar_tl.runs.metrics import (
@@ -54,7 +54,7 @@ def write_run_report(folder: Path) -> Path:
         attempt("Classes", lambda: _classes(matrix, run.classes, out))
     if run.predictions is not None:
         predictions = run.predictions
-        attempt("What the thaw changed", lambda: thaw(predictions, run.metrics, out))
+        attempt("What the unfreeze changed", lambda: unfreeze(predictions, run.metrics, out))
         attempt("Class leakage", lambda: leakage(predictions, run.images))
         attempt("Calibration", lambda: _calibration(predictions, out))
         for heading, draw in image_sections(predictions, run.images, out):
@@ -145,15 +145,17 @@ def _plan(run: Run) -> str:
         )
     head = ["phase", "epochs", "trains", "peak rate head", "backbone", "epochs done", "train loss, first → last"]
     head += ["val acc %, first → last", "best"]
-    thaws = []
+    unfreezes = []
     for before, after in zip(metrics["plan"], metrics["plan"][1:], strict=False):
         last, first = by_epoch.get(before["end"] - 1), by_epoch.get(after["start"])
         if last and first:
-            thaws.append(
+            unfreezes.append(
                 f"One epoch into '{escape(after['name'])}', validation accuracy went from {100 * last[1]:.2f} to "
                 f"{percent(first[1])} ({points(first[1] - last[1])} points)."
             )
-    return html.table(head, rows, "Phases, planned and done", words=(0, 1, 2)) + "".join(f"<p>{t}</p>" for t in thaws)
+    return html.table(head, rows, "Phases, planned and done", words=(0, 1, 2)) + "".join(
+        f"<p>{t}</p>" for t in unfreezes
+    )
 
 
 def _curves(run: Run, out: Path) -> str:

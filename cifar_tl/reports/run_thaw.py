@@ -14,13 +14,13 @@ from cifar_tl.runs.metrics import Z95
 from cifar_tl.runs.predictions import Predictions
 
 
-def thaw(predictions: Predictions, metrics: Mapping[str, Any], out: Path) -> str:
+def unfreeze(predictions: Predictions, metrics: Mapping[str, Any], out: Path) -> str:
     """Return every class' recall on validation at the end of the frozen phase and in the best epoch.
 
-    Nothing where nothing thawed, or where the best epoch came before the thaw.
+    Nothing where nothing unfrozen, or where the best epoch came before the unfreeze.
     """
-    thawed = [phase["start"] for phase in metrics.get("plan", []) if phase["stages"]]
-    if predictions.frozen is None or not thawed or metrics["best/epoch"] < min(thawed):
+    unfrozen = [phase["start"] for phase in metrics.get("plan", []) if phase["stages"]]
+    if predictions.frozen is None or not unfrozen or metrics["best/epoch"] < min(unfrozen):
         return ""
     val, names = predictions.val, predictions.classes
     before, after = predictions.frozen.right, val.right
@@ -43,8 +43,8 @@ def thaw(predictions: Predictions, metrics: Mapping[str, Any], out: Path) -> str
         f"in the best epoch: {int((after & ~before).sum()):,} images became right, {int((before & ~after).sum()):,} "
         "wrong. Intervals hold 95 % and are paired over the images.</p>"
     )
-    shown = html.figure(svg.save(drawn, out, "thaw", said), "From the end of the frozen phase to the best epoch.")
-    return html.figures(shown, summary) + html.table(head, rows, "Recall per class before and after the thaw")
+    shown = html.figure(svg.save(drawn, out, "unfreeze", said), "From the end of the frozen phase to the best epoch.")
+    return html.figures(shown, summary) + html.table(head, rows, "Recall per class before and after the unfreeze")
 
 
 def _row(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> list[str]:

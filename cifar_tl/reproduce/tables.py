@@ -47,10 +47,10 @@ def write_tables(jobs: Sequence[Job], folder: Path) -> list[Path]:
         drawn = {label: curve for label, curve in curves.items() if curve is not None}
         if part == "results" and drawn:
             said = "; ".join(f"{label} {points(v[at] - v[at - 1], 1)} points" for label, (_, v, at) in drawn.items())
-            figure = figures.cliff("Validation accuracy around the thaw", drawn)
-            svg.save(figure, folder, CLIFF, f"Validation accuracy per epoch. One epoch after the thaw: {said}.")
+            figure = figures.cliff("Validation accuracy around the unfreeze", drawn)
+            svg.save(figure, folder, CLIFF, f"Validation accuracy per epoch. One epoch after the unfreeze: {said}.")
             written += [folder / f"{CLIFF}.{ending}" for ending in ("svg", "png")]
-            texts.append(f"![Validation accuracy around the thaw: {said}]({CLIFF}.png)")
+            texts.append(f"![Validation accuracy around the unfreeze: {said}]({CLIFF}.png)")
     written[0].write_text("\n\n".join(texts) + "\n")
     return written
 
@@ -71,7 +71,7 @@ def results(groups: Sequence[Group]) -> Table:
     beside = {name: key for name, key in beside.items() if any(group.values(key) for group in groups)}
     rows = []
     for group in groups:
-        around = [_around_thaw(run) for run in group.runs]
+        around = [_around_unfreeze(run) for run in group.runs]
         levels = [_mean([pair[side] for pair in around if pair is not None]) for side in (0, 1)]
         test = group.values("test/acc")
         low, high = (min(test), max(test)) if len(test) > 1 else group.runs[0].metrics.get("test/acc_interval", (0, 1))
@@ -94,7 +94,7 @@ def results(groups: Sequence[Group]) -> Table:
         )
     head = ["config", "weights", "precision", "n", "frozen", "+1 epoch", "best val", "test acc", "range", *beside]
     note = (
-        "In %. Frozen: validation accuracy in the last epoch before the thaw; +1 epoch: in the first after it. Means "
+        "In %. Frozen: validation accuracy in the last epoch before the unfreeze; +1 epoch: in the first after it. Means "
         "over n seeds; the range is over the seeds, with one seed it is the 95 % interval for other test images. "
         "Minutes are those of the epochs, on average."
     )
@@ -165,17 +165,17 @@ def _groups(jobs: Sequence[Job], runs: dict[str, Run], part: str, scale: str) ->
     return list(groups.values())
 
 
-def _around_thaw(run: Run) -> tuple[float, float] | None:
+def _around_unfreeze(run: Run) -> tuple[float, float] | None:
     """Return the validation accuracies of the last frozen epoch and of the one after it."""
     curve = _curve(run)
     return None if curve is None else (curve[1][curve[2] - 1], curve[1][curve[2]])
 
 
 def _curve(run: Run) -> tuple[list[int], list[float], int] | None:
-    """Return epochs, validation accuracies and the first thawed epoch; None if it was never frozen or never thawed."""
-    thaw = min((phase["start"] for phase in run.metrics.get("plan", []) if phase["stages"]), default=0)
+    """Return epochs, validation accuracies and the first unfrozen epoch; None if it was never frozen or never unfrozen."""
+    unfreeze = min((phase["start"] for phase in run.metrics.get("plan", []) if phase["stages"]), default=0)
     values = run.metrics.get("val/acc", [])
-    return (run.metrics["epoch"], values, thaw) if 0 < thaw < len(values) else None
+    return (run.metrics["epoch"], values, unfreeze) if 0 < unfreeze < len(values) else None
 
 
 def _provenance(part: str, jobs: Sequence[Job], runs: dict[str, Run]) -> list[str]:

@@ -66,7 +66,7 @@ class Predictions:
         classes: Names, in the order of their indices.
         val: Validation; every temperature and threshold is chosen here.
         test: Test; only measured.
-        frozen: Validation at the end of the frozen phase; None if there was none, or nothing thawed.
+        frozen: Validation at the end of the frozen phase; None if there was none, or nothing unfrozen.
     """
 
     classes: list[str]

@@ -44,8 +44,8 @@ def train_with_bug(compose, tmp_path):
 
 
 def test_guard_catches_a_backbone_that_is_never_thawed(compose, tmp_path, monkeypatch):
-    monkeypatch.setattr(freezing, "thaw", lambda modules, batchnorm: None)
-    with pytest.raises(FreezeViolationError, match=r"epoch 1.*no gradient.*never thawed"):
+    monkeypatch.setattr(freezing, "unfreeze", lambda modules, batchnorm: None)
+    with pytest.raises(FreezeViolationError, match=r"epoch 1.*no gradient.*never unfrozen"):
         train_with_bug(compose, tmp_path)
 
 
@@ -72,7 +72,7 @@ def test_guard_catches_a_stale_compiled_graph(compose, tmp_path, monkeypatch):
     def compile_when_frozen(self, module, phase):
         apply(self, module, phase)
         if not phase.stages:
-            # what a compiler makes of a frozen module: weights as constants of the graph, which no thaw reaches
+            # what a compiler makes of a frozen module: weights as constants of the graph, which no unfreeze reaches
             graph = copy.deepcopy(module.backbone)
             monkeypatch.setattr(module.backbone, "forward", graph.forward)
 

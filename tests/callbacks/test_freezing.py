@@ -43,7 +43,7 @@ def test_frozen_module_keeps_its_batchnorm_statistics():
 def test_thawed_module_trains_its_weights_and_the_policy_says_which_statistics(policy, statistics):
     module = block()
     freezing.freeze(module)
-    freezing.thaw([module], policy)
+    freezing.unfreeze([module], policy)
     if policy == "adapt":
         freezing.adapt_statistics([module])
     before = copy(module)
@@ -53,7 +53,7 @@ def test_thawed_module_trains_its_weights_and_the_policy_says_which_statistics(p
 
 def test_adapting_statistics_stay_without_gradients_and_after_removal():
     module = block()
-    freezing.thaw([module], "adapt")
+    freezing.unfreeze([module], "adapt")
     handles = freezing.adapt_statistics([module])
     before = copy(module)
     with torch.no_grad():

@@ -52,9 +52,9 @@ def test_the_thaw_is_marked(run):
     accumulator = events(run)
     assert [e.value for e in accumulator.Scalars("phase")] == [0, 0, 0, 0, 1, 1, 1, 1]
     assert [e.step for e in accumulator.Scalars("phase")] == [0, 2, 3, 5, 6, 8, 9, 11]
-    plan, thaw = (e.tensor_proto.string_val[0].decode() for e in accumulator.Tensors("phases/text_summary"))
+    plan, unfreeze = (e.tensor_proto.string_val[0].decode() for e in accumulator.Tensors("phases/text_summary"))
     assert "| fine-tune | 2..3 | head and whole backbone |" in plan
-    assert thaw.startswith("Epoch 2: **fine-tune**")
+    assert unfreeze.startswith("Epoch 2: **fine-tune**")
 
 
 def test_pictures_come_at_the_end_of_each_phase_and_of_the_run(run):

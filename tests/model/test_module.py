@@ -82,9 +82,9 @@ def test_muon_is_adamw_for_all_but_the_backbones_kernels():
 
 
 def test_the_plan_names_adamw_while_muon_has_no_kernels_to_train():
-    assert optimizer_text("muon", thawed=False) == "adamw"
-    assert "muon" in optimizer_text("muon", thawed=True)
-    assert optimizer_text("sgd", thawed=True) == "sgd"
+    assert optimizer_text("muon", unfrozen=False) == "adamw"
+    assert "muon" in optimizer_text("muon", unfrozen=True)
+    assert optimizer_text("sgd", unfrozen=True) == "sgd"
 
 
 def test_logits_come_out_and_probabilities_are_predicted(module):

@@ -20,7 +20,7 @@ PASSED = ("data=synthetic", "model.weights=null", "trainer=cpu")
 RECIPES = {name: [f"experiment={name}"] for name in ("seed_baseline", "best32")}
 RESULTS = ["results-seed_baseline-full-seed0", "results-best32-full-seed0"]
 ACCURACIES = {"seed_baseline": 0.3, "best32": 0.5}
-"""Validation accuracies after the thaw; 0.4 before it. Other recipes have 0.45."""
+"""Validation accuracies after the unfreeze; 0.4 before it. Other recipes have 0.45."""
 
 
 def leave_run(folder, overrides, **metrics):
