@@ -79,7 +79,7 @@ def export(cfg: DictConfig, folder: Path) -> Path:
         len(images),
         what,
     )
-    log.info("input       images: %s; normalised inside", INPUTS[cfg.input])
+    log.info("input       images: %s; normalized inside", INPUTS[cfg.input])
     log.info("output      logits: float32, (batch, %d); their softmax is the probabilities", len(trained.classes))
     log.info("model       %s (%.1f MB)", output, output.stat().st_size / 1e6)
     return output
@@ -88,7 +88,7 @@ def export(cfg: DictConfig, folder: Path) -> Path:
 def compare(trained: "Trained", images: "Tensor", given: "Tensor", run: "Run") -> tuple[float, int]:
     """Compare an exported model with its checkpoint, in whole batches, a last one that is shorter, and a single image.
 
-    The checkpoint's side is computed as its test was: batches of ArrayLoader, normalised there, through the module.
+    The checkpoint's side is computed as its test was: batches of ArrayLoader, normalized there, through the module.
 
     Args:
         trained: The checkpoint.
@@ -103,9 +103,9 @@ def compare(trained: "Trained", images: "Tensor", given: "Tensor", run: "Run") -
 
     from cifar_tl.data.loader import ArrayLoader
 
-    normalisation = trained.facts["normalisation"]
+    normalization = trained.facts["normalization"]
     loader = ArrayLoader(
-        images, torch.zeros(len(images), dtype=torch.int64), BATCH_SIZE, normalisation["mean"], normalisation["std"]
+        images, torch.zeros(len(images), dtype=torch.int64), BATCH_SIZE, normalization["mean"], normalization["std"]
     )
     with torch.no_grad():
         expected = torch.cat([trained.module(batch) for batch, _ in loader])
@@ -160,7 +160,7 @@ def metadata(trained: "Trained", input: str) -> dict[str, str]:
         json.dumps(trained.classes),
         INPUTS[input],
         "logits, float32, (batch, classes); their softmax is the probabilities",
-        json.dumps({**trained.facts["normalisation"], "where": "inside the model"}),
+        json.dumps({**trained.facts["normalization"], "where": "inside the model"}),
         json.dumps(provenance),
     )
     return dict(zip(METADATA, values, strict=True))

@@ -17,7 +17,7 @@ Metadata = dict[str, str]
 Run = Callable[[Tensor], Tensor]
 """From images to logits."""
 
-METADATA = ("classes", "input", "output", "normalisation", "provenance")
+METADATA = ("classes", "input", "output", "normalization", "provenance")
 """The keys in every file; torch's readers give only what they are asked for by name."""
 
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"

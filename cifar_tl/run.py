@@ -94,7 +94,7 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
         "split_sha256": datamodule.split_sha256,
         "images": datamodule.sizes,
         "classes": list(datamodule.classes),
-        "normalisation": {"mean": list(datamodule.mean), "std": list(datamodule.std)},
+        "normalization": {"mean": list(datamodule.mean), "std": list(datamodule.std)},
         "precision": precision,
         **environment(accelerator),
         **git_state(),

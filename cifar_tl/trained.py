@@ -1,4 +1,4 @@
-"""A trained model as its checkpoint tells it: weights, classes, normalisation and where they come from."""
+"""A trained model as its checkpoint tells it: weights, classes, normalization and where they come from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Trained:
         path: The checkpoint.
         module: In eval mode, on the CPU.
         config: Of its run.
-        facts: Of its run: classes, normalisation, hashes, versions, device, commit.
+        facts: Of its run: classes, normalization, hashes, versions, device, commit.
         epoch: Of its run, from 0, after which it was saved.
     """
 
@@ -38,10 +38,10 @@ class Trained:
         return tuple(self.facts["classes"])
 
     def classifier(self, input: str = "uint8") -> ImageClassifier:
-        """Return the model with its normalisation inside; see ImageClassifier."""
-        normalisation = self.facts["normalisation"]
+        """Return the model with its normalization inside; see ImageClassifier."""
+        normalization = self.facts["normalization"]
         classifier = ImageClassifier(
-            self.module.backbone, self.module.head, normalisation["mean"], normalisation["std"], input
+            self.module.backbone, self.module.head, normalization["mean"], normalization["std"], input
         )
         return classifier.eval()
 

@@ -20,8 +20,8 @@ from cifar_tl.trained import restore
 
 
 def logits_by_hand(trained, images):
-    """The checkpoint's logits, normalised by hand."""
-    mean, std = (torch.tensor(trained.facts["normalisation"][key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    """The checkpoint's logits, normalized by hand."""
+    mean, std = (torch.tensor(trained.facts["normalization"][key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     with torch.no_grad():
         return trained.module((images / 255 - mean) / std)
 

@@ -51,9 +51,9 @@ def loaded(exported):
 
 @pytest.fixture(scope="session")
 def expected(tiny_checkpoint):
-    """The checkpoint's logits for IMAGES, normalised by hand."""
+    """The checkpoint's logits for IMAGES, normalized by hand."""
     trained = restore(tiny_checkpoint)
-    mean, std = (torch.tensor(trained.facts["normalisation"][key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    mean, std = (torch.tensor(trained.facts["normalization"][key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     with torch.no_grad():
         return trained.module((IMAGES / 255 - mean) / std)
 
@@ -75,8 +75,8 @@ def test_the_file_says_what_it_is(loaded, tiny_checkpoint, format):
     assert json.loads(found["classes"]) == list(trained.classes)
     assert found["input"].startswith("uint8" if INPUT[format] == "uint8" else "float32")
     assert "softmax" in found["output"]
-    normalisation = json.loads(found["normalisation"])
-    assert (normalisation["mean"][0], normalisation["std"][0]) == (0.485, 0.229)
+    normalization = json.loads(found["normalization"])
+    assert (normalization["mean"][0], normalization["std"][0]) == (0.485, 0.229)
     provenance = json.loads(found["provenance"])
     assert provenance["facts"]["split_sha256"] == trained.facts["split_sha256"]
     assert provenance["config"]["data"]["name"] == "synthetic"
@@ -117,7 +117,7 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("cifar_tl", "
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("bug", ["normalisation", "nan"])
+@pytest.mark.parametrize("bug", ["normalization", "nan"])
 def test_no_file_is_left_when_its_logits_differ(compose, tiny_checkpoint, tmp_path, monkeypatch, bug):
     def forward(self, images):
         if bug == "nan":

@@ -172,7 +172,7 @@ def test_probabilities_are_the_softmax_of_the_checkpoints_logits(run, tiny_check
     picture((32, 32)).save(tmp_path / "image.png")
     (row,) = run(tmp_path / "image.png", "top_k=10")
     trained = restore(tiny_checkpoint)
-    mean, std = (torch.tensor(trained.facts["normalisation"][key]).view(3, 1, 1) for key in ("mean", "std"))
+    mean, std = (torch.tensor(trained.facts["normalization"][key]).view(3, 1, 1) for key in ("mean", "std"))
     pixels = torch.from_numpy(np.asarray(picture((32, 32))).copy()).permute(2, 0, 1).float() / 255
     with torch.no_grad():
         expected = trained.module(((pixels - mean) / std)[None]).softmax(dim=1)[0]

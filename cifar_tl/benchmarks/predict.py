@@ -80,7 +80,7 @@ def write_checkpoint(path: Path) -> None:
     cfg = compose("train", "experiment=demo")
     facts = {
         "classes": list(Synthetic.classes),
-        "normalisation": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)},
+        "normalization": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)},
     }
     module = build_module(cfg, Synthetic.classes)
     provenance = {"config": OmegaConf.to_container(cfg, resolve=True), "facts": facts}

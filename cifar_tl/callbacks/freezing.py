@@ -10,9 +10,9 @@ from torch.utils.hooks import RemovableHandle
 BATCHNORM_POLICIES = ("frozen", "train", "adapt")
 """What BatchNorm does in stages that train. Its weight and bias train under every policy.
 
-frozen: normalises with the statistics it came with, which stay as they are.
-train: normalises with each batch's statistics and tracks them, as PyTorch does by default.
-adapt: normalises with its running statistics, which move towards each batch's. No gradient flows through them, so
+frozen: normalizes with the statistics it came with, which stay as they are.
+train: normalizes with each batch's statistics and tracks them, as PyTorch does by default.
+adapt: normalizes with its running statistics, which move towards each batch's. No gradient flows through them, so
     nothing keeps weights from growing: training can diverge at rates that suit the other two.
 """
 
@@ -51,7 +51,7 @@ def unfreeze(modules: Iterable[nn.Module], batchnorm: str) -> None:
 def adapt_statistics(modules: Iterable[nn.Module], momentum: float = ADAPT_MOMENTUM) -> list[RemovableHandle]:
     """Make BatchNorm layers in eval mode move their running statistics towards those of every batch they see.
 
-    Statistics move before the batch is normalised with them, and only while gradients are enabled, so evaluation
+    Statistics move before the batch is normalized with them, and only while gradients are enabled, so evaluation
     leaves them alone.
 
     Returns:

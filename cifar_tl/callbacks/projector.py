@@ -69,7 +69,7 @@ class Projector:
         hook = module.backbone.register_forward_hook(lambda _module, _inputs, output: kept.append(output.float().cpu()))
         try:
             with evaluating(module), trainer.precision_plugin.forward_context():
-                for images in self.datamodule.normalised("val", self._chosen()):
+                for images in self.datamodule.normalized("val", self._chosen()):
                     module(images.to(module.device))
         finally:
             hook.remove()

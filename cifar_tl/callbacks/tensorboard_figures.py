@@ -114,7 +114,7 @@ class TensorBoardFigures(L.Callback):
             images, targets = batch[0][:SHOWN], class_indices(batch[1])[:SHOWN]
             names = [self.datamodule.classes[target] for target in targets.tolist()]
             title = f"First training batch of epoch {trainer.current_epoch}, as the network sees it"
-            shown = list(denormalised(images, self.datamodule.mean, self.datamodule.std))
+            shown = list(denormalized(images, self.datamodule.mean, self.datamodule.std))
             self._picture("inputs/first_batch", figures.gallery(title, shown, names), trainer.global_step)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -207,8 +207,8 @@ class TensorBoardFigures(L.Callback):
             log.warning("TensorBoard goes without %s: %s: %s", what, type(error).__name__, error)
 
 
-def denormalised(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.uint8]:
-    """Return normalised images, (batch, 3, height, width), as (batch, height, width, 3) uint8."""
+def denormalized(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.uint8]:
+    """Return normalized images, (batch, 3, height, width), as (batch, height, width, 3) uint8."""
     shape = (1, 3, 1, 1)
     shown = images.detach().float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
     return np.asarray((shown * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy())

@@ -109,7 +109,7 @@ class CIFAR10DataModule(L.LightningDataModule):
         """Return the class indices of a loaded split, (examples,)."""
         return self.splits[split][1]
 
-    def normalised(self, split: str, positions: Tensor) -> Iterator[Tensor]:
+    def normalized(self, split: str, positions: Tensor) -> Iterator[Tensor]:
         """Yield batches of some images of a loaded split, in order, as the network gets them in evaluation."""
         images, targets = self.images(split), self.targets(split)
         positions = positions.to(images.device)

@@ -17,7 +17,7 @@ SHUFFLE = 0
 
 
 class ArrayLoader:
-    """An iterable over batches: normalised images, or features of the images where those are cached.
+    """An iterable over batches: normalized images, or features of the images where those are cached.
 
     Shuffling and augmentation are functions of (seed, epoch): an epoch can be made again exactly, in a resumed run too.
 
@@ -64,7 +64,7 @@ class ArrayLoader:
         mean_tensor = torch.tensor(mean, device=device).view(3, 1, 1)
         self.scale = 1 / (255 * std_tensor)
         self.offset = -mean_tensor / std_tensor
-        self.blank = 255 * mean_tensor  # 0 after normalisation
+        self.blank = 255 * mean_tensor  # 0 after normalization
         self.classes = classes
         self.one_hot_targets = one_hot_targets
         self.augment = augment

@@ -21,7 +21,7 @@ IMAGENET_STD: tuple[float, ...] = tuple(ResNet50_Weights.IMAGENET1K_V1.transform
 
 
 class Backbone(ResNet):  # type: ignore[misc]  # torchvision has no types
-    """ResNet-50 up to and including its global average pooling, randomly initialised.
+    """ResNet-50 up to and including its global average pooling, randomly initialized.
 
     Its state dict is torchvision's, without `fc`.
 
@@ -51,7 +51,7 @@ class Backbone(ResNet):  # type: ignore[misc]  # torchvision has no types
         """Compute features.
 
         Args:
-            images: (batch, 3, height, width), float, ImageNet-normalised.
+            images: (batch, 3, height, width), float, ImageNet-normalized.
 
         Returns:
             (batch, 2048).
@@ -89,7 +89,7 @@ class TunedBottleneck(Bottleneck):  # type: ignore[misc]  # torchvision has no t
 
 
 def convolve(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, tuned: bool) -> Tensor:
-    """Convolve and normalise.
+    """Convolve and normalize.
 
     `tuned` gives the same function and the same gradients, but for rounding. A BatchNorm layer in eval mode is folded
     into the convolution where there are more activations than weights, which spares passes over them; as this is done

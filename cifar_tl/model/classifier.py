@@ -1,4 +1,4 @@
-"""The model as others use it: images in, logits out, normalisation inside."""
+"""The model as others use it: images in, logits out, normalization inside."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ INPUTS = {
 
 
 class ImageClassifier(nn.Module):
-    """Normalisation, backbone and head.
+    """Normalization, backbone and head.
 
     Args:
         backbone: From (batch, 3, height, width) to features.

@@ -24,7 +24,7 @@ from cifar_tl.model.head import dense_head
 from cifar_tl.model.optim import build_optimizer, parameter_groups
 
 Batch = tuple[Tensor, Tensor]
-"""Images (batch, 3, height, width), float, normalised, or their features (batch, 2048); targets (batch,) class indices,
+"""Images (batch, 3, height, width), float, normalized, or their features (batch, 2048); targets (batch,) class indices,
 or (batch, classes) with rows that sum to 1."""
 
 
@@ -90,7 +90,7 @@ class ResNet50Classifier(L.LightningModule):
         """Classify images.
 
         Args:
-            images: (batch, 3, height, width), float, ImageNet-normalised; or what the backbone makes of them,
+            images: (batch, 3, height, width), float, ImageNet-normalized; or what the backbone makes of them,
                 (batch, 2048).
 
         Returns:
@@ -158,7 +158,7 @@ class ResNet50Classifier(L.LightningModule):
         return details
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return probabilities, (batch, classes), for normalised images."""
+        """Return probabilities, (batch, classes), for normalized images."""
         return self(batch[0]).float().softmax(dim=1)  # type: ignore[no-any-return]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

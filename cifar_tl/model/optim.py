@@ -17,7 +17,7 @@ MUON_ITERATIONS = 3
 def parameter_groups(head: nn.Module, backbone: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return the groups `head`, `head_no_decay`, `backbone` and `backbone_no_decay`, frozen parameters included.
 
-    Weight decay is for weight matrices and kernels; biases and normalisation have one dimension and none of it. `part`
+    Weight decay is for weight matrices and kernels; biases and normalization have one dimension and none of it. `part`
     in a group says whose learning rate it follows.
     """
     groups = []

@@ -334,8 +334,8 @@ def _repeat(run: Run) -> str:
         rows.append(("images", ", ".join(f"{name} {count:,}" for name, count in counts.items())))
     if isinstance(metrics.get("versions"), dict):
         rows.append(("versions", ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())))
-    if isinstance(metrics.get("normalisation"), dict):
-        rows.append(("normalisation", ", ".join(f"{k} {v}" for k, v in metrics["normalisation"].items())))
+    if isinstance(metrics.get("normalization"), dict):
+        rows.append(("normalization", ", ".join(f"{k} {v}" for k, v in metrics["normalization"].items())))
     command = f"<pre><code>{escape(run.command)}</code></pre>" if run.command else ""
     files = [
         name

@@ -24,7 +24,7 @@ def order(**options):
     return torch.cat([targets for _, targets in loader(**options)]).tolist()
 
 
-def test_images_are_normalised_as_torchvision_does():
+def test_images_are_normalized_as_torchvision_does():
     batch, _ = next(iter(loader()))
     expected = F.normalize(IMAGES[:16].float() / 255, list(MEAN), list(STD))
     torch.testing.assert_close(batch, expected)
