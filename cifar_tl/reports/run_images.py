@@ -14,14 +14,13 @@ from cifar_tl.runs.metrics import (
     Floats,
     Ints,
     confusion_matrix,
-    leaks,
     least_certain,
     mistaken,
     most_certain,
     softmax,
     top_mistakes,
 )
-from cifar_tl.runs.predictions import CERTAIN, LEAK_EXAMPLES, LEAKS, MISTAKES, UNCERTAIN, Predictions
+from cifar_tl.runs.predictions import CERTAIN, CONFUSED_PAIRS, MISTAKES, PAIR_EXAMPLES, UNCERTAIN, Predictions
 
 Images = dict[int, NDArray[np.uint8]]
 
@@ -33,18 +32,21 @@ def leakage(predictions: Predictions, images: Images) -> str:
     matrix = confusion_matrix(test.predicted, test.targets, len(names))
     mistakes = int((~test.right).sum())
     rows = []
-    for leak in leaks(matrix, LEAKS):
-        cells: list[object] = [Markup(f"{escape(names[leak.first])} ⇄ {escape(names[leak.second])}")]
-        for true, said, count in ((leak.first, leak.second, leak.forth), (leak.second, leak.first, leak.back)):
+    for pair in confused_pairs(matrix, CONFUSED_PAIRS):
+        cells: list[object] = [Markup(f"{escape(names[pair.first])} ⇄ {escape(names[pair.second])}")]
+        for true, said, count in (
+            (pair.first, pair.second, pair.first_as_second),
+            (pair.second, pair.first, pair.second_as_first),
+        ):
             share = count / max(1, int(matrix[true].sum()))
-            examples = mistaken(probabilities, test.targets, true, said, LEAK_EXAMPLES)
+            examples = mistaken(probabilities, test.targets, true, said, PAIR_EXAMPLES)
             strip = "".join(_image(predictions, images, probabilities, int(at)) for at in examples)
             words = f"{escape(names[true])} said to be {escape(names[said])}: <b>{count}</b> ({percent(share, 1)})"
             cells.append(Markup(f'{words}<div class="strip">{strip}</div>'))
-        rows.append([*cells, percent((leak.forth + leak.back) / max(1, mistakes), 1)])
+        rows.append([*cells, percent((pair.first_as_second + pair.second_as_first) / max(1, mistakes), 1)])
     if not rows:
         return "<p>No test image was taken for another class.</p>"
-    shown = sum(leak.forth + leak.back for leak in leaks(matrix, LEAKS))
+    shown = sum(pair.first_as_second + pair.second_as_first for pair in confused_pairs(matrix, CONFUSED_PAIRS))
     intro = (
         f"<p>{shown:,} of the {mistakes:,} mistakes are between these pairs. In brackets: share of the true class.</p>"
     )

@@ -55,7 +55,7 @@ def write_run_report(folder: Path) -> Path:
     if run.predictions is not None:
         predictions = run.predictions
         attempt("What the unfreeze changed", lambda: unfreeze(predictions, run.metrics, out))
-        attempt("Class leakage", lambda: leakage(predictions, run.images))
+        attempt("Most confused pairs", lambda: leakage(predictions, run.images))
         attempt("Calibration", lambda: _calibration(predictions, out))
         for heading, draw in image_sections(predictions, run.images, out):
             attempt(heading, draw)

@@ -140,31 +140,31 @@ def class_scores(confusion: Ints) -> list[ClassScores]:
 
 
 @dataclass(frozen=True)
-class Leak:
-    """Two classes that are taken for each other; `first` leaks at least as much as `second`.
+class ConfusedPair:
+    """Two classes that are taken for each other; `first` is taken for `second` at least as often as the other way.
 
     Attributes:
         first: Index of a class.
         second: Index of the other.
-        forth: Images of `first` said to be `second`.
-        back: Images of `second` said to be `first`.
+        first_as_second: Images of `first` said to be `second`.
+        second_as_first: Images of `second` said to be `first`.
     """
 
     first: int
     second: int
-    forth: int
-    back: int
+    first_as_second: int
+    second_as_first: int
 
 
-def leaks(confusion: Ints, count: int) -> list[Leak]:
+def confused_pairs(confusion: Ints, count: int) -> list[ConfusedPair]:
     """Return the pairs of classes that are confused most often, both directions together."""
     found = []
     for a in range(len(confusion)):
         for b in range(a + 1, len(confusion)):
             first, second = (a, b) if confusion[a, b] >= confusion[b, a] else (b, a)
-            found.append(Leak(first, second, int(confusion[first, second]), int(confusion[second, first])))
-    found.sort(key=lambda leak: -(leak.forth + leak.back))
-    return [leak for leak in found[:count] if leak.forth]
+            found.append(ConfusedPair(first, second, int(confusion[first, second]), int(confusion[second, first])))
+    found.sort(key=lambda pair: -(pair.first_as_second + pair.second_as_first))
+    return [pair for pair in found[:count] if pair.first_as_second]
 
 
 def top_mistakes(probabilities: Floats, targets: Ints, count: int) -> Ints:

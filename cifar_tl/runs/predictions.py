@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from cifar_tl.runs.metrics import (
     Ints,
     confusion_matrix,
-    leaks,
     least_certain,
     mistaken,
     most_certain,
@@ -24,7 +23,7 @@ SPLIT_KEYS, FROZEN = ("logits", "targets", "indices"), "frozen_val_logits"
 
 MISTAKES, CERTAIN, UNCERTAIN = 24, 12, 12
 """Pictures in the galleries of a report."""
-LEAKS, LEAK_EXAMPLES = 8, 6
+CONFUSED_PAIRS, PAIR_EXAMPLES = 8, 6
 """Confused pairs that a report lists, and pictures per direction."""
 
 
@@ -124,9 +123,9 @@ def worth_showing(test: SplitPredictions) -> Ints:
         most_certain(probabilities, CERTAIN),
         least_certain(probabilities, UNCERTAIN),
     ]
-    for leak in leaks(confusion, LEAKS):
-        for pair in ((leak.first, leak.second), (leak.second, leak.first)):
-            chosen.append(mistaken(probabilities, test.targets, *pair, LEAK_EXAMPLES))
+    for pair in confused_pairs(confusion, CONFUSED_PAIRS):
+        for pair in ((pair.first, pair.second), (pair.second, pair.first)):
+            chosen.append(mistaken(probabilities, test.targets, *pair, PAIR_EXAMPLES))
     return np.unique(np.concatenate(chosen))
 
 

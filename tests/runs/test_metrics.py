@@ -9,11 +9,10 @@ from sklearn import metrics as sk
 from torchmetrics.classification import MulticlassCalibrationError
 
 from cifar_tl.runs.metrics import (
-    Leak,
+    ConfusedPair,
     class_scores,
     confusion_matrix,
     fit_temperature,
-    leaks,
     least_certain,
     mistaken,
     most_certain,
@@ -87,7 +86,7 @@ def test_rankings():
 
 def test_leaks_count_both_directions_and_leave_out_what_is_never_confused():
     confusion = np.array([[5, 1, 0], [4, 9, 0], [0, 2, 7]])
-    assert leaks(confusion, 5) == [Leak(1, 0, 4, 1), Leak(2, 1, 2, 0)]
+    assert confused_pairs(confusion, 5) == [ConfusedPair(1, 0, 4, 1), ConfusedPair(2, 1, 2, 0)]
 
 
 def test_interval_of_nothing_is_everything():
