@@ -124,7 +124,7 @@ def parity_images(trained: "Trained", root: str | None, limit: int) -> tuple["Te
     import torch
 
     from cifar_tl.data.datamodule import build_datamodule
-    from cifar_tl.data.splits import stream
+    from cifar_tl.data.splits import make_generator
     from cifar_tl.run import build_augment
 
     data = trained.config.data.copy()
@@ -136,7 +136,7 @@ def parity_images(trained: "Trained", root: str | None, limit: int) -> tuple["Te
     except UserError:
         if root is not None:
             raise  # somebody said where
-        images = torch.randint(0, 256, (limit, 3, 32, 32), dtype=torch.uint8, generator=stream(0))
+        images = torch.randint(0, 256, (limit, 3, 32, 32), dtype=torch.uint8, generator=make_generator(0))
         return images, f"{limit:,} random images: the run's data is not at {data.get('root')}, data.root= says where"
     images = datamodule.images("val")[:limit]
     return images, f"{len(images):,} validation images of the run"

@@ -3,10 +3,10 @@
 import lightning as L
 import torch
 
-from cifar_tl.data.splits import stream
+from cifar_tl.data.splits import make_generator
 
 MODEL = 2
-"""Purpose of the random stream; the data's are 0 and 1."""
+"""Purpose of the random generator; the data's are 0 and 1."""
 
 
 class EpochSeed(L.Callback):
@@ -21,4 +21,4 @@ class EpochSeed(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Seed the CPU's and the GPU's generators; every process of a run draws differently."""
-        torch.manual_seed(stream(self.seed, trainer.current_epoch, MODEL, trainer.global_rank).initial_seed())
+        torch.manual_seed(make_generator(self.seed, trainer.current_epoch, MODEL, trainer.global_rank).initial_seed())

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from cifar_tl.data import transforms
-from cifar_tl.data.splits import stream
+from cifar_tl.data.splits import make_generator
 from cifar_tl.errors import check_choice, check_int, check_number
 
 FLIPS = ("none", "random", "alternating")
 
 FLIP, SHIFT, WARP, CUTOUT, COLOR = 10, 11, 12, 13, 14
-"""Purposes of the random streams: one kind of draw does not change when another is turned on."""
+"""Purposes of the random generators: one kind of draw does not change when another is turned on."""
 
 Draws = dict[str, Tensor]
 """Random draws, one row per image."""
@@ -82,20 +82,20 @@ class Augment:
         """
         draws: Draws = {}
         if self.flip == "random":
-            draws["mirrored"] = torch.rand(examples, generator=stream(seed, epoch, FLIP)) < 0.5
+            draws["mirrored"] = torch.rand(examples, generator=make_generator(seed, epoch, FLIP)) < 0.5
         elif self.flip == "alternating":
-            draws["mirrored"] = (torch.rand(examples, generator=stream(seed, FLIP)) < 0.5) ^ bool(epoch % 2)
+            draws["mirrored"] = (torch.rand(examples, generator=make_generator(seed, FLIP)) < 0.5) ^ bool(epoch % 2)
         if self.crop_padding:
-            generator = stream(seed, epoch, SHIFT)
+            generator = make_generator(seed, epoch, SHIFT)
             span = 2 * self.crop_padding + 1
             draws["shift"] = torch.randint(0, span, (examples, 2), generator=generator) - self.crop_padding
         if self.rotation or self.scale:
-            uniform = torch.rand(examples, 2, generator=stream(seed, epoch, WARP)) * 2 - 1
+            uniform = torch.rand(examples, 2, generator=make_generator(seed, epoch, WARP)) * 2 - 1
             draws["angle"], draws["zoom"] = uniform[:, 0] * self.rotation, 1 + uniform[:, 1] * self.scale
         if self.cutout:
-            draws["hole"] = torch.rand(examples, 2, generator=stream(seed, epoch, CUTOUT))
+            draws["hole"] = torch.rand(examples, 2, generator=make_generator(seed, epoch, CUTOUT))
         if self.color_jitter:
-            uniform = torch.rand(examples, 3, generator=stream(seed, epoch, COLOR)) * 2 - 1
+            uniform = torch.rand(examples, 3, generator=make_generator(seed, epoch, COLOR)) * 2 - 1
             draws["color"] = (1 + uniform * self.color_jitter).clamp(min=0)
         return {name: values[indices] for name, values in draws.items()}
 

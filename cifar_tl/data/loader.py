@@ -9,11 +9,11 @@ from torchvision.transforms import v2
 
 from cifar_tl.data.augment import Augment, Draws
 from cifar_tl.data.lazy import LazyImages
-from cifar_tl.data.splits import stream
+from cifar_tl.data.splits import make_generator
 from cifar_tl.model.module import Batch, one_hot
 
 SHUFFLE = 0
-"""Purpose of the random stream."""
+"""Purpose of the random generator."""
 
 
 class ArrayLoader:
@@ -90,7 +90,7 @@ class ArrayLoader:
         augment, draws = None, Draws()
         order = torch.arange(examples)
         if self.augment is not None:
-            order = torch.randperm(examples, generator=stream(self.seed, epoch, SHUFFLE))
+            order = torch.randperm(examples, generator=make_generator(self.seed, epoch, SHUFFLE))
         order = order[self.rank :: self.world_size][: self._share()]
         if self.augment is not None:
             augment = self.augment(epoch)

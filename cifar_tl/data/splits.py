@@ -9,11 +9,11 @@ from torch import Tensor
 from cifar_tl.errors import UserError
 
 
-def stream(seed: int, *position: int) -> torch.Generator:
+def make_generator(seed: int, *position: int) -> torch.Generator:
     """Return a generator for one purpose at one point of a run, such as (seed, epoch, purpose).
 
     Lightning's checkpoints carry no generator state (Lightning issue 17543), so whatever is drawn during training is
-    drawn from a stream that a resumed run can make again. Different positions give independent streams.
+    drawn from a generator that a resumed run can make again. Different positions give independent streams.
     """
     state = np.random.SeedSequence([seed, *position]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
@@ -37,7 +37,7 @@ def stratified_subset(targets: Tensor, size: int, seed: int) -> Tensor:
     take = exact.floor().long()
     largest_remainders = (exact - take).argsort(descending=True, stable=True)
     take[largest_remainders[: size - int(take.sum())]] += 1
-    generator = stream(seed)
+    generator = make_generator(seed)
     chosen = []
     for label, amount in enumerate(take.tolist()):
         members = (targets == label).nonzero().squeeze(1)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cifar_tl.data.splits import split_hash, split_train_val, stratified_subset, stream
+from cifar_tl.data.splits import make_generator, split_hash, split_train_val, stratified_subset
 from cifar_tl.errors import UserError
 
 TARGETS = torch.arange(1000) % 10
@@ -39,6 +39,6 @@ def test_nothing_left_to_train_on_is_refused():
 
 
 def test_streams_differ_by_every_position_and_repeat():
-    draws = [torch.rand(1, generator=stream(*p)).item() for p in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
+    draws = [torch.rand(1, generator=make_generator(*p)).item() for p in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
     assert len(set(draws)) == 4
-    assert torch.rand(1, generator=stream(0, 0, 0)).item() == draws[0]
+    assert torch.rand(1, generator=make_generator(0, 0, 0)).item() == draws[0]
