@@ -1,17 +1,23 @@
-"""Writing checkpoints without holding up a run, and reading them back with a readable error."""
+"""Checkpoints: their names, writing them without holding up a run, and loading a trained model from one."""
 
 import errno
 import pickle
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from cifar_tl.errors import UserError
+from cifar_tl.files import replacing
+from cifar_tl.model.classifier import ImageClassifier
+from cifar_tl.model.module import ResNet50Classifier
 
 BEST, LAST = "best.ckpt", "last.ckpt"
 
@@ -19,9 +25,9 @@ BEST, LAST = "best.ckpt", "last.ckpt"
 class PacedCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints when due: at once as long as that takes a fiftieth of the time, else the newest ones later.
 
-    What is not written yet is held in the host's memory. `flush` writes it: at the end of a run, and after an error or
-    Ctrl-C. So a run with long epochs writes after each, one with epochs of a second writes every few seconds, and only
-    a killed process loses the seconds since the last write.
+    What is not written yet is held in the host's memory. `teardown` writes it: at the end of a run, after an error and
+    after Ctrl-C. So a run with long epochs writes after each, one with epochs of a second writes every few seconds, and
+    only a killed process loses the seconds since the last write.
     """
 
     SHARE = 0.02
@@ -57,6 +63,10 @@ class PacedCheckpointIO(TorchCheckpointIO):
         self.flush()
         return super().load_checkpoint(path, map_location, weights_only)
 
+    def teardown(self) -> None:
+        """Write what is held, when the Trainer ends, after an error and Ctrl-C, too."""
+        self.flush()
+
     def remove_checkpoint(self, path: Any) -> None:
         """Forget a checkpoint and delete its file."""
         self._pending.pop(str(path), None)
@@ -76,13 +86,10 @@ def _copy_to_host(value: Any) -> Any:
 
 def _write(checkpoint: dict[str, Any], path: Path) -> None:
     """Write a checkpoint, replacing the old one in one step."""
-    partial = path.with_name(f"{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, partial)
-        partial.replace(path)
+        with replacing(path) as partial:
+            torch.save(checkpoint, partial)
     except RuntimeError as error:  # how torch.save says that the disk is full
-        partial.unlink(missing_ok=True)
         raise OSError(errno.ENOSPC, "cannot be written, probably because the disk is full", str(path)) from error
 
 
@@ -119,3 +126,56 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or "cifar_tl" not in checkpoint:
         raise UserError(f"checkpoint {path} was not written by cifar_tl.train. Plain weights go into model.weights=.")
     return checkpoint
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a checkpoint holds.
+
+    Attributes:
+        path: The checkpoint.
+        module: In eval mode, on the CPU.
+        config: Of its run.
+        facts: Of its run: classes, normalization, hashes, versions, device, commit.
+        epoch: Of its run, from 0, after which it was saved.
+    """
+
+    path: Path
+    module: ResNet50Classifier
+    config: DictConfig
+    facts: dict[str, Any]
+    epoch: int
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Class names, in the order of their indices."""
+        return tuple(self.facts["classes"])
+
+    def classifier(self, input: str = "uint8") -> ImageClassifier:
+        """Return the model with its normalization inside; see ImageClassifier."""
+        normalization = self.facts["normalization"]
+        classifier = ImageClassifier(
+            self.module.backbone, self.module.head, normalization["mean"], normalization["std"], input
+        )
+        return classifier.eval()
+
+
+def load_trained(path: Path) -> Trained:
+    """Read a checkpoint of cifar_tl.train and rebuild its model.
+
+    Raises:
+        UserError: No such file, a broken one, somebody else's, or one of a version with another model.
+    """
+    checkpoint = read_checkpoint(path)
+    try:
+        config = OmegaConf.create(checkpoint["cifar_tl"]["config"])
+        facts = checkpoint["cifar_tl"]["facts"]
+        module = ResNet50Classifier(**checkpoint["hyper_parameters"])
+        module.load_state_dict(checkpoint["state_dict"])
+        epoch = int(checkpoint["epoch"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"checkpoint {path} does not fit this version of cifar_tl "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). Use the version that wrote it, or train again."
+        ) from error
+    return Trained(path, module.eval(), config, facts, epoch)

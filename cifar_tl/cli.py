@@ -1,6 +1,7 @@
 """What the commands share: finding `conf`, resuming by command line, and errors that people can read."""
 
 import errno
+import importlib
 import logging
 import os
 import sys
@@ -15,8 +16,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cifar_tl.errors import Interrupted, UserError, suggest
 from cifar_tl.runs.resume import with_overrides_of_resumed_run
-
-# torch and lightning are imported by the commands' functions, not here: `--help` should not take 3 s
 
 
 class StdoutHandler(logging.Handler):
@@ -40,11 +39,12 @@ def conf_folder() -> Path:
     return inside if inside.is_dir() else Path(__file__).parents[1] / "conf"
 
 
-def run(task: Callable[[DictConfig], Any], config_name: str, arguments: list[str]) -> int:
+def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: list[str]) -> int:
     """Compose a config from command-line arguments, run a task with it and return the exit code.
 
     Args:
-        task: Gets the composed config; once per job of a multirun.
+        task: Gets the composed config; once per job of a multirun. As `module:function` it is imported when it is
+            called: `--help`, `--cfg job` and mistyped keys then do without what takes seconds to import.
         config_name: A file of `conf`, without its ending.
         arguments: As a shell gives them, without the program's name.
 
@@ -52,7 +52,9 @@ def run(task: Callable[[DictConfig], Any], config_name: str, arguments: list[str
         0; 1 after a mistake, whose explanation is then on stderr; 130 after Ctrl-C.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, and what to print is decided here
-    main = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(task)
+    main = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(
+        _imported_when_called(task) if isinstance(task, str) else task
+    )
     before = sys.argv
     try:
         _refuse_added_keys(arguments)
@@ -80,6 +82,11 @@ def run(task: Callable[[DictConfig], Any], config_name: str, arguments: list[str
     return 0
 
 
+def _imported_when_called(target: str) -> Callable[[DictConfig], Any]:
+    module, _, function = target.partition(":")
+    return lambda cfg: getattr(importlib.import_module(module), function)(cfg)
+
+
 def _fail(message: str) -> int:
     print(f"error: {message}", file=sys.stderr)
     return 1
@@ -91,7 +98,7 @@ def _refuse_added_keys(arguments: list[str]) -> None:
         key = argument.lstrip("+").partition("=")[0]
         if argument.startswith("+") and not key.startswith(("trainer.", "hydra.", "hydra/")):
             raise UserError(
-                f"{argument} adds a key that nothing reads. Leave the + away to set an existing key; "
+                f"{argument} adds a config key that nothing reads. Drop the + to set an existing key; "
                 f"+trainer.KEY=VALUE, for Lightning's Trainer, is the only place for additional ones."
             )
 
@@ -104,7 +111,7 @@ def explain(error: HydraException | OmegaConfBaseException, config_name: str) ->
         with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
             known = _keys(hydra.compose(config_name)) + [path.name for path in conf_folder().iterdir() if path.is_dir()]
         if given not in known:
-            return f"{given} is no key of this program.{suggest(given, known)} --cfg job prints all of them."
+            return f"Unknown config key {given}.{suggest(given, known)} --cfg job prints all keys."
     if isinstance(error, OverrideParseException):
         key = error.override.partition("=")[0]
         return (

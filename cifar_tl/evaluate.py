@@ -1,33 +1,51 @@
-"""python -m cifar_tl.evaluate checkpoint=RUN/checkpoints/best.ckpt: the run's test numbers, from its checkpoint."""
+"""python -m cifar_tl.evaluate checkpoint=RUN/checkpoints/best.ckpt: the run's test metrics, from its checkpoint."""
+
+import sys
+
+from cifar_tl import cli
+
+if __name__ == "__main__":  # before what takes seconds to import
+    sys.exit(cli.run("cifar_tl.evaluate:main", "evaluate", sys.argv[1:]))
 
 import json
 import logging
-import sys
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import lightning as L
+import numpy as np
+import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torchmetrics.functional.classification import multiclass_calibration_error
 
-from cifar_tl import cli
+from cifar_tl.build import build_datamodule, build_trainer, quieten_lightning
+from cifar_tl.checkpoints import Trained, load_trained
+from cifar_tl.data import robustness
+from cifar_tl.data.cifar10 import Cifar10
+from cifar_tl.data.datamodule import CIFAR10DataModule
 from cifar_tl.errors import UserError, check_flag
-from cifar_tl.files import written_in_one_step
-
-if TYPE_CHECKING:
-    import lightning as L
-
-    from cifar_tl.data.datamodule import CIFAR10DataModule
-    from cifar_tl.trained import Trained
+from cifar_tl.files import write_text, writing_for
+from cifar_tl.hardware import prepare_for, resolve_accelerator
+from cifar_tl.model.temperature import fit_temperature
+from cifar_tl.model.tta import AUGMENTED, SINGLE, View
+from cifar_tl.runs.formatting import result_text
+from cifar_tl.runs.metrics import wilson_interval
+from cifar_tl.runs.record import metrics_of_test
 
 log = logging.getLogger(__name__)
 
 
 def main(cfg: DictConfig) -> None:
-    """Evaluate, and leave the figures as evaluation.json in the output folder of this call."""
+    """Evaluate, and leave the metrics as evaluation.json in the output folder of this call."""
     result = evaluate(cfg)
     path = Path(HydraConfig.get().runtime.output_dir) / "evaluation.json"
-    with written_in_one_step(path, "hydra.run.dir") as partial:
-        partial.write_text(json.dumps({"checkpoint": str(cfg.checkpoint), **result}, indent=1) + "\n")
+    with writing_for(path, "hydra.run.dir"):
+        write_text(path, json.dumps({"checkpoint": str(cfg.checkpoint), **result}, indent=1) + "\n")
     log.info("\nresults     %s", path)
 
 
@@ -38,42 +56,37 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         cfg: As composed from conf/evaluate.yaml; values that are null there are the run's.
 
     Returns:
-        `test/acc`, `test/acc_interval`, `test/loss`, `test/ece` and the per-class figures of the single view, as the
+        `test/acc`, `test/acc_interval`, `test/loss`, `test/ece` and the per-class metrics of the single view, as the
         run had them. Then, if asked for: `test/flip/*` and `test/flip_shift/*`; `temperature`, `val/*` and
         `*/calibrated/*`; `cifar10.1_v6/*`; `cifar10_c/*`.
 
     Raises:
         UserError: The checkpoint or the data is missing or broken.
     """
-    from cifar_tl import run  # late: `--help` should not wait for torch
-    from cifar_tl.data.datamodule import build_datamodule
-    from cifar_tl.hardware import prepare_for, resolve_accelerator
-    from cifar_tl.trained import restore
-
-    run.quieten_lightning()
-    trained = restore(Path(cfg.checkpoint))
+    quieten_lightning()
+    trained = load_trained(Path(cfg.checkpoint))
     data = trained.config.data
     for key, value in cfg.data.items():
         if value is not None:
             data[key] = value
     prepare_for(resolve_accelerator(cfg.trainer.accelerator), trained.module)
-    beside = ExtraEvaluations(cfg, trained)
-    datamodule = build_datamodule(data, run.build_augment(trained.config), trained.config.seed)
+    extra = ExtraEvaluations(cfg, trained)
+    datamodule = build_datamodule(trained.config)
     precision = cfg.trainer.precision or trained.facts["precision"]
-    trainer = run.build_trainer({**cfg.trainer, "precision": precision}, logger=False, enable_checkpointing=False)
+    trainer = build_trainer({**cfg.trainer, "precision": precision}, logger=False, enable_checkpointing=False)
     (scalars,) = trainer.test(trained.module, datamodule=datamodule, verbose=False)
     examples = datamodule.sizes["test"]
-    result = run.test_result(scalars, trained.module, examples)
-    log.info("%s", run.result_text(result, examples))
+    result = metrics_of_test(scalars, trained.module.test_details, examples)
+    log.info("%s", result_text(result, examples))
     for name, *values in zip(
         trained.classes, result["test/precision"], result["test/recall"], result["test/f1"], strict=True
     ):
         log.info("  %-12s precision %.4f  recall %.4f  F1 %.4f", name, *values)
-    return result | beside.evaluate(trainer, datamodule)
+    return result | extra.evaluate(trainer, datamodule)
 
 
 class ExtraEvaluations:
-    """The figures that are asked for beside those of the single view on the test set.
+    """The evaluations that are asked for beside that of the single view on the test set.
 
     Args:
         cfg: As composed from conf/evaluate.yaml.
@@ -83,10 +96,7 @@ class ExtraEvaluations:
         UserError: A wrong key, or files of another test set that are missing; before anything is computed.
     """
 
-    def __init__(self, cfg: DictConfig, trained: "Trained") -> None:
-        from cifar_tl.data import robustness
-        from cifar_tl.data.cifar10 import Cifar10
-
+    def __init__(self, cfg: DictConfig, trained: Trained) -> None:
         self.trained = trained
         self.tta = check_flag("tta", cfg.tta)
         self.temperature = check_flag("temperature", cfg.temperature)
@@ -103,8 +113,8 @@ class ExtraEvaluations:
         for corruption in self.corruptions:
             robustness.cifar10_c(self.root, corruption)
 
-    def evaluate(self, trainer: "L.Trainer", datamodule: "CIFAR10DataModule") -> dict[str, Any]:
-        """Measure and say it; return the figures by name.
+    def evaluate(self, trainer: L.Trainer, datamodule: CIFAR10DataModule) -> dict[str, Any]:
+        """Evaluate and log it; return the metrics by name.
 
         Args:
             trainer: Has tested the single view; its device and precision are used.
@@ -113,8 +123,6 @@ class ExtraEvaluations:
         Raises:
             UserError: The run's validation split cannot be made again.
         """
-        from cifar_tl.evaluation import Evaluation
-
         device = trainer.strategy.root_device
         classifier = self.trained.classifier().to(device)
         batch_size = self.trained.config.data.eval_batch_size
@@ -139,5 +147,118 @@ class ExtraEvaluations:
         return evaluation.result
 
 
-if __name__ == "__main__":
-    sys.exit(cli.run(main, "evaluate", sys.argv[1:]))
+VIEW_TEXT = {"flip": "flip, 2 views", "flip_shift": "flip and 1-pixel shifts, 6 views"}
+
+
+class Evaluation:
+    """Collects metrics by name, `<set>/<metric>`, and logs them as they come.
+
+    Args:
+        network: From images (batch, 3, 32, 32), uint8, to logits; in eval mode.
+        device: Of the network.
+        precision: Makes the context that a forward pass runs in, so that other views compute as the single one did.
+        batch_size: Images per forward pass; results do not depend on it.
+    """
+
+    def __init__(
+        self,
+        network: Callable[[Tensor], Tensor],
+        device: torch.device,
+        precision: Callable[[], AbstractContextManager[Any]],
+        batch_size: int,
+    ) -> None:
+        self.network = network
+        self.device = device
+        self.precision = precision
+        self.batch_size = batch_size
+        self.temperature: float | None = None
+        self.result: dict[str, Any] = {}
+
+    def logits(self, images: Tensor, views: Mapping[View, float] = SINGLE) -> Tensor:
+        """Return the weighted mean of the views' logits, (images, classes), float32, on the CPU."""
+        parts = []
+        with torch.inference_mode(), self.precision():
+            for batch in torch.split(images, self.batch_size):
+                batch = batch.to(self.device)
+                parts.append(sum(weight * self.network(view(batch)).float() for view, weight in views.items()))
+        return torch.cat([part.cpu() for part in parts if isinstance(part, Tensor)])
+
+    def fit_temperature(self, images: Tensor, targets: Tensor) -> None:
+        """Fit the temperature on validation images; every set measured later is reported with it, too."""
+        logits = self.logits(images)
+        self.temperature = self.result["temperature"] = fit_temperature(logits, targets)
+        log.info("\nTemperature %.4f, fitted on %s validation images", self.temperature, f"{len(targets):,}")
+        self.result |= named("val", scores(logits, targets))
+        self._calibrate("val", logits, targets)
+
+    def measure(self, name: str, images: Tensor, targets: Tensor, tta: bool) -> None:
+        """Measure a further test set in a single view and, if asked for, in several."""
+        logits = self.logits(images)
+        numbers = scores(logits, targets)
+        log.info("\n%s: %s", name, numbers_text(numbers))
+        self.result |= named(name, numbers)
+        self.measure_beside(name, logits, images, targets, tta)
+
+    def measure_beside(self, name: str, logits: Tensor, images: Tensor, targets: Tensor, tta: bool) -> None:
+        """Measure what is reported beside the single view, whose logits are given."""
+        if self.temperature is not None:
+            self._calibrate(name, logits, targets)
+        for view in AUGMENTED if tta else ():
+            numbers = scores(self.logits(images, AUGMENTED[view]), targets)
+            log.info("  %-38s %s", VIEW_TEXT[view], numbers_text(numbers))
+            self.result |= named(f"{name}/{view}", numbers)
+
+    def measure_corruptions(self, root: Path, corruptions: list[str]) -> None:
+        """Measure corruptions of CIFAR-10-C, single view, each severity by itself, and the mean over all given ones."""
+        log.info("\nCIFAR-10-C, accuracy by severity 1 to 5, and their mean")
+        table = []
+        for corruption in corruptions:
+            by_severity, targets = robustness.cifar10_c(root, corruption)
+            accuracies = [scores(self.logits(robustness.as_tensor(part)), targets)["acc"] for part in by_severity]
+            self.result[f"cifar10_c/{corruption}/acc"] = accuracies
+            table.append(accuracies)
+            columns = " ".join(f"{100 * accuracy:6.2f}" for accuracy in [*accuracies, np.mean(accuracies)])
+            log.info("  %-18s %s%%", corruption, columns)
+        self.result["cifar10_c/acc"] = float(np.mean(table))
+        whose = "all 15" if corruptions == list(robustness.CORRUPTIONS) else f"these {len(corruptions)}"
+        log.info("  mean accuracy over %s corruptions: %.2f%%", whose, 100 * self.result["cifar10_c/acc"])
+
+    def _calibrate(self, name: str, logits: Tensor, targets: Tensor) -> None:
+        """Add loss and ECE with the temperature; accuracy is the same with and without."""
+        assert self.temperature is not None
+        before, after = scores(logits, targets), scores(logits / self.temperature, targets)
+        self.result |= named(f"{name}/calibrated", {key: after[key] for key in ("loss", "ece")})
+        log.info(
+            "  %-38s loss %.4f -> %.4f, ECE %.4f -> %.4f",
+            f"temperature, {name}",
+            before["loss"],
+            after["loss"],
+            before["ece"],
+            after["ece"],
+        )
+
+
+def scores(logits: Tensor, targets: Tensor) -> dict[str, Any]:
+    """Return accuracy with its 95 % interval, mean cross-entropy, and expected calibration error in 15 bins."""
+    accuracy = float((logits.argmax(dim=1) == targets).double().mean())
+    ece = multiclass_calibration_error(logits.softmax(dim=1), targets, num_classes=logits.shape[1], n_bins=15)
+    return {
+        "acc": accuracy,
+        "acc_interval": list(wilson_interval(accuracy, len(targets))),
+        "loss": float(cross_entropy(logits, targets)),
+        "ece": float(ece),
+    }
+
+
+def named(prefix: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metrics under names that begin with `prefix/`."""
+    return {f"{prefix}/{name}": value for name, value in numbers.items()}
+
+
+def numbers_text(numbers: Mapping[str, Any]) -> str:
+    """Return what `scores` returned, in a line."""
+    low, high = numbers["acc_interval"]
+    return (
+        f"accuracy {100 * numbers['acc']:.2f}% ({100 * low:.2f} to {100 * high:.2f}%), "
+        f"loss {numbers['loss']:.4f}, ECE {numbers['ece']:.4f}"
+    )

@@ -1,37 +1,51 @@
 """python -m cifar_tl.predict checkpoint=CHECKPOINT input=IMAGE|FOLDER|ARCHIVE: a table of classes and probabilities."""
 
-import io
-import itertools
-import logging
-import os
 import sys
-import warnings
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
 
 from cifar_tl import cli
-from cifar_tl.errors import UserError, check_int
-from cifar_tl.files import check_writable
-from cifar_tl.prediction_table import Row, choose_format, columns, path_text, write_table
 
-if TYPE_CHECKING:
-    from cifar_tl.data.decode import Decoded
-    from cifar_tl.data.inputs import InputFile
-    from cifar_tl.model.classifier import ImageClassifier
+if __name__ == "__main__":  # before what takes seconds to import
+    sys.exit(cli.run("cifar_tl.predict:main", "predict", sys.argv[1:]))
+
+import csv
+import io
+import itertools
+import json
+import logging
+import os
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cifar_tl.checkpoints import load_trained
+from cifar_tl.data.decode import Decoded, UnreadableImage, decode
+from cifar_tl.data.inputs import InputFile, UnreadableFile, input_files
+from cifar_tl.errors import UserError, check_choice, check_int
+from cifar_tl.files import check_writable, replacing, writing_for
+from cifar_tl.hardware import prepare_for, resolve_accelerator
+from cifar_tl.model.classifier import ImageClassifier
 
 log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+"""A value for each of `columns`; None where there is none."""
 
 SHOWN_ERRORS = 5
 """So many are printed; the table has them all."""
 
-Attempt = tuple[str, "Decoded | str"]
+Attempt = tuple[str, Decoded | str]
 """The path of a file, and its image or what is wrong with it."""
 
 
@@ -54,8 +68,6 @@ def predict(cfg: DictConfig, folder: Path) -> Path:
         UserError: The checkpoint, the input or a key is wrong, or none of the files is an image (the table, which says
             why for each, is written nevertheless).
     """
-    from cifar_tl.data.inputs import input_files  # late, as all that needs torch or PIL: `--help` should not wait
-
     format = choose_format(cfg.format, cfg.output)
     output = Path(cfg.output) if cfg.output is not None else folder / f"predictions.{format}"
     check_writable(output)  # not after an hour's work
@@ -81,7 +93,7 @@ def predict(cfg: DictConfig, folder: Path) -> Path:
     return output
 
 
-def classify(cfg: DictConfig, total: int | None, files: Iterable["InputFile"]) -> tuple[list[Row], int]:
+def classify(cfg: DictConfig, total: int | None, files: Iterable[InputFile]) -> tuple[list[Row], int]:
     """Return a row for each file, in their order, and how many images were resized.
 
     Args:
@@ -92,14 +104,11 @@ def classify(cfg: DictConfig, total: int | None, files: Iterable["InputFile"]) -
     Raises:
         UserError: The checkpoint or a key is wrong.
     """
-    from cifar_tl.hardware import prepare_for, resolve_accelerator
-    from cifar_tl.trained import restore
-
     batch_size = check_int("batch_size", cfg.batch_size, 1)
     top_k = check_int("top_k", cfg.top_k, 1)
     threads = default_threads() if cfg.threads is None else check_int("threads", cfg.threads, 1)
     device = resolve_accelerator(cfg.trainer.accelerator)
-    trained = restore(Path(cfg.checkpoint))
+    trained = load_trained(Path(cfg.checkpoint))
     if top_k > len(trained.classes):
         raise UserError(f"top_k={top_k} is not allowed: {cfg.checkpoint} knows {len(trained.classes)} classes.")
     prepare_for(device, trained.module)
@@ -120,7 +129,7 @@ def default_threads() -> int:
     return min(4, os.cpu_count() or 1)
 
 
-def attempts(files: Iterable["InputFile"], threads: int) -> Iterator[Attempt]:
+def attempts(files: Iterable[InputFile], threads: int) -> Iterator[Attempt]:
     """Read and decode files in a pool of threads, giving them in order; only a few are in memory at a time."""
     waiting: deque[tuple[str, Future[Decoded | str]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
@@ -133,11 +142,8 @@ def attempts(files: Iterable["InputFile"], threads: int) -> Iterator[Attempt]:
             yield path, future.result()
 
 
-def attempt(file: "InputFile") -> "Decoded | str":
+def attempt(file: InputFile) -> Decoded | str:
     """Return the image of a file, or what is wrong with it."""
-    from cifar_tl.data.decode import UnreadableImage, decode
-    from cifar_tl.data.inputs import UnreadableFile
-
     try:
         data = file.read()
         return decode(io.BytesIO(data)) if data else "empty: 0 bytes"
@@ -154,12 +160,9 @@ def batches(items: Iterator[Attempt], size: int) -> Iterator[list[Attempt]]:
 
 
 def predict_batch(
-    classifier: "ImageClassifier", classes: Iterable[str], top_k: int, batch: list[Attempt], device: str
+    classifier: ImageClassifier, classes: Iterable[str], top_k: int, batch: list[Attempt], device: str
 ) -> list[Row]:
     """Return a row for each file of a batch; probabilities are the softmax of the logits, rounded to six digits."""
-    import numpy as np
-    import torch
-
     names = list(classes)
     rows: list[Row] = [dict.fromkeys(columns(top_k)) | {"path": path} for path, _ in batch]
     good = [(row, image) for row, (_, image) in zip(rows, batch, strict=True) if not isinstance(image, str)]
@@ -184,9 +187,6 @@ def predict_batch(
 @contextmanager
 def progress(total: int | None) -> Iterator[Any]:
     """Yield a function that moves a progress bar on by so many files; no bar where nobody sees one."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     console = Console(stderr=True)
     columns = (TextColumn("files"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
@@ -194,5 +194,77 @@ def progress(total: int | None) -> Iterator[Any]:
         yield lambda files: bar.advance(task, files)
 
 
-if __name__ == "__main__":
-    sys.exit(cli.run(main, "predict", sys.argv[1:]))
+def columns(top_k: int) -> list[str]:
+    """Return the names of the columns: path, the classes with their probabilities, best first, note and error."""
+    ranked = [f"{name}_{rank}" for rank in range(1, top_k + 1) for name in ("class", "probability")]
+    return ["path", *ranked, "note", "error"]
+
+
+def path_text(path: str) -> str:
+    """Return a path as UTF-8 text; bytes that are not UTF-8 show as `\\xe9`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def choose_format(format: str | None, output: str | None) -> str:
+    """Return the format that a file should have: `format`, or what the ending of `output` says, or csv.
+
+    Raises:
+        UserError: An unknown format, or pyarrow is needed and not there.
+    """
+    if format is None:
+        format = "csv" if output is None else Path(output).suffix.removeprefix(".").lower()
+        if format not in WRITERS:
+            raise UserError(
+                f"output={output} does not end in .{', .'.join(WRITERS)}: give it such an ending, or say format=."
+            )
+    check_choice("format", format, WRITERS)
+    if format == "parquet" and find_spec("pyarrow") is None:
+        raise UserError(
+            "format=parquet needs pyarrow, which is not installed: `pip install pyarrow`, or take format=csv or json."
+        )
+    return format
+
+
+def write_table(rows: Sequence[Row], top_k: int, path: Path, format: str) -> None:
+    """Write predictions in one step.
+
+    Args:
+        rows: In the order of the file.
+        top_k: Classes per row.
+        path: Of the file; replaced if there is one.
+        format: A key of WRITERS.
+
+    Raises:
+        UserError: It cannot be written there.
+    """
+    with writing_for(path), replacing(path) as partial:
+        WRITERS[format](rows, columns(top_k), partial)
+
+
+def _write_csv(rows: Sequence[Row], names: list[str], path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _write_json(rows: Sequence[Row], names: list[str], path: Path) -> None:
+    records = (json.dumps({name: row[name] for name in names}) for row in rows)
+    path.write_text("[\n" + ",\n".join(records) + "\n]\n", encoding="utf-8")
+
+
+def _write_parquet(rows: Sequence[Row], names: list[str], path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    schema = pyarrow.schema(
+        [(n, pyarrow.float64() if n.startswith("probability_") else pyarrow.string()) for n in names]
+    )
+    parquet.write_table(pyarrow.Table.from_pylist(list(rows), schema), path)
+
+
+WRITERS: dict[str, Callable[[Sequence[Row], list[str], Path], None]] = {
+    "csv": _write_csv,
+    "json": _write_json,
+    "parquet": _write_parquet,
+}

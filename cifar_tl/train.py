@@ -1,23 +1,52 @@
 """python -m cifar_tl.train [group=choice ...] [key=value ...]: the two-phase run, from config to test result."""
 
+import sys
+
+from cifar_tl import cli
+
+if __name__ == "__main__":  # before what takes seconds to import: --help, --cfg job and mistyped keys do without
+    sys.exit(cli.run("cifar_tl.train:main", "train", sys.argv[1:]))
+
 import gc
 import logging
+import math
 import os
-import sys
 from pathlib import Path
+from typing import Any
 
+import lightning as L
+import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from cifar_tl import cli
+from cifar_tl.build import (
+    build_callbacks,
+    build_datamodule,
+    build_loggers,
+    build_module,
+    build_schedule,
+    build_trainer,
+    plain,
+    quieten_lightning,
+    run_facts,
+)
+from cifar_tl.checkpoints import BEST, LAST, PacedCheckpointIO, read_checkpoint
+from cifar_tl.data.datamodule import CIFAR10DataModule
+from cifar_tl.errors import Interrupted, UserError, check_int
+from cifar_tl.hardware import prepare_for, resolve_accelerator
+from cifar_tl.model.module import ResNet50Classifier
+from cifar_tl.model.optim import optimizer_text
+from cifar_tl.model.weights import load_weights
+from cifar_tl.reports.run_page import write_run_report
+from cifar_tl.runs.formatting import duration_text, percent, result_text
+from cifar_tl.runs.record import read_metrics
+from cifar_tl.schedule import epochs_text, stages_text
 
 log = logging.getLogger(__name__)
 
 
 def main(cfg: DictConfig) -> float:
-    """Train, test, draw the report and return the best validation accuracy, for sweeps."""
-    from cifar_tl.run import train  # late: `--help` should not wait for torch
-
+    """Train, test, draw the run's page and return the best validation accuracy, for sweeps."""
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
     metrics = train(cfg, folder, experiment=hydra.runtime.choices["experiment"])
@@ -26,10 +55,94 @@ def main(cfg: DictConfig) -> float:
     return float(metrics["best/val/acc"])
 
 
+def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
+    """Carry out a run, or continue the one in `folder` if `cfg.resume` is set.
+
+    Args:
+        cfg: As composed from conf/train.yaml.
+        folder: The run's; gets checkpoints, logs and metrics.json.
+        experiment: Name of the choice in conf/experiment, for the record.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        UserError: A mistake in the config, the data, the weights or the checkpoint.
+        Interrupted: Ctrl-C.
+    """
+    quieten_lightning()
+    L.seed_everything(check_int("seed", cfg.seed, 0), workers=True, verbose=False)
+    build_schedule(cfg)  # its mistakes before anything is read
+    datamodule = build_datamodule(cfg)
+    module = build_module(cfg, datamodule.classes)
+    prepare_for(resolve_accelerator(cfg.trainer.accelerator), module)
+    if cfg.model.compile:
+        module.backbone.compile()
+    last = folder / "checkpoints" / LAST
+    weights_sha256 = fill_backbone(cfg, module, last)
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+
+    facts = run_facts(cfg, datamodule, experiment, weights_sha256)
+    module.provenance = {"config": plain(cfg), "facts": facts}
+    batches = math.ceil(datamodule.sizes["train"] / cfg.data.batch_size)
+    trainer = build_trainer(
+        {**cfg.trainer, "log_every_n_steps": min(cfg.trainer.log_every_n_steps, batches)},
+        logger=build_loggers(cfg, folder),
+        callbacks=build_callbacks(cfg, datamodule, facts, folder),
+        plugins=PacedCheckpointIO(),
+        default_root_dir=folder,
+    )
+    for logger in trainer.loggers:
+        logger.log_hyperparams(plain(cfg))
+    log.info("%s", plan_text(cfg, datamodule, facts, folder))
+    try:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=last if cfg.resume else None, weights_only=True)
+        return test_best(trainer, module, datamodule, folder)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU ran out of memory at data.batch_size={cfg.data.batch_size}. Lower it. ({error})"
+        ) from error
+    except SystemExit as stop:  # how Lightning ends after Ctrl-C
+        raise Interrupted(interrupted_text(folder, last)) from stop
+
+
+def fill_backbone(cfg: DictConfig, module: ResNet50Classifier, last: Path) -> str | None:
+    """Load the ImageNet weights of a new run; return their file's SHA-256, for a resumed run that of its checkpoint."""
+    if cfg.resume is not None:
+        sha256: str | None = read_checkpoint(last)["cifar_tl"]["facts"]["weights_sha256"]
+        return sha256
+    if cfg.model.weights is None:
+        return None
+    return load_weights(module.backbone, cfg.model.weights, cfg.model.filter_rms)
+
+
+def test_best(
+    trainer: L.Trainer, module: ResNet50Classifier, datamodule: CIFAR10DataModule, folder: Path
+) -> dict[str, Any]:
+    """Measure the best epoch's weights on the test set, the run's one look at it, and say what came out."""
+    module.load_state_dict(read_checkpoint(folder / "checkpoints" / BEST)["state_dict"])
+    trainer.test(module, datamodule=datamodule, verbose=False)
+    metrics = read_metrics(folder)
+    log.info(
+        "\n%s\n  best epoch  %d of 0..%d, validation accuracy %s\n  time        %s\n  results     %s\n"
+        "  figures     tensorboard --logdir %s",
+        result_text(metrics, datamodule.sizes["test"]),
+        metrics["best/epoch"],
+        metrics["plan"][-1]["end"] - 1,
+        percent(metrics["best/val/acc"]),
+        ", ".join(
+            f"{phase['name']} {duration_text(phase['seconds'])} ({phase['images_per_s']:,.0f} images/s)"
+            for phase in metrics["phases"]
+        ),
+        folder / "metrics.json",
+        folder,
+    )
+    return metrics
+
+
 def draw_report(folder: Path) -> None:
     """Draw the run's page and say where it is; a run with its result written is worth more than the page."""
-    from cifar_tl.reports.run_page import write_run_report  # late: `--help` should not wait for matplotlib
-
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return  # one process of several draws
     try:
@@ -43,5 +156,39 @@ def draw_report(folder: Path) -> None:
         )
 
 
-if __name__ == "__main__":
-    sys.exit(cli.run(main, "train", sys.argv[1:]))
+def plan_text(cfg: DictConfig, datamodule: CIFAR10DataModule, facts: dict[str, Any], folder: Path) -> str:
+    """Return what is about to happen, formatted for the console."""
+    sizes, schedule = datamodule.sizes, build_schedule(cfg)
+    weights = cfg.model.weights or "random"
+    if facts["weights_sha256"]:
+        scale = f"filters at RMS {facts['filter_rms']:g}" if facts["filter_rms"] else "filters as in the file"
+        weights += f" (SHA-256 {facts['weights_sha256'][:12]}), {scale}"
+    source = f"{cfg.data.name}, {cfg.data.root}" if "root" in cfg.data else cfg.data.name
+    lines = [
+        f"data       {source}: {sizes['train']:,} images to train, {sizes['val']:,} to validate, 32x32",
+        f"weights    {weights}",
+        f"device     {facts['device']}, {facts['precision']}, {facts['threads']} threads",
+        f"folder     {folder}",
+    ]
+    for phase in schedule.phases:
+        rates = schedule.peak_learning_rates(phase)
+        backbone = f", backbone {rates['backbone']:g}" if phase.stages else ""
+        optimizer = optimizer_text(cfg.finetune.optimizer, unfrozen=bool(phase.stages))
+        lines.append(
+            f"phase      {phase.name}, epochs {epochs_text(phase)}: {stages_text(phase.stages)}; "
+            f"{optimizer}, {schedule.schedule} learning rate, head {rates['head']:g}{backbone}"
+        )
+    if cfg.resume is not None:
+        lines.append(f"resuming   after the last finished epoch in {folder / 'checkpoints' / LAST}")
+    return "\n".join(lines)
+
+
+def interrupted_text(folder: Path, last: Path) -> str:
+    """Return what Ctrl-C left and how to go on."""
+    if not last.is_file():
+        return "Interrupted before the first epoch was over: nothing to resume. Start the run again."
+    metrics = read_metrics(folder)
+    return (
+        f"Interrupted. {len(metrics['epoch'])} of {metrics['plan'][-1]['end']} epochs are saved in {last}. Continue "
+        f"with\n  python -m cifar_tl.train resume={folder}"
+    )

@@ -1,5 +1,5 @@
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hydra
@@ -7,6 +7,7 @@ import pytest
 from omegaconf import DictConfig
 
 from cifar_tl.cli import conf_folder
+from cifar_tl.model.backbone import Backbone
 
 TINY = (
     "experiment=demo",
@@ -18,6 +19,24 @@ TINY = (
     "logger=csv",
 )
 """Both phases on 40 generated images: 3 steps an epoch, 2 + 2 epochs, seconds."""
+
+
+RESNET50 = Backbone.blocks
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_blocks() -> Iterator[None]:
+    """Give tests one block per layer, a third of the parameters; `@pytest.mark.resnet50` brings ResNet-50 back."""
+    Backbone.blocks = (1, 1, 1, 1)
+    yield
+    Backbone.blocks = RESNET50
+
+
+@pytest.fixture(autouse=True)
+def all_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give marked tests all blocks."""
+    if request.node.get_closest_marker("resnet50"):
+        monkeypatch.setattr(Backbone, "blocks", RESNET50)
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +62,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def tiny_run(compose: Callable[..., DictConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of TINY, trained once; for reading only."""
-    from cifar_tl.run import train
+    from cifar_tl.train import train
 
     folder = tmp_path_factory.mktemp("tiny")
     train(compose(*TINY), folder, "demo")

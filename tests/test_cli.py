@@ -13,8 +13,6 @@ from conftest import TINY
 
 from cifar_tl import cli
 from cifar_tl.data import download
-from cifar_tl.evaluate import evaluate
-from cifar_tl.train import main
 
 
 @pytest.fixture
@@ -22,7 +20,7 @@ def command(tmp_path, monkeypatch, capsys):
     """Run a command in an empty folder; return its exit code and what it printed."""
     monkeypatch.chdir(tmp_path)
 
-    def command(*arguments, task=main, config_name="train"):
+    def command(*arguments, task="cifar_tl.train:main", config_name="train"):
         code = cli.run(task, config_name, list(arguments))
         captured = capsys.readouterr()
         return code, captured.out, captured.err
@@ -33,11 +31,11 @@ def command(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["experimnt=best32"], "experimnt is no key of this program. Did you mean experiment?"),
-        (["modle.dropout=0.5"], "modle.dropout is no key of this program. Did you mean model.dropout?"),
+        (["experimnt=best32"], "Unknown config key experimnt. Did you mean experiment?"),
+        (["modle.dropout=0.5"], "Unknown config key modle.dropout. Did you mean model.dropout?"),
         (["finetune.head_rl=1"], "Did you mean finetune.head_lr"),
         (["experiment=dmo"], "demo"),
-        (["+model.dropuot=0.5"], "adds a key that nothing reads"),
+        (["+model.dropuot=0.5"], "adds a config key that nothing reads"),
         ([*TINY, "finetune.unfreeze_at_epoch=4"], "unfreeze_at_epoch=4 is never reached: trainer.max_epochs=4"),
         ([*TINY, "data.batch_size=0"], "data.batch_size=0 is not allowed: give a whole number of at least 1"),
         ([*TINY, "data.batch_size=abc"], "data.batch_size=abc"),
@@ -93,14 +91,14 @@ def test_a_damaged_data_file_is_named(command, tmp_path, shared, damage, said):
 def test_a_truncated_checkpoint_is_named(command, tmp_path):
     torch.save({"x": torch.zeros(1000)}, tmp_path / "c.ckpt")
     (tmp_path / "c.ckpt").write_bytes((tmp_path / "c.ckpt").read_bytes()[:2000])
-    code, _, err = command("checkpoint=c.ckpt", task=evaluate, config_name="evaluate")
+    code, _, err = command("checkpoint=c.ckpt", task="cifar_tl.evaluate:main", config_name="evaluate")
     assert code == 1
     assert "c.ckpt cannot be read: it is truncated" in err
 
 
 def test_somebody_elses_checkpoint_is_refused(command, tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "c.ckpt")
-    code, _, err = command("checkpoint=c.ckpt", task=evaluate, config_name="evaluate")
+    code, _, err = command("checkpoint=c.ckpt", task="cifar_tl.evaluate:main", config_name="evaluate")
     assert code == 1
     assert "was not written by cifar_tl.train" in err
 
@@ -170,9 +168,12 @@ def test_ctrl_c_says_what_is_saved_and_the_run_can_be_resumed(tmp_path):
     assert metrics["epoch"] == list(range(saved + 2))
 
 
-def test_help_does_not_wait_for_torch(tmp_path):
-    code = (
-        "import sys; from cifar_tl import cli, train; cli.run(train.main, 'train', ['--cfg', 'job']); "
-        "assert 'torch' not in sys.modules and 'lightning' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=tmp_path)
+@pytest.mark.parametrize("program", ["train", "evaluate", "predict", "export"])
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["sed=1"]], ids=lambda arguments: arguments[0])
+def test_help_and_typos_do_not_wait_for_torch(tmp_path, program, arguments):
+    command = [sys.executable, "-X", "importtime", "-m", f"cifar_tl.{program}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == (1 if arguments == ["sed=1"] else 0)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "hydra" in imported
+    assert imported.isdisjoint({"torch", "lightning", "matplotlib"})

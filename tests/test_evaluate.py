@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy, pad
 
 from cifar_tl import cli
+from cifar_tl.checkpoints import load_trained
 from cifar_tl.data import robustness
 from cifar_tl.data.cifar10 import Cifar10
 from cifar_tl.data.splits import split_train_val
@@ -16,7 +17,6 @@ from cifar_tl.errors import UserError
 from cifar_tl.evaluate import evaluate, main
 from cifar_tl.model.temperature import fit_temperature
 from cifar_tl.model.tta import AUGMENTED, identity, mirrored, shifted_in, shifted_out
-from cifar_tl.trained import restore
 
 
 def logits_by_hand(trained, images):
@@ -42,7 +42,7 @@ def checkpoint(tiny_checkpoint, tmp_path_factory):
     """The tiny checkpoint with its last layer fitted: it has learned too little to tell one image from another."""
     path = tmp_path_factory.mktemp("sharp") / "best.ckpt"
     content = torch.load(tiny_checkpoint, weights_only=True)
-    trained = restore(tiny_checkpoint)
+    trained = load_trained(tiny_checkpoint)
     images, targets = Synthetic(60, 300).test()  # neither the run's validation nor its test images
     last, trained.module.head[-1] = trained.module.head[-1], torch.nn.Identity()
     features = logits_by_hand(trained, images).double()
@@ -83,7 +83,7 @@ def test_precision_is_the_runs(compose, tiny_checkpoint, tmp_path):
 
 def test_flip_and_shift_are_airbenchs(evaluated, checkpoint):
     images, targets = Synthetic(60, 20).test()
-    trained = restore(checkpoint)
+    trained = load_trained(checkpoint)
 
     def mirror(images):
         return 0.5 * logits_by_hand(trained, images) + 0.5 * logits_by_hand(trained, images.flip(-1))
@@ -109,7 +109,7 @@ def test_views_are_different_and_their_weights_add_up_to_1():
 
 
 def test_temperature_is_fitted_on_the_runs_validation_split_alone(evaluated, checkpoint):
-    trained = restore(checkpoint)
+    trained = load_trained(checkpoint)
     images, targets = Synthetic(60, 20).train()
     _, val = split_train_val(targets, 20, None, 0)
     logits = logits_by_hand(trained, images[val]).double()
@@ -123,7 +123,7 @@ def test_temperature_is_fitted_on_the_runs_validation_split_alone(evaluated, che
 
 def test_loss_and_ece_are_reported_before_and_after(evaluated, checkpoint):
     images, targets = Synthetic(60, 20).test()
-    logits = logits_by_hand(restore(checkpoint), images)
+    logits = logits_by_hand(load_trained(checkpoint), images)
     assert evaluated["test/ece"] == pytest.approx(ece_by_hand(logits, targets), rel=1e-4)
     calibrated = logits / evaluated["temperature"]
     assert evaluated["test/calibrated/loss"] == pytest.approx(float(cross_entropy(calibrated, targets)), rel=1e-4)
@@ -179,7 +179,7 @@ def test_cifar10_1(compose, cifar_checkpoint, root):
     result = evaluate(compose(*overrides, "cifar10_1=v6", config_name="evaluate"))
     images = torch.from_numpy(np.load(root / "cifar10.1_v6_data.npy")).permute(0, 3, 1, 2)
     targets = torch.from_numpy(np.load(root / "cifar10.1_v6_labels.npy")).long()
-    logits = logits_by_hand(restore(cifar_checkpoint), images)
+    logits = logits_by_hand(load_trained(cifar_checkpoint), images)
     assert result["cifar10.1_v6/acc"] == float((logits.argmax(dim=1) == targets).double().mean())
     assert result["cifar10.1_v6/loss"] == pytest.approx(float(cross_entropy(logits, targets)), rel=1e-4)
     assert "cifar10.1_v6/flip_shift/acc" in result
@@ -192,7 +192,7 @@ def test_cifar10_1_has_two_versions(root):
 def test_cifar10_c_by_severity_and_mean(compose, cifar_checkpoint, root):
     overrides = (f"checkpoint='{cifar_checkpoint}'", f"data.root='{root}'", "trainer.accelerator=cpu")
     result = evaluate(compose(*overrides, "cifar10_c=[fog,saturate]", config_name="evaluate"))
-    trained = restore(cifar_checkpoint)
+    trained = load_trained(cifar_checkpoint)
     expected = {}
     for name in ("fog", "saturate"):
         images = torch.from_numpy(np.load(root / "CIFAR-10-C" / f"{name}.npy")).permute(0, 3, 1, 2)

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from cifar_tl import cli
+from cifar_tl.checkpoints import load_trained
 from cifar_tl.data.synthetic import Synthetic
 from cifar_tl.errors import UserError
-from cifar_tl.export import export, main
-from cifar_tl.exporters import EXPORTERS, quiet
+from cifar_tl.export import EXPORTERS, export, main, quiet
+from cifar_tl.model.backbone import Backbone
 from cifar_tl.model.classifier import ImageClassifier
-from cifar_tl.trained import restore
 
 FORMATS = list(EXPORTERS)
 IMAGES = Synthetic(10, 12).test()[0]
@@ -27,7 +27,11 @@ INPUT = {"onnx": "uint8", "torchscript": "float", "torch_export": "uint8"}
 def onnx(tiny_checkpoint, tmp_path_factory):
     """Export to ONNX as a user does; return the file and the finished process."""
     folder = tmp_path_factory.mktemp("onnx")
-    command = [sys.executable, "-m", "cifar_tl.export", f"checkpoint='{tiny_checkpoint}'", "output=model.onnx"]
+    code = (
+        "import sys; from cifar_tl import cli; from cifar_tl.model.backbone import Backbone; "
+        f"Backbone.blocks = {Backbone.blocks}; sys.exit(cli.run('cifar_tl.export:main', 'export', sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, f"checkpoint='{tiny_checkpoint}'", "output=model.onnx"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     return folder / "model.onnx", done
 
@@ -52,7 +56,7 @@ def loaded(exported):
 @pytest.fixture(scope="session")
 def expected(tiny_checkpoint):
     """The checkpoint's logits for IMAGES, normalized by hand."""
-    trained = restore(tiny_checkpoint)
+    trained = load_trained(tiny_checkpoint)
     mean, std = (torch.tensor(trained.facts["normalization"][key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     with torch.no_grad():
         return trained.module((IMAGES / 255 - mean) / std)
@@ -71,7 +75,7 @@ def test_the_file_gives_the_checkpoints_logits_for_any_batch(loaded, expected, f
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_file_says_what_it_is(loaded, tiny_checkpoint, format):
     _, found = loaded[format]
-    trained = restore(tiny_checkpoint)
+    trained = load_trained(tiny_checkpoint)
     assert json.loads(found["classes"]) == list(trained.classes)
     assert found["input"].startswith("uint8" if INPUT[format] == "uint8" else "float32")
     assert "softmax" in found["output"]
@@ -179,7 +183,7 @@ def test_a_mistake_gets_a_readable_error(tiny_checkpoint, tmp_path, monkeypatch,
 
 
 def test_a_missing_package_is_named(compose, tmp_path, monkeypatch):
-    monkeypatch.setattr("cifar_tl.exporters.find_spec", lambda name: None if name == "onnxscript" else "there")
+    monkeypatch.setattr("cifar_tl.export.find_spec", lambda name: None if name == "onnxscript" else "there")
     with pytest.raises(UserError, match="not installed: `pip install onnxscript`"):
         export(compose("checkpoint=nowhere.ckpt", config_name="export"), tmp_path)
 

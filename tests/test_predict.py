@@ -5,8 +5,6 @@ import io
 import json
 import os
 import struct
-import subprocess
-import sys
 import tarfile
 import zipfile
 import zlib
@@ -19,10 +17,10 @@ from PIL import Image
 
 from cifar_tl import cli
 from cifar_tl.benchmarks import predict as benchmark
+from cifar_tl.checkpoints import load_trained
 from cifar_tl.data import inputs
 from cifar_tl.errors import UserError
 from cifar_tl.predict import main, predict
-from cifar_tl.trained import restore
 
 
 def picture(size=(48, 40), mode="RGB", seed=0):
@@ -171,7 +169,7 @@ def test_every_file_has_a_row_in_sorted_order_hidden_ones_none(hostile, run, row
 def test_probabilities_are_the_softmax_of_the_checkpoints_logits(run, tiny_checkpoint, tmp_path):
     picture((32, 32)).save(tmp_path / "image.png")
     (row,) = run(tmp_path / "image.png", "top_k=10")
-    trained = restore(tiny_checkpoint)
+    trained = load_trained(tiny_checkpoint)
     mean, std = (torch.tensor(trained.facts["normalization"][key]).view(3, 1, 1) for key in ("mean", "std"))
     pixels = torch.from_numpy(np.asarray(picture((32, 32))).copy()).permute(2, 0, 1).float() / 255
     with torch.no_grad():
@@ -216,7 +214,7 @@ def test_csv_json_and_parquet_say_the_same(hostile, run, compose, tiny_checkpoin
 
 
 def test_parquet_without_pyarrow_is_refused_before_the_work(compose, tmp_path, monkeypatch):
-    monkeypatch.setattr("cifar_tl.prediction_table.find_spec", lambda name: None)
+    monkeypatch.setattr("cifar_tl.predict.find_spec", lambda name: None)
     cfg = compose("checkpoint=nowhere.ckpt", "input=nowhere", "format=parquet", config_name="predict")
     with pytest.raises(UserError, match="`pip install pyarrow`"):
         predict(cfg, tmp_path)
@@ -381,15 +379,6 @@ def test_what_it_says(command, tmp_path):
     assert "error       'text/readme.txt': no image" in out
     assert (tmp_path / "table.csv").read_text().splitlines()[0].startswith("path,class_1,probability_1,")
     assert not list(tmp_path.glob("**/*.partial*"))
-
-
-@pytest.mark.parametrize("program", ["predict", "export", "evaluate"])
-def test_help_does_not_wait_for_torch(tmp_path, program):
-    code = (
-        f"import sys; from cifar_tl import cli, {program}; cli.run({program}.main, '{program}', ['--cfg', 'job']); "
-        "assert 'torch' not in sys.modules and 'lightning' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=tmp_path)
 
 
 def test_the_benchmark_prints_its_figures(capsys):

@@ -8,8 +8,8 @@ from conftest import TINY
 
 from cifar_tl.errors import UserError
 from cifar_tl.model.module import ResNet50Classifier
-from cifar_tl.run import train
 from cifar_tl.runs.resume import with_overrides_of_resumed_run
+from cifar_tl.train import train
 
 # everything random is on: shuffling, augmentation, dropout; the unfreeze is at epoch 2 of 4
 RANDOM = (*TINY, "model.dropout=0.2", "finetune.warmup_epochs=0.5", "finetune.optimizer=muon")

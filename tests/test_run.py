@@ -9,7 +9,8 @@ from conftest import TINY
 
 from cifar_tl.evaluate import evaluate
 from cifar_tl.model.module import ResNet50Classifier
-from cifar_tl.run import train, wilson_interval
+from cifar_tl.runs.metrics import wilson_interval
+from cifar_tl.train import train
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,7 @@ def test_same_seed_same_run_other_seed_other_run(run, compose, tmp_path):
     assert train(compose(*TINY, "seed=1"), tmp_path / "other", "demo")["train/loss"] != expected["train/loss"]
 
 
+@pytest.mark.resnet50
 def test_real_data_and_real_weights(compose, shared, tmp_path):
     overrides = (
         f"data.root='{shared / 'data'}'",

@@ -29,10 +29,10 @@ def main(arguments: list[str]) -> int:
 
     from cifar_tl.benchmarks import frozen, pipeline, step, whole  # late: --help should not wait for torch
     from cifar_tl.benchmarks.setting import Setting
-    from cifar_tl.callbacks.run_recorder import git_state
+    from cifar_tl.build import quieten_lightning
     from cifar_tl.errors import UserError
     from cifar_tl.hardware import environment, resolve_accelerator
-    from cifar_tl.run import quieten_lightning
+    from cifar_tl.runs.record import git_state
 
     measures = {
         "pipeline": ("Input pipeline, batches of 128, flip and crop", pipeline.measure),

@@ -4,7 +4,7 @@ import shutil
 from typing import Any
 
 from cifar_tl.benchmarks.setting import Setting, summary, take_turns
-from cifar_tl.run import train
+from cifar_tl.train import train
 
 EPOCHS = 10
 

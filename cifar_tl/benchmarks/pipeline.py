@@ -8,10 +8,10 @@ import torch
 
 from cifar_tl.benchmarks.setting import Setting, summary, take_turns
 from cifar_tl.benchmarks.torchvision_way import dataloader
+from cifar_tl.build import build_source
 from cifar_tl.data.augment import Augment
-from cifar_tl.data.datamodule import build_source
+from cifar_tl.data.batch import IMAGENET_MEAN, IMAGENET_STD
 from cifar_tl.data.loader import ArrayLoader
-from cifar_tl.model.backbone import IMAGENET_MEAN, IMAGENET_STD
 
 IMAGES = 4000
 """A DataLoader's share of a turn; ours takes its turns on ten times as many, to be measurable."""

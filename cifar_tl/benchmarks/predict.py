@@ -14,13 +14,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
+from cifar_tl.build import build_module
 from cifar_tl.cli import conf_folder
+from cifar_tl.data.batch import IMAGENET_MEAN, IMAGENET_STD
 from cifar_tl.data.inputs import input_files
 from cifar_tl.data.synthetic import Synthetic
 from cifar_tl.hardware import device_name, resolve_accelerator
-from cifar_tl.model.backbone import IMAGENET_MEAN, IMAGENET_STD
 from cifar_tl.predict import attempts, default_threads, predict
-from cifar_tl.run import build_module
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,7 +84,8 @@ def write_checkpoint(path: Path) -> None:
     }
     module = build_module(cfg, Synthetic.classes)
     provenance = {"config": OmegaConf.to_container(cfg, resolve=True), "facts": facts}
-    torch.save({"state_dict": module.state_dict(), "epoch": 0, "cifar_tl": provenance}, path)
+    parts = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams), "epoch": 0}
+    torch.save({**parts, "cifar_tl": provenance}, path)
 
 
 def compose(config_name: str, *overrides: str) -> DictConfig:

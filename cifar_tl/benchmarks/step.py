@@ -13,14 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cifar_tl.benchmarks.setting import Setting, summary, take_turns
 from cifar_tl.benchmarks.torchvision_way import Classifier, dataloader
-from cifar_tl.callbacks.backbone_unfreeze import BackboneUnfreeze
+from cifar_tl.build import build_datamodule, build_module, build_unfreeze
 from cifar_tl.callbacks.epoch_seed import EpochSeed
 from cifar_tl.callbacks.freeze_guard import CHECKED_STEPS, FreezeGuard
-from cifar_tl.data.datamodule import build_datamodule
 from cifar_tl.hardware import device_name, prepare_for
 from cifar_tl.model.backbone import Backbone
 from cifar_tl.model.module import ResNet50Classifier
-from cifar_tl.run import build_augment, build_module, build_schedule
 
 WARM_UP = CHECKED_STEPS + 1
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}
@@ -82,7 +80,6 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
 def candidates(setting: Setting, batch_size: int) -> dict[str, Callable[[], float]]:
     """Return the loops, each as a function that runs some steps and returns images a second."""
     config = setting.config("finetune=full", f"data.batch_size={batch_size}")
-    plan = build_schedule(config)
     timed = max(4, 512 // batch_size)
     steps = WARM_UP + timed
 
@@ -94,7 +91,7 @@ def candidates(setting: Setting, batch_size: int) -> dict[str, Callable[[], floa
 
     def ours(compiled: bool = False, optimizer: str = "adamw", **options: Any) -> float:
         clock = Clock(setting, steps)
-        callbacks = [EpochSeed(0), BackboneUnfreeze(plan, "frozen", compiled), FreezeGuard(plan, "frozen"), clock]
+        callbacks = [EpochSeed(0), build_unfreeze(config), FreezeGuard(0, max_epochs=config.trainer.max_epochs), clock]
         options = {**fit_options(setting, steps), **options}
         trainer = L.Trainer(**options, callbacks=callbacks, benchmark=setting.device == "cuda")
         module = ours_module(optimizer)
@@ -105,7 +102,8 @@ def candidates(setting: Setting, batch_size: int) -> dict[str, Callable[[], floa
 
     def bare() -> float:
         module = ours_module().to(setting.device)
-        BackboneUnfreeze(plan, "frozen").apply(module, plan.phase(0))
+        unfreeze = build_unfreeze(config)
+        unfreeze.apply(module, unfreeze.schedule.phase(0))
         optimizer = module.configure_optimizers()
         for group in optimizer.param_groups:
             group["lr"] = 1e-3
@@ -129,7 +127,7 @@ def candidates(setting: Setting, batch_size: int) -> dict[str, Callable[[], floa
         trainer.fit(Classifier(len(datamodule.classes), 1e-3), theirs)
         return timed * batch_size / clock.seconds
 
-    datamodule = build_datamodule(config.data, build_augment(config), seed=0)
+    datamodule = build_datamodule(config)
     datamodule.prepare_data()
     datamodule.setup("fit")
     ours()  # puts the images onto the device, where the bare loop takes them from

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision import transforms
 
-from cifar_tl.model.backbone import FEATURES, IMAGENET_MEAN, IMAGENET_STD
+from cifar_tl.data.batch import IMAGENET_MEAN, IMAGENET_STD
+from cifar_tl.model.backbone import FEATURES
 from cifar_tl.model.head import dense_head
 
 

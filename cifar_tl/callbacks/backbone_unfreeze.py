@@ -2,53 +2,119 @@
 
 import lightning as L
 import torch
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from cifar_tl.callbacks import freezing
-from cifar_tl.errors import check_choice
-from cifar_tl.model.module import ResNet50Classifier
+from cifar_tl.errors import UserError, check_choice
 from cifar_tl.schedule import FinetuneSchedule, Phase
 
 
 class BackboneUnfreeze(L.Callback):
-    """Freeze the backbone until `plan.unfreeze_at_epoch`, then unfreeze it and drop the learning rates.
+    """Freeze the backbone until `unfreeze_at_epoch`, then unfreeze it and drop the learning rates.
 
-    What trains and how fast is a function of the epoch (see FinetuneSchedule), applied anew at the start of every epoch: a
-    resumed run is in the right phase by construction (Lightning issue 21901). Parameter groups exist from step 0, and no
-    scheduler touches their rates.
+    Works on any LightningModule with a `backbone` and a `head` whose optimizer has the parameters of both, in groups of
+    their own, from step 0, and no learning rate scheduler. What trains and how fast is a function of the epoch, applied
+    anew at the start of every epoch: a resumed run is in the right phase by construction (Lightning issue 21901).
 
     Args:
-        plan: Phases and learning rates.
-        batchnorm: One of freezing.BATCHNORM_POLICIES, for the stages that train.
-        compiled: The backbone is compiled, and has to be compiled anew for every phase.
+        unfreeze_at_epoch: First epoch of fine-tuning; 0 trains everything from the start, None never unfreezes.
+        head_lr: Learning rate of the head while the backbone is frozen.
+        backbone_lr: Learning rate of the backbone once it trains.
+        head_lr_unfrozen: Learning rate of the head once the backbone trains; None for `head_lr`.
+        schedule: `constant` or `cosine` (to zero), once for the frozen epochs and once for the others.
+        warmup_epochs: Epochs of linear warm-up at the start of both, fractions allowed.
+        stage_epochs: Epochs between the unfreezing of two stages of a torchvision ResNet; 0 unfreezes all at once.
+        batchnorm: One of freezing.BATCHNORM_POLICIES, for what trains.
+        max_epochs: Epochs of the whole run; None for the Trainer's.
+        compiled: The backbone is compiled by torch.compile, and has to be compiled anew for every phase.
+
+    Raises:
+        UserError: A value that cannot be, or an unfreeze that is never reached; without `max_epochs`, when fit starts.
     """
 
-    def __init__(self, plan: FinetuneSchedule, batchnorm: str, compiled: bool = False) -> None:
-        self.plan = plan
-        self.compiled = compiled
-        self.batchnorm = check_choice("finetune.batchnorm", batchnorm, freezing.BATCHNORM_POLICIES)
-        self._adapting: list[RemovableHandle] = []
+    schedule: FinetuneSchedule
 
-    def apply(self, module: ResNet50Classifier, phase: Phase) -> None:
-        """Put the module into a phase, whatever phase it was in."""
+    def __init__(
+        self,
+        unfreeze_at_epoch: int | None,
+        head_lr: float,
+        backbone_lr: float,
+        head_lr_unfrozen: float | None = None,
+        schedule: str = "cosine",
+        warmup_epochs: float = 0.0,
+        stage_epochs: int = 0,
+        batchnorm: str = "frozen",
+        max_epochs: int | None = None,
+        compiled: bool = False,
+    ) -> None:
+        self.batchnorm = check_choice("finetune.batchnorm", batchnorm, freezing.BATCHNORM_POLICIES)
+        self.compiled = compiled
+        self._schedule = {
+            "unfreeze_at_epoch": unfreeze_at_epoch,
+            "head_lr": head_lr,
+            "backbone_lr": backbone_lr,
+            "head_lr_unfrozen": head_lr_unfrozen,
+            "schedule": schedule,
+            "warmup_epochs": warmup_epochs,
+            "stage_epochs": stage_epochs,
+        }
+        self._max_epochs = max_epochs
+        self._adapting: list[RemovableHandle] = []
+        if max_epochs is not None:
+            self.schedule = FinetuneSchedule(max_epochs, **self._schedule)  # type: ignore[arg-type]  # checked there
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check the module, and take the number of epochs from the Trainer."""
+        for name in ("backbone", "head"):
+            if not isinstance(getattr(pl_module, name, None), nn.Module):
+                raise UserError(f"{type(pl_module).__name__} has no module named {name}, which BackboneUnfreeze needs.")
+        if stage == "fit" and self._max_epochs is None:
+            self.schedule = FinetuneSchedule(trainer.max_epochs, **self._schedule)  # type: ignore[arg-type]
+
+    def apply(self, module: nn.Module, phase: Phase) -> None:
+        """Put a module with a backbone and a head into a phase, whatever phase it was in."""
         for handle in self._adapting:
             handle.remove()
-        freezing.freeze(module.backbone)
-        module.head.requires_grad_(True)
-        module.head.train()
-        training = [m for stage in phase.stages for m in freezing.stage_modules(module.backbone, stage)]
+        backbone, head = module.get_submodule("backbone"), module.get_submodule("head")
+        freezing.freeze(backbone)
+        head.requires_grad_(True)
+        head.train()
+        training = freezing.training_modules(backbone, phase.stages)
         freezing.unfreeze(training, self.batchnorm)
         self._adapting = freezing.adapt_statistics(training) if self.batchnorm == "adapt" else []
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Find out whose learning rate each parameter group has.
+
+        Raises:
+            UserError: A group with parameters of both, or of neither.
+        """
+        members = {name: {id(p) for p in pl_module.get_submodule(name).parameters()} for name in ("head", "backbone")}
+        self._modules: list[list[str]] = []
+        for optimizer in trainer.optimizers:
+            self._modules.append([])
+            for number, group in enumerate(optimizer.param_groups):
+                ids = {id(p) for p in group["params"]}
+                whose = [name for name, theirs in members.items() if ids & theirs]
+                if len(whose) != 1:
+                    raise UserError(
+                        f"Parameter group {number} of {type(optimizer).__name__} has parameters of "
+                        f"{' and '.join(whose) or 'neither head nor backbone'}. Give the optimizer groups of their own "
+                        f"for head and backbone, both from step 0, as parameter_groups() of cifar_tl.model.optim does."
+                    )
+                self._modules[-1].append(whose[0])
+        if trainer.lr_scheduler_configs:
+            raise UserError("BackboneUnfreeze owns the learning rates: return no scheduler from configure_optimizers.")
+
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Enter the epoch's phase; at the unfreeze, drop what the optimizer remembers of the frozen phase."""
-        assert isinstance(pl_module, ResNet50Classifier)
         epoch = trainer.current_epoch
-        phase = self.plan.phase(epoch)
+        phase = self.schedule.phase(epoch)
         self.apply(pl_module, phase)
         if self.compiled and epoch == phase.start > 0:
             torch.compiler.reset()  # a graph of the frozen phase gives no gradients
-        if epoch == self.plan.unfreeze_at_epoch:
+        if epoch == self.schedule.unfreeze_at_epoch:
             for optimizer in trainer.optimizers:
                 optimizer.state.clear()  # a second phase is a second training: moments of the first would steer it
 
@@ -56,9 +122,9 @@ class BackboneUnfreeze(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
         """Set every group's learning rate for this step."""
-        rates = self.plan.learning_rates(trainer.current_epoch, batch_idx, int(trainer.num_training_batches))
-        for optimizer in trainer.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rates[group["part"]]
+        rates = self.schedule.learning_rates(trainer.current_epoch, batch_idx, int(trainer.num_training_batches))
+        for optimizer, modules in zip(trainer.optimizers, self._modules, strict=True):
+            for group, name in zip(optimizer.param_groups, modules, strict=True):
+                group["lr"] = rates[name]
         if batch_idx % trainer.log_every_n_steps == 0 or trainer.is_last_batch:  # type: ignore[attr-defined]  # Lightning adds it
-            pl_module.log_dict({f"lr/{part}": rate for part, rate in rates.items()})
+            pl_module.log_dict({f"lr/{name}": rate for name, rate in rates.items()})

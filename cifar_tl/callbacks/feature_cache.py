@@ -16,12 +16,12 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
+from cifar_tl.callbacks.freezing import evaluating
 from cifar_tl.data.augment import Augment
 from cifar_tl.data.datamodule import CIFAR10DataModule
 from cifar_tl.errors import UserError, check_choice
+from cifar_tl.files import replacing
 from cifar_tl.model.backbone import FEATURES
-from cifar_tl.model.module import ResNet50Classifier
-from cifar_tl.schedule import FinetuneSchedule
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +45,13 @@ class CacheDecision:
 
 
 def decide(
-    mode: str, plan: FinetuneSchedule, augment: Augment, sizes: dict[str, int], available: int, world_size: int
+    mode: str, frozen: int, augment: Augment, sizes: dict[str, int], available: int, world_size: int
 ) -> CacheDecision:
     """Decide whether features are cached.
 
     Args:
         mode: `finetune.cache_features`: `auto`, `true` or `false`.
-        plan: Has the frozen epochs.
+        frozen: Epochs that are frozen.
         augment: The augmentation of the frozen phase.
         sizes: Images of `train` and `val`.
         available: Bytes that the cache may take.
@@ -61,7 +61,6 @@ def decide(
         UserError: `true`, and it cannot be done.
     """
     check_choice("finetune.cache_features", mode, ("auto", "true", "false"))
-    frozen = plan.unfreeze_at_epoch
     views = augment.views
     size = (views * sizes["train"] + sizes["val"]) * FEATURES * 4
     obstacle = ""
@@ -92,10 +91,10 @@ def gigabytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
-def memory_for_features(accelerator: str) -> int:
+def memory_for_features(device: torch.device) -> int:
     """Return how many bytes features may take: half of a GPU's free memory, or half of the host's memory."""
-    if accelerator == "cuda":
-        return int(torch.cuda.mem_get_info()[0]) // 2
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) // 2
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
@@ -107,27 +106,45 @@ class FeatureCache(L.Callback):
     from all that they depend on; every other run that would compute the same ones reads them.
 
     Args:
-        plan: Says which epochs are frozen.
         datamodule: Its `features` are filled and emptied.
+        unfreeze_at_epoch: First epoch that is not frozen.
+        mode: `auto`, `true` or `false`, as `decide` takes it.
         folder: Where to keep features; None keeps none.
 
     Attributes:
         views: Views of each training image, as `decide` decided; 0 caches nothing.
     """
 
-    def __init__(self, plan: FinetuneSchedule, datamodule: CIFAR10DataModule, folder: Path | None) -> None:
-        self.plan = plan
+    def __init__(self, datamodule: CIFAR10DataModule, unfreeze_at_epoch: int, mode: str, folder: Path | None) -> None:
         self.datamodule = datamodule
+        self.unfreeze_at_epoch = unfreeze_at_epoch
+        self.mode = mode
         self.folder = folder
         self.views = 0
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Decide whether there will be a cache, and say so.
+
+        Raises:
+            UserError: `true`, and it cannot be done.
+        """
+        if stage != "fit":
+            return
+        data = self.datamodule
+        available = memory_for_features(trainer.strategy.root_device)
+        decision = decide(self.mode, self.unfreeze_at_epoch, data.augment(0), data.sizes, available, trainer.world_size)
+        self.views, data.caching = decision.views, decision.text
+        if trainer.is_global_zero:
+            log.info("features   %s", decision.text)
+
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make sure that frozen epochs, and only they, have features."""
-        assert isinstance(pl_module, ResNet50Classifier)
-        if self.plan.phase(trainer.current_epoch).stages:
+        if trainer.current_epoch >= self.unfreeze_at_epoch:
             self.datamodule.features.clear()
         elif self.views and not self.datamodule.features:
-            self.datamodule.features.update(self._get(trainer, pl_module.backbone))
+            backbone = pl_module.get_submodule("backbone")
+            with evaluating(backbone):
+                self.datamodule.features.update(self._get(trainer, backbone))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Free the memory."""
@@ -197,13 +214,10 @@ class FeatureCache(L.Callback):
 
 def _write(path: Path, features: dict[str, Tensor]) -> bool:
     """Keep features, if there is room; a run does not fail for a cache."""
-    partial = path.with_suffix(f".partial{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({split: values.cpu() for split, values in features.items()}, partial)
-        partial.replace(path)
+        with replacing(path) as partial:
+            torch.save({split: values.cpu() for split, values in features.items()}, partial)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
-        partial.unlink(missing_ok=True)
         log.warning("features are not kept: %s cannot be written (%s)", path, str(error).splitlines()[0])
         return False
     return True

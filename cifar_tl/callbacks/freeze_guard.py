@@ -5,10 +5,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cifar_tl.callbacks.freezing import stage_modules
+from cifar_tl.callbacks.freezing import training_modules
 from cifar_tl.errors import UserError
-from cifar_tl.model.module import ResNet50Classifier
-from cifar_tl.schedule import FinetuneSchedule
+from cifar_tl.schedule import Phases
 
 CHECKED_STEPS = 3
 
@@ -18,31 +17,49 @@ class FreezeViolationError(UserError):
 
 
 class FreezeGuard(L.Callback):
-    """Compare the model before and after the first steps of each phase with what the plan says should have changed.
+    """Compare the model before and after the first steps of each phase with what the phase says should have changed.
 
     What should train must have had gradients and have changed; what should not must be bit-identical, BatchNorm's
-    running statistics included. The expectation comes from the plan alone, never from the flags that the freezing code
+    running statistics included. The expectation comes from the epoch alone, never from the flags that the freezing code
     sets. A resumed run is checked where it resumes, too.
 
     Args:
-        plan: The phases.
+        unfreeze_at_epoch: As given to BackboneUnfreeze.
+        stage_epochs: As given to BackboneUnfreeze.
         batchnorm: The BatchNorm policy; under `frozen` the statistics of training stages must stay as they are.
+        max_epochs: Epochs of the whole run; None for the Trainer's.
 
     Raises:
         FreezeViolationError: From `on_train_batch_end`, with what is wrong, the tensors and the likely reason.
     """
 
-    def __init__(self, plan: FinetuneSchedule, batchnorm: str) -> None:
-        self.plan = plan
+    phases: Phases
+
+    def __init__(
+        self,
+        unfreeze_at_epoch: int | None,
+        stage_epochs: int = 0,
+        batchnorm: str = "frozen",
+        max_epochs: int | None = None,
+    ) -> None:
+        self.unfreeze_at_epoch = unfreeze_at_epoch
+        self.stage_epochs = stage_epochs
         self.batchnorm = batchnorm
+        self._max_epochs = max_epochs
         self._before: dict[str, Tensor] = {}
         self._had_gradient: set[str] = set()
         self._resuming = True
 
-    def expected_to_change(self, module: ResNet50Classifier, epoch: int) -> set[str]:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Work out the phases."""
+        if stage == "fit":
+            epochs = trainer.max_epochs if self._max_epochs is None else self._max_epochs
+            self.phases = Phases(epochs or 0, self.unfreeze_at_epoch, self.stage_epochs)
+
+    def expected_to_change(self, module: L.LightningModule, epoch: int) -> set[str]:
         """Return the names of the parameters and buffers that training must change in an epoch's phase."""
-        training = [m for s in self.plan.phase(epoch).stages for m in stage_modules(module.backbone, s)]
-        changing = {id(p) for m in [module.head, *training] for p in m.parameters()}
+        training = training_modules(module.get_submodule("backbone"), self.phases.at(epoch).stages)
+        changing = {id(p) for m in [module.get_submodule("head"), *training] for p in m.parameters()}
         if self.batchnorm != "frozen":
             # num_batches_tracked counts under `train` only
             changing |= {
@@ -55,7 +72,7 @@ class FreezeGuard(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Copy the model where a phase, or a resumed run, starts."""
-        if self._resuming or trainer.current_epoch == self.plan.phase(trainer.current_epoch).start:
+        if self._resuming or trainer.current_epoch == self.phases.at(trainer.current_epoch).start:
             self._before = {name: tensor.clone() for name, tensor in pl_module.state_dict().items()}
             self._had_gradient = set()
         self._resuming = False
@@ -71,19 +88,19 @@ class FreezeGuard(L.Callback):
         """Compare, once the checked steps are done."""
         if not self._before or batch_idx + 1 < min(CHECKED_STEPS, int(trainer.num_training_batches)):
             return
-        assert isinstance(pl_module, ResNet50Classifier)
         before, self._before = self._before, {}
         epoch = trainer.current_epoch
         changed = {n for n, t in pl_module.state_dict().items() if not torch.equal(t, before[n])}
         expected = self.expected_to_change(pl_module, epoch)
         parameters = {name for name, _ in pl_module.named_parameters()}
-        rates = self.plan.learning_rates(epoch, batch_idx, int(trainer.num_training_batches))
-        still = {n for n in expected - changed if n not in parameters or rates[n.split(".")[0]] > 0}
+        rates = {
+            id(p): g["lr"] for optimizer in trainer.optimizers for g in optimizer.param_groups for p in g["params"]
+        }
+        standing = {n for n, p in pl_module.named_parameters() if rates.get(id(p)) == 0}
+        still = expected - changed - standing
         without_gradient = (expected & parameters) - self._had_gradient
-
-        in_optimizer = {id(p) for optimizer in trainer.optimizers for g in optimizer.param_groups for p in g["params"]}
-        orphans = {n for n, p in pl_module.named_parameters() if n in expected and id(p) not in in_optimizer}
-        where = f"epoch {epoch}, phase '{self.plan.phase(epoch).name}', after {batch_idx + 1} steps"
+        orphans = {n for n, p in pl_module.named_parameters() if n in expected and id(p) not in rates}
+        where = f"epoch {epoch}, phase '{self.phases.at(epoch).name}', after {batch_idx + 1} steps"
         if moved := changed - expected:
             raise FreezeViolationError(
                 f"{where}: {_listing(moved)} changed although frozen. "

@@ -1,11 +1,14 @@
 """Freezing and unfreezing as pure functions on modules, usable and testable without a Trainer."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
+
+from cifar_tl.schedule import STAGES
 
 BATCHNORM_POLICIES = ("frozen", "train", "adapt")
 """What BatchNorm does in stages that train. Its weight and bias train under every policy.
@@ -23,6 +26,13 @@ def stage_modules(backbone: nn.Module, stage: str) -> list[nn.Module]:
     """Return the modules of a torchvision ResNet's stage: `stem` is conv1 and bn1, the others are themselves."""
     names = ("conv1", "bn1") if stage == "stem" else (stage,)
     return [backbone.get_submodule(name) for name in names]
+
+
+def training_modules(backbone: nn.Module, stages: Sequence[str]) -> list[nn.Module]:
+    """Return the modules of a backbone that train: all of it for all STAGES, whatever kind of backbone it is."""
+    if len(stages) == len(STAGES):
+        return [backbone]
+    return [module for stage in stages for module in stage_modules(backbone, stage)]
 
 
 def batchnorms(modules: Iterable[nn.Module]) -> Iterator[_BatchNorm]:
@@ -46,6 +56,18 @@ def unfreeze(modules: Iterable[nn.Module], batchnorm: str) -> None:
     if batchnorm != "train":
         for layer in batchnorms(modules):
             layer.eval()
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into eval mode, and every submodule back into its own mode afterwards."""
+    training = {submodule: submodule.training for submodule in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule, mode in training.items():
+            submodule.training = mode
 
 
 def adapt_statistics(modules: Iterable[nn.Module], momentum: float = ADAPT_MOMENTUM) -> list[RemovableHandle]:

@@ -5,8 +5,8 @@ import logging
 import lightning as L
 import torch
 
+from cifar_tl.callbacks.epoch_timer import EpochTimer
 from cifar_tl.callbacks.freezing import BATCHNORM_POLICIES
-from cifar_tl.callbacks.run_recorder import RunRecorder
 from cifar_tl.hardware import peak_memory
 from cifar_tl.runs.formatting import duration_text
 from cifar_tl.schedule import FinetuneSchedule, epochs_text, stages_text
@@ -22,56 +22,58 @@ BATCHNORM_TEXT = dict(
 )
 
 
-class PhaseLog(L.Callback):
+class PhaseLog(EpochTimer):
     """Log a card at the start of each phase and a line at the end of each epoch.
 
     Args:
-        plan: The phases.
+        schedule: The phases and learning rates.
         batchnorm: The BatchNorm policy of stages that train.
-        record: Has the epoch's figures; must come before this callback.
     """
 
-    def __init__(self, plan: FinetuneSchedule, batchnorm: str, record: RunRecorder) -> None:
-        self.plan = plan
+    def __init__(self, schedule: FinetuneSchedule, batchnorm: str) -> None:
+        super().__init__()
+        self.schedule = schedule
         self.batchnorm = batchnorm
-        self.record = record
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the phase's card."""
-        phase = self.plan.phase(trainer.current_epoch)
-        if trainer.current_epoch != phase.start or not trainer.is_global_zero:
-            return
-        rates = self.plan.peak_learning_rates(phase)
-        lines = [f"Phase '{phase.name}', epochs {epochs_text(phase)}: {stages_text(phase.stages)} train"]
-        for group in trainer.optimizers[0].param_groups:
-            count = sum(p.numel() for p in group["params"] if p.requires_grad)
-            lines.append(
-                f"  {group['name']:<18} {count:>12,} parameters train   learning rate {rates[group['part']]:<8g} "
-                f"weight decay {group['weight_decay']:g}"
-            )
-        statistics = BATCHNORM_TEXT[self.batchnorm] if phase.stages else "statistics stay ImageNet's"
-        lines.append(f"  BatchNorm          {self.batchnorm if phase.stages else 'frozen'}: {statistics}")
-        if speeds := self.record.phase_speeds():
-            lines.append(f"  so far             {speeds[-1]['images_per_s']:,.0f} images/s in '{speeds[-1]['name']}'")
-        lines.append(f"  memory             {memory_text(pl_module.device)}")
-        log.info("\n%s", "\n".join(lines))
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        """Log the phase's card, once the epoch's callbacks have put the module into the phase."""
+        phase = self.schedule.phase(trainer.current_epoch)
+        if batch_idx == 0 and trainer.current_epoch == phase.start and trainer.is_global_zero:
+            rates = self.schedule.peak_learning_rates(phase)
+            lines = [f"Phase '{phase.name}', epochs {epochs_text(phase)}: {stages_text(phase.stages)} train"]
+            for group in trainer.optimizers[0].param_groups:
+                count = sum(p.numel() for p in group["params"] if p.requires_grad)
+                lines.append(
+                    f"  {group['name']:<18} {count:>12,} parameters train   learning rate "
+                    f"{rates[group['module']]:<8g} weight decay {group['weight_decay']:g}"
+                )
+            statistics = BATCHNORM_TEXT[self.batchnorm] if phase.stages else "statistics stay ImageNet's"
+            lines.append(f"  BatchNorm          {self.batchnorm if phase.stages else 'frozen'}: {statistics}")
+            lines.append(f"  memory             {memory_text(pl_module.device)}")
+            log.info("\n%s", "\n".join(lines))
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the epoch's line."""
-        row = self.record.epochs[-1]
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        parts = [
+            f"{split} loss {metrics[f'{split}/loss']:.4f} acc {metrics[f'{split}/acc']:.4f}"
+            for split in ("train", "val")
+            if f"{split}/loss" in metrics
+        ]
         if trainer.is_global_zero:
             log.info(
-                "epoch %2d/%d %s  train loss %.4f acc %.4f  val loss %.4f acc %.4f  %.0f images/s  %s",
-                row["epoch"],
-                self.plan.max_epochs - 1,
-                row["phase"],
-                row["train/loss"],
-                row["train/acc"],
-                row["val/loss"],
-                row["val/acc"],
-                row["images"] / row["train_seconds"],
-                duration_text(row["seconds"]),
+                "epoch %2d/%d %s  %s  %.0f images/s  %s",
+                trainer.current_epoch,
+                self.schedule.max_epochs - 1,
+                self.schedule.phase(trainer.current_epoch).name,
+                "  ".join(parts),
+                self.images / self.train_seconds,
+                duration_text(self.epoch_seconds()),
             )
+        super().on_train_epoch_end(trainer, pl_module)
 
 
 def memory_text(device: torch.device) -> str:

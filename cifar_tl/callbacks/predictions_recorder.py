@@ -1,4 +1,4 @@
-"""The callback that keeps what the best weights said about every validation and test image."""
+"""The callbacks that keep what the model predicts for every validation and test image."""
 
 from pathlib import Path
 from typing import Any
@@ -8,35 +8,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cifar_tl.data.batch import class_indices
 from cifar_tl.data.datamodule import CIFAR10DataModule
-from cifar_tl.model.module import class_indices
 from cifar_tl.runs.predictions import Predictions, SplitPredictions, worth_showing, write_images, write_predictions
-from cifar_tl.schedule import FinetuneSchedule
 
 
-class PredictionsRecorder(L.Callback):
-    """Write predictions.npz and images.npz after the test, without a pass over the data of its own.
+class PredictionsCollector(L.Callback):
+    """Collect the logits that `validation_step` and `test_step` return, without a pass over the data of its own.
 
-    Logits are what `validation_step` and `test_step` return. Those of the epoch with the highest validation accuracy,
-    the first of equals, are kept, and those of the last epoch before the unfreeze; they travel in checkpoints, for resumed
-    runs.
+    A base class, so that no callback depends on another one.
 
     Args:
-        folder: The run's.
-        datamodule: Knows which images were scored.
-        plan: Says when the backbone unfreezes.
+        datamodule: Knows which images are evaluated.
+
+    Attributes:
+        val: The latest validation; None before the first.
+        test: The latest test; None before the first.
     """
 
-    def __init__(self, folder: Path, datamodule: CIFAR10DataModule, plan: FinetuneSchedule) -> None:
-        self.folder = folder
+    def __init__(self, datamodule: CIFAR10DataModule) -> None:
         self.datamodule = datamodule
-        self.plan = plan
         self.val: SplitPredictions | None = None
-        """The latest validation."""
         self.test: SplitPredictions | None = None
-        self._best: dict[str, Tensor] = {}
-        self._frozen: Tensor | None = None
-        self._best_accuracy = -1.0
         self._logits: list[Tensor] = []
         self._targets: list[Tensor] = []
 
@@ -59,46 +52,16 @@ class PredictionsRecorder(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the batches together."""
-        self.val = self._scored(trainer, "val")
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the epoch's validation if it is the best so far."""
-        accuracy = float(trainer.callback_metrics["val/acc"])
-        if self.val is not None and accuracy > self._best_accuracy:
-            self._best_accuracy = accuracy
-            self._best = {name: torch.from_numpy(values) for name, values in vars(self.val).items()}
-        if self.val is not None and trainer.current_epoch + 1 == self.plan.unfreeze_at_epoch < self.plan.max_epochs:
-            self._frozen = torch.from_numpy(self.val.logits)
+        self.val = self._together(trainer, "val")
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the batches together."""
-        self.test = self._scored(trainer, "test")
+        self.test = self._together(trainer, "test")
 
-    def write(self, trainer: L.Trainer) -> None:
-        """Write the files, after the test."""
-        test = self.test
-        if not trainer.is_global_zero or test is None:
-            return
-        val = SplitPredictions(**{name: tensor.numpy() for name, tensor in self._best.items()})
-        frozen = SplitPredictions(self._frozen.numpy(), val.targets, val.indices) if self._frozen is not None else None
-        write_predictions(self.folder, Predictions(list(self.datamodule.classes), val, test, frozen))
-        chosen = worth_showing(test)
-        where = np.searchsorted(self.datamodule.indices["test"].numpy(), test.indices[chosen])
-        write_images(self.folder, test.indices[chosen], self.datamodule.images("test")[where].cpu().numpy())
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what validation said in the best epoch and before the unfreeze."""
-        return {"accuracy": self._best_accuracy, "best": self._best, "frozen": self._frozen}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what the run that is resumed has kept."""
-        self._best_accuracy, self._best = state_dict["accuracy"], state_dict["best"]
-        self._frozen = state_dict["frozen"]
-
-    def _scored(self, trainer: L.Trainer, split: str) -> SplitPredictions:
+    def _together(self, trainer: L.Trainer, split: str) -> SplitPredictions:
         """Put the batches of all processes together, in the order of the split."""
         logits, targets = torch.cat(self._logits).float().cpu(), torch.cat(self._targets).cpu()
         # process r has examples r, r + world_size, ...
@@ -110,3 +73,57 @@ class PredictionsRecorder(L.Callback):
             order = indices.argsort()
             logits, targets, indices = logits[order], targets[order], indices[order]
         return SplitPredictions(logits.numpy(), targets.numpy(), indices.numpy())
+
+
+class PredictionsRecorder(PredictionsCollector):
+    """Write predictions.npz and images.npz after the test.
+
+    The validation predictions of the epoch with the highest validation accuracy, the first of equals, are kept, and
+    those of the last epoch before the unfreeze; they travel in checkpoints, for resumed runs.
+
+    Args:
+        datamodule: Knows which images are evaluated.
+        folder: The run's.
+        unfreeze_at_epoch: First epoch of fine-tuning.
+        max_epochs: Epochs of the whole run.
+    """
+
+    def __init__(self, datamodule: CIFAR10DataModule, folder: Path, unfreeze_at_epoch: int, max_epochs: int) -> None:
+        super().__init__(datamodule)
+        self.folder = folder
+        self.last_frozen = unfreeze_at_epoch - 1 if unfreeze_at_epoch < max_epochs else None
+        self._best: dict[str, Tensor] = {}
+        self._frozen: Tensor | None = None
+        self._best_accuracy = -1.0
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the epoch's validation if it is the best so far, or the last of the frozen phase."""
+        if self.val is None:
+            return
+        accuracy = float(trainer.callback_metrics["val/acc"])
+        if accuracy > self._best_accuracy:
+            self._best_accuracy = accuracy
+            self._best = {name: torch.from_numpy(values) for name, values in vars(self.val).items()}
+        if trainer.current_epoch == self.last_frozen:
+            self._frozen = torch.from_numpy(self.val.logits)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the files."""
+        test = self.test
+        if not trainer.is_global_zero or test is None or not self._best:
+            return
+        val = SplitPredictions(**{name: tensor.numpy() for name, tensor in self._best.items()})
+        frozen = SplitPredictions(self._frozen.numpy(), val.targets, val.indices) if self._frozen is not None else None
+        write_predictions(self.folder, Predictions(list(self.datamodule.classes), val, test, frozen))
+        chosen = worth_showing(test)
+        where = np.searchsorted(self.datamodule.indices["test"].numpy(), test.indices[chosen])
+        write_images(self.folder, test.indices[chosen], self.datamodule.images("test")[where].cpu().numpy())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the validation predictions of the best epoch and of the last one before the unfreeze."""
+        return {"accuracy": self._best_accuracy, "best": self._best, "frozen": self._frozen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what the run that is resumed has kept."""
+        self._best_accuracy, self._best = state_dict["accuracy"], state_dict["best"]
+        self._frozen = state_dict["frozen"]

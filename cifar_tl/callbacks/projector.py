@@ -1,8 +1,6 @@
 """Features of validation images before and after fine-tuning, for TensorBoard's embedding projector."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import lightning as L
@@ -10,10 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
+from cifar_tl.callbacks.freezing import evaluating
 from cifar_tl.data.datamodule import CIFAR10DataModule
-from cifar_tl.model.module import ResNet50Classifier
 
 IMAGES = 1000
 DIMENSIONS = 64
@@ -37,7 +35,7 @@ class Projector:
         self.config = Path(folder) / "projector_config.pbtxt"
         self.folder = Path(folder) / "projector"
 
-    def write(self, name: str, trainer: L.Trainer, module: ResNet50Classifier) -> None:
+    def write(self, name: str, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Write the features that the module's backbone gives now.
 
         Args:
@@ -63,10 +61,12 @@ class Projector:
         return torch.arange(0, size, math.ceil(size / IMAGES))
 
     @torch.no_grad()
-    def _features(self, trainer: L.Trainer, module: ResNet50Classifier) -> NDArray[np.float64]:
+    def _features(self, trainer: L.Trainer, module: L.LightningModule) -> NDArray[np.float64]:
         """Return what the backbone gives for the chosen images, (images, features)."""
         kept: list[Tensor] = []
-        hook = module.backbone.register_forward_hook(lambda _module, _inputs, output: kept.append(output.float().cpu()))
+        hook = module.get_submodule("backbone").register_forward_hook(
+            lambda _module, _inputs, output: kept.append(output.float().cpu())
+        )
         try:
             with evaluating(module), trainer.precision_plugin.forward_context():
                 for images in self.datamodule.normalized("val", self._chosen()):
@@ -74,18 +74,6 @@ class Projector:
         finally:
             hook.remove()
         return np.asarray(torch.cat(kept).numpy(), dtype=np.float64)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode, and every submodule back into its own mode afterwards."""
-    training = {submodule: submodule.training for submodule in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for submodule, mode in training.items():
-            submodule.training = mode
 
 
 def principal_components(features: NDArray[np.float64], dimensions: int) -> NDArray[np.float64]:

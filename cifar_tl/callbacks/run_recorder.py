@@ -1,96 +1,77 @@
-"""metrics.json: what a run did and everything needed to repeat it."""
+"""The callback that writes metrics.json: what a run did, and everything needed to repeat it."""
 
 import dataclasses
-import hashlib
-import json
-import subprocess
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
+from cifar_tl.callbacks.epoch_timer import EpochTimer
 from cifar_tl.hardware import peak_memory
+from cifar_tl.runs.record import PER_EPOCH, best_epoch, collapse_warnings, metrics_of_test, write_metrics
 from cifar_tl.schedule import FinetuneSchedule
 
+log = logging.getLogger(__name__)
 
-class RunRecorder(L.Callback):
-    """Write metrics.json after every epoch and at the end; keep the history in checkpoints, for resumed runs.
+
+class RunRecorder(EpochTimer):
+    """Write metrics.json after every epoch and after the test; keep the history in checkpoints, for resumed runs.
 
     Times are wall-clock seconds. An epoch's `seconds` include its validation; `images_per_s` counts training only.
 
     Args:
         folder: The run's.
-        plan: Names the phases.
+        schedule: Names the phases.
         facts: What is known before training: config, seed, hashes, versions, device.
     """
 
-    def __init__(self, folder: Path, plan: FinetuneSchedule, facts: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, schedule: FinetuneSchedule, facts: Mapping[str, Any]) -> None:
+        super().__init__()
         self.folder = folder
-        self.plan = plan
+        self.schedule = schedule
         self.facts = dict(facts)
         self.epochs: list[dict[str, Any]] = []
         self.result: dict[str, Any] = {}
         self.status = "running"
-        self._validation_seconds = 0.0
-
-    @contextmanager
-    def not_training(self) -> Iterator[None]:
-        """Keep what happens inside out of `images_per_s`, like validation; an epoch's `seconds` have it."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._validation_seconds += time.perf_counter() - start
-
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock."""
-        self._start = time.perf_counter()
-        self._validation_seconds = 0.0
-        self._images = 0
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: Any, batch_idx: int
-    ) -> None:
-        """Count images."""
-        self._images += len(batch[0]) * trainer.world_size
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the validation's clock."""
-        self._validation_start = time.perf_counter()
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop the validation's clock."""
-        self._validation_seconds += time.perf_counter() - self._validation_start
+        self._warned: list[str] = []
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Add the epoch to the history and write it."""
-        seconds = time.perf_counter() - self._start
-        metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-        names = ("train/loss", "train/acc", "val/loss", "val/acc", "val/ece", "lr/head", "lr/backbone")
+        """Add the epoch to the history, write it, and warn of a training that has collapsed."""
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         self.epochs.append(
             {
                 "epoch": trainer.current_epoch,
-                "phase": self.plan.phase(trainer.current_epoch).name,
-                **{name: metrics[name] for name in names},
-                "seconds": seconds,
-                "images": self._images,
-                "train_seconds": seconds - self._validation_seconds,
+                "phase": self.schedule.phase(trainer.current_epoch).name,
+                **{name: metrics.get(name) for name in PER_EPOCH},
+                "seconds": self.epoch_seconds(),
+                "images": self.images,
+                "train_seconds": self.train_seconds,
             }
         )
+        for warning in collapse_warnings(self.epochs, self.schedule):
+            if warning not in self._warned and trainer.is_global_zero:
+                log.warning("warning: %s", warning)
+                self._warned.append(warning)
+        self.facts["features"] = getattr(trainer.datamodule, "caching", "")  # type: ignore[attr-defined]  # Lightning's
         self.write(trainer)
+        super().on_train_epoch_end(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Record how the run ended."""
         self.status = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
         self.write(trainer)
 
-    def finish(self, trainer: L.Trainer, result: Mapping[str, Any]) -> None:
-        """Add the test result and write the file for the last time."""
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Add the test's metrics and write the file for the last time."""
+        details: Any = pl_module.test_details
+        scalars = {name: float(value) for name, value in trainer.callback_metrics.items()}
         memory = peak_memory(trainer.strategy.root_device.type)
-        self.result = {**result, "peak_memory_gib": {where: round(amount, 2) for where, amount in memory.items()}}
+        self.result = {
+            **metrics_of_test(scalars, details, images=sum(map(sum, details["test/confusion"]))),
+            "peak_memory_gib": {where: round(amount, 2) for where, amount in memory.items()},
+        }
         self.status = "finished"
         self.write(trainer)
 
@@ -102,15 +83,10 @@ class RunRecorder(L.Callback):
         """Take up the history of the run that is resumed."""
         self.epochs = list(state_dict["epochs"])
 
-    @property
-    def best(self) -> dict[str, Any]:
-        """The epoch with the highest validation accuracy, the first of equals."""
-        return max(self.epochs, key=lambda e: e["val/acc"])
-
     def phase_speeds(self) -> list[dict[str, Any]]:
         """Return per phase its epochs so far, wall-clock seconds and training images per second."""
         speeds = []
-        for phase in self.plan.phases:
+        for phase in self.schedule.phases:
             rows = [e for e in self.epochs if phase.start <= e["epoch"] < phase.end]
             if rows:
                 images, seconds = sum(e["images"] for e in rows), sum(e["train_seconds"] for e in rows)
@@ -126,48 +102,23 @@ class RunRecorder(L.Callback):
 
     def content(self) -> dict[str, Any]:
         """Return what metrics.json holds; lists have one value per epoch."""
-        columns = [k for k in (self.epochs[0] if self.epochs else {}) if k not in ("images", "train_seconds")]
-        best = {"best/epoch": self.best["epoch"], "best/val/acc": self.best["val/acc"]} if self.epochs else {}
+        columns = ("epoch", "phase", *PER_EPOCH, "seconds")
+        best = best_epoch(self.epochs)
         return {
             "status": self.status,
+            "warnings": collapse_warnings(self.epochs, self.schedule),
             **self.result,
-            **best,
+            **({} if best is None else {"best/epoch": best["epoch"], "best/val/acc": best["val/acc"]}),
             "plan": [
-                {**dataclasses.asdict(phase), "peak_lr": self.plan.peak_learning_rates(phase)}
-                for phase in self.plan.phases
+                {**dataclasses.asdict(phase), "peak_lr": self.schedule.peak_learning_rates(phase)}
+                for phase in self.schedule.phases
             ],
             "phases": self.phase_speeds(),
-            **{name: [epoch[name] for epoch in self.epochs] for name in columns},
+            **{name: [epoch[name] for epoch in self.epochs] for name in columns if self.epochs},
             **self.facts,
         }
 
     def write(self, trainer: L.Trainer) -> None:
-        """Write metrics.json, replacing the old one in one step."""
-        if not trainer.is_global_zero:
-            return
-        partial = self.folder / "metrics.json.partial"
-        partial.write_text(json.dumps(self.content(), indent=1) + "\n")
-        partial.replace(self.folder / "metrics.json")
-
-
-def config_sha256(config: Mapping[str, Any]) -> str:
-    """Return a hash of a config's values that does not depend on the order of its keys."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-
-
-def git_state() -> dict[str, Any]:
-    """Return the commit of the checkout that this code runs from and whether it has changes; None if installed."""
-    here = Path(__file__).parents[2]
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True).stdout
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel").strip()) != here:
-            return {"git_commit": None, "git_dirty": None}  # installed somewhere inside another project's checkout
-        return {
-            "git_commit": git("rev-parse", "HEAD").strip(),
-            "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no").strip()),
-        }
-    except (OSError, subprocess.CalledProcessError):
-        return {"git_commit": None, "git_dirty": None}
+        """Write metrics.json."""
+        if trainer.is_global_zero:
+            write_metrics(self.folder, self.content())

@@ -1,6 +1,7 @@
 """What TensorBoard shows of a run beside its scalars: pictures, PR curves, hyperparameters and the projector."""
 
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,11 +16,10 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from cifar_tl.callbacks.predictions_recorder import PredictionsRecorder
+from cifar_tl.callbacks.predictions_recorder import PredictionsCollector
 from cifar_tl.callbacks.projector import Projector
-from cifar_tl.callbacks.run_recorder import RunRecorder
+from cifar_tl.data.batch import Batch, class_indices
 from cifar_tl.data.datamodule import CIFAR10DataModule
-from cifar_tl.model.module import ResNet50Classifier, class_indices
 from cifar_tl.reports import figures
 from cifar_tl.reports.run_images import captions
 from cifar_tl.runs.metrics import confusion_matrix, reliability, softmax, top_mistakes
@@ -56,96 +56,94 @@ HPARAMS = (
 """The keys of the config that the HParams page has; all of them would make it unreadable."""
 
 
-class TensorBoardFigures(L.Callback):
-    """Write pictures into TensorBoard's event files; tags are listed in the README.
+class TensorBoardFigures(PredictionsCollector):
+    """Write figures into TensorBoard's event files, if the run has a TensorBoardLogger; the README lists their tags.
 
-    It draws from what the run computes anyway, apart from the projector's features. It draws no random numbers and
-    leaves the model as it is. A picture that cannot be drawn is a warning, never the end of a run. On a resumed run,
+    They are drawn from what the run computes anyway, apart from the projector's features. No random numbers are drawn,
+    and the model stays as it is. A figure that cannot be drawn is a warning, never the end of a run. On a resumed run,
     what the first start has written is not written again.
 
     Args:
-        plan: The phases.
         datamodule: Has the images.
-        predictions: Has the logits; must come before this callback.
-        record: Has the epochs' figures; must come before this callback.
-        logger: Whose folder gets everything.
+        schedule: The phases and learning rates.
         config: The run's, resolved.
     """
 
-    def __init__(
-        self,
-        plan: FinetuneSchedule,
-        datamodule: CIFAR10DataModule,
-        predictions: PredictionsRecorder,
-        record: RunRecorder,
-        logger: TensorBoardLogger,
-        config: Mapping[str, Any],
-    ) -> None:
-        self.plan = plan
-        self.datamodule = datamodule
-        self.predictions = predictions
-        self.record = record
-        self.logger = logger
+    def __init__(self, datamodule: CIFAR10DataModule, schedule: FinetuneSchedule, config: Mapping[str, Any]) -> None:
+        super().__init__(datamodule)
+        self.schedule = schedule
         self.config = config
-        self.projector = Projector(datamodule, logger.log_dir)
+        self.writer: SummaryWriter | None = None
+        self._first_batch: Batch | None = None
+        self._best: tuple[float, int] = (-1.0, -1)
+        self._seconds = 0.0
+        self._since = 0.0
 
-    @property
-    def writer(self) -> SummaryWriter:
-        """TensorBoard's writer."""
-        writer: SummaryWriter = self.logger.experiment
-        return writer
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Find TensorBoard's writer; without one, nothing is drawn."""
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if loggers and trainer.is_global_zero:
+            self.writer = loggers[0].experiment
+            self.projector = Projector(self.datamodule, loggers[0].log_dir)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show what the images and the plan are."""
-        if trainer.global_step > 0 or not trainer.is_global_zero:
+        self._since = time.perf_counter()
+        if self.writer is None or trainer.global_step > 0:
             return
         with self._softly("inputs/samples"):
             self._picture("inputs/samples", sample_grid(self.datamodule), 0)
-            self.writer.add_text("phases", plan_markdown(self.plan), 0)
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Show the first batch of the run and of fine-tuning as the network sees it; not where it sees features."""
-        first = batch_idx == 0 and trainer.current_epoch in (0, self.plan.unfreeze_at_epoch)
-        if not first or not trainer.is_global_zero or batch[0].ndim != 4:
-            return
-        with self._softly("inputs/first_batch"):
-            images, targets = batch[0][:SHOWN], class_indices(batch[1])[:SHOWN]
-            names = [self.datamodule.classes[target] for target in targets.tolist()]
-            title = f"First training batch of epoch {trainer.current_epoch}, as the network sees it"
-            shown = list(denormalized(images, self.datamodule.mean, self.datamodule.std))
-            self._picture("inputs/first_batch", figures.gallery(title, shown, names), trainer.global_step)
+            self.writer.add_text("phases", plan_markdown(self.schedule), 0)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Mark the phase; at the unfreeze, keep the features of the frozen backbone."""
-        if not trainer.is_global_zero:
+        if self.writer is None:
             return
-        phase, epoch = self.plan.phase(trainer.current_epoch), trainer.current_epoch
-        self.writer.add_scalar("phase", self.plan.phases.index(phase), trainer.global_step)
+        phase, epoch = self.schedule.phase(trainer.current_epoch), trainer.current_epoch
+        self.writer.add_scalar("phase", self.schedule.phases.index(phase), trainer.global_step)
         if epoch == phase.start > 0:
             entered = f"Epoch {epoch}: **{phase.name}**, {stages_text(phase.stages)} train."
             self.writer.add_text("phases", entered, trainer.global_step)
-        if epoch == self.plan.unfreeze_at_epoch:
-            assert isinstance(pl_module, ResNet50Classifier)
+        if epoch == self.schedule.unfreeze_at_epoch:
             with self._softly("projector"):
                 self.projector.write("before", trainer, pl_module)
 
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        """Keep the first batch of the run and of fine-tuning as the network sees it; not where it sees features."""
+        first = batch_idx == 0 and trainer.current_epoch in (0, self.schedule.unfreeze_at_epoch)
+        if self.writer is not None and first and batch[0].ndim == 4:
+            self._first_batch = batch[0][:SHOWN].detach().clone(), class_indices(batch[1])[:SHOWN].clone()
+            self._first_step = trainer.global_step
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """At the end of a phase, show what validation says."""
-        if not trainer.is_global_zero:
+        """Draw what the epoch has left: its first batch, and at the end of a phase what validation says."""
+        now = time.perf_counter()
+        self._seconds, self._since = self._seconds + now - self._since, now
+        accuracy = float(trainer.callback_metrics.get("val/acc", -1.0))
+        if accuracy > self._best[0]:
+            self._best = (accuracy, trainer.current_epoch)
+        if self.writer is None:
             return
-        phase, step = self.plan.phase(trainer.current_epoch), trainer.global_step - 1
-        self.writer.add_scalar("phase", self.plan.phases.index(phase), step)
-        if trainer.current_epoch == phase.end - 1 and self.predictions.val is not None:
-            self._pictures("val", self.predictions.val, f"validation, end of '{phase.name}'", step)
+        phase, step = self.schedule.phase(trainer.current_epoch), trainer.global_step - 1
+        self.writer.add_scalar("phase", self.schedule.phases.index(phase), step)
+        if self._first_batch is not None:
+            with self._softly("inputs/first_batch"):
+                images, targets = self._first_batch
+                names = [self.datamodule.classes[target] for target in targets.tolist()]
+                title = f"First training batch of epoch {trainer.current_epoch}, as the network sees it"
+                shown = list(denormalized(images, self.datamodule.mean, self.datamodule.std))
+                self._picture("inputs/first_batch", figures.gallery(title, shown, names), self._first_step)
+            self._first_batch = None
+        if trainer.current_epoch == phase.end - 1 and self.val is not None:
+            self._pictures("val", self.val, f"validation, end of '{phase.name}'", step)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show what the test says, fill the HParams page and finish the projector."""
-        test = self.predictions.test
-        if not trainer.is_global_zero or test is None:
+        test = self.test
+        if self.writer is None or test is None:
             return
-        assert isinstance(pl_module, ResNet50Classifier)
         step = trainer.global_step
         self._pictures("test", test, "test set", step)
         with self._softly("test/pr"):
@@ -155,40 +153,47 @@ class TensorBoardFigures(L.Callback):
         with self._softly("hparams"):
             self._hparams({k: float(v) for k, v in trainer.callback_metrics.items()}, step)
         with self._softly("projector"):
-            unfrozen = self.plan.unfreeze_at_epoch < self.plan.max_epochs
+            unfrozen = self.schedule.unfreeze_at_epoch < self.schedule.max_epochs
             self.projector.write("after" if unfrozen else "before", trainer, pl_module)
         self.writer.flush()
 
-    def _pictures(self, split: str, scored: SplitPredictions, where: str, step: int) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the HParams page will need of the epochs so far."""
+        return {"best": list(self._best), "seconds": self._seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what the run that is resumed has kept."""
+        accuracy, epoch = state_dict["best"]
+        self._best, self._seconds = (accuracy, epoch), state_dict["seconds"]
+
+    def _pictures(self, split: str, predictions: SplitPredictions, where: str, step: int) -> None:
         """Show confusion matrix, reliability diagram and gallery of mistakes of a split."""
         classes = self.datamodule.classes
-        probabilities = softmax(scored.logits)
+        probabilities = softmax(predictions.logits)
         with self._softly(f"{split}/confusion"):
-            matrix = confusion_matrix(scored.predicted, scored.targets, len(classes))
+            matrix = confusion_matrix(predictions.predicted, predictions.targets, len(classes))
             self._picture(f"{split}/confusion", figures.confusion(f"Confusion, {where}", matrix, classes), step)
         with self._softly(f"{split}/reliability"):
-            bins = {"as trained": reliability(probabilities, scored.targets)}
+            bins = {"as trained": reliability(probabilities, predictions.targets)}
             self._picture(f"{split}/reliability", figures.reliability(f"Reliability, {where}", bins), step)
         with self._softly(f"{split}/mistakes"):
-            chosen = top_mistakes(probabilities, scored.targets, MISTAKES)
+            chosen = top_mistakes(probabilities, predictions.targets, MISTAKES)
             if len(chosen):
-                at = np.searchsorted(self.datamodule.indices[split].numpy(), scored.indices[chosen])
+                at = np.searchsorted(self.datamodule.indices[split].numpy(), predictions.indices[chosen])
                 images = list(self.datamodule.images(split)[at].cpu().permute(0, 2, 3, 1).numpy())
-                said = captions(classes, probabilities[chosen], scored.targets[chosen])
-                gallery = figures.gallery(f"Most confident mistakes, {where}", images, said)
+                texts = captions(classes, probabilities[chosen], predictions.targets[chosen])
+                gallery = figures.gallery(f"Most confident mistakes, {where}", images, texts)
                 self._picture(f"{split}/mistakes", gallery, step)
 
     def _picture(self, tag: str, figure: Figure, step: int) -> None:
+        assert self.writer is not None
         self.writer.add_image(tag, figures.pixels(figure), step, dataformats="HWC")
 
     def _hparams(self, metrics: Mapping[str, float], step: int) -> None:
         """Write what the HParams page compares: the config's important keys and the run's results."""
-        best = self.record.best
-        own = {
-            "best/val/acc": float(best["val/acc"]),
-            "best/epoch": float(best["epoch"]),
-            "time/minutes": sum(epoch["seconds"] for epoch in self.record.epochs) / 60,
-        }
+        assert self.writer is not None
+        accuracy, epoch = self._best
+        own = {"best/val/acc": accuracy, "best/epoch": float(epoch), "time/minutes": self._seconds / 60}
         for tag, value in own.items():
             self.writer.add_scalar(tag, value, step)
         results = {tag: metrics[tag] for tag in ("test/acc", "test/loss", "test/ece")}
@@ -199,11 +204,10 @@ class TensorBoardFigures(L.Callback):
 
     @contextmanager
     def _softly(self, what: str) -> Iterator[None]:
-        """Go on without a picture that cannot be drawn; drawing is no training time."""
+        """Go on without a figure that cannot be drawn."""
         try:
-            with self.record.not_training():
-                yield
-        except Exception as error:  # whatever it is, a picture is worth less than the run
+            yield
+        except Exception as error:  # whatever it is, a figure is worth less than the run
             log.warning("TensorBoard goes without %s: %s: %s", what, type(error).__name__, error)
 
 
@@ -226,11 +230,11 @@ def sample_grid(datamodule: CIFAR10DataModule) -> Figure:
     return figures.gallery("Training images, before augmentation", list(images), names, columns=PER_CLASS)
 
 
-def plan_markdown(plan: FinetuneSchedule) -> str:
+def plan_markdown(schedule: FinetuneSchedule) -> str:
     """Return the phases as a Markdown table."""
-    rows = ["| phase | epochs | trains | head rate | backbone rate |", "|---|---|---|---|---|"]
-    for phase in plan.phases:
-        rates = plan.peak_learning_rates(phase)
+    rows = ["| phase | epochs | trains | head LR | backbone LR |", "|---|---|---|---|---|"]
+    for phase in schedule.phases:
+        rates = schedule.peak_learning_rates(phase)
         cells = [
             phase.name,
             epochs_text(phase),

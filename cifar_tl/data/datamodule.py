@@ -5,19 +5,14 @@ from typing import Protocol
 
 import lightning as L
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 
 from cifar_tl.data.augment import Augment
-from cifar_tl.data.cifar10 import Cifar10
-from cifar_tl.data.folder import ImageFolders
+from cifar_tl.data.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
 from cifar_tl.data.lazy import LazyImages
 from cifar_tl.data.loader import ArrayLoader
 from cifar_tl.data.splits import limited, split_hash, split_train_val
-from cifar_tl.data.synthetic import Synthetic
-from cifar_tl.errors import check_choice, check_int
-from cifar_tl.model.backbone import IMAGENET_MEAN, IMAGENET_STD
-from cifar_tl.model.module import Batch
+from cifar_tl.errors import check_int
 
 
 class Source(Protocol):
@@ -83,6 +78,8 @@ class CIFAR10DataModule(L.LightningDataModule):
         self.augment = augment
         self.seed = seed
         self.features: dict[str, Tensor] = {}
+        self.caching = ""
+        """Whether the frozen phase has features instead of images, and why, in words; FeatureCache says so."""
         self.splits: dict[str, tuple[Tensor | LazyImages, Tensor]] = {}
         self.indices: dict[str, Tensor] = {}
         """Of each loaded split, which images of the official training set (train, val) or test set it has; sorted."""
@@ -188,29 +185,3 @@ class CIFAR10DataModule(L.LightningDataModule):
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
         )
-
-
-def build_source(data: DictConfig) -> Source:
-    """Build the source that `data.name` asks for."""
-    match check_choice("data.name", data.name, ("cifar10", "folder", "synthetic")):
-        case "cifar10":
-            return Cifar10(data.root, download=data.download)
-        case "folder":
-            return ImageFolders(data.root, data.workers)
-        case _:
-            return Synthetic(data.train_size, data.test_size)
-
-
-def build_datamodule(data: DictConfig, augment: Callable[[int], Augment], seed: int) -> CIFAR10DataModule:
-    """Build the data module of a run from its `data` group and its augmentation as a function of the epoch."""
-    return CIFAR10DataModule(
-        source=build_source(data),
-        batch_size=data.batch_size,
-        eval_batch_size=data.eval_batch_size,
-        val_size=data.val_size,
-        limit=data.limit,
-        split_seed=data.split_seed,
-        one_hot=data.one_hot,
-        augment=augment,
-        seed=seed,
-    )

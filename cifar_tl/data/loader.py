@@ -8,9 +8,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from cifar_tl.data.augment import Augment, Draws
+from cifar_tl.data.batch import Batch, one_hot
 from cifar_tl.data.lazy import LazyImages
 from cifar_tl.data.splits import make_generator
-from cifar_tl.model.module import Batch, one_hot
 
 SHUFFLE = 0
 """Purpose of the random generator."""

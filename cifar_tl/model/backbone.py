@@ -1,23 +1,18 @@
 """torchvision's ResNet-50 without its classifier, computed as fast as a CPU can."""
 
-import math
 from collections.abc import Iterator
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, interpolate, linear, relu
-from torchvision.models import ResNet50_Weights
+from torch.nn.functional import interpolate, relu
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from cifar_tl.errors import check_int
+from cifar_tl.model.cpu_kernels import convolve
 
 FEATURES = 2048
 """Length of the feature vector after global average pooling."""
-
-IMAGENET_MEAN: tuple[float, ...] = tuple(ResNet50_Weights.IMAGENET1K_V1.transforms().mean)
-IMAGENET_STD: tuple[float, ...] = tuple(ResNet50_Weights.IMAGENET1K_V1.transforms().std)
-"""Per channel, of images in [0, 1]: what every ImageNet ResNet-50 of torchvision was trained with."""
 
 
 class Backbone(ResNet):  # type: ignore[misc]  # torchvision has no types
@@ -29,8 +24,11 @@ class Backbone(ResNet):  # type: ignore[misc]  # torchvision has no types
         upscale: Enlarge the images by this factor first (bicubic); 1 leaves them as they are.
     """
 
+    blocks: ClassVar[tuple[int, ...]] = (3, 4, 6, 3)
+    """Bottleneck blocks of layer1 to layer4."""
+
     def __init__(self, upscale: int) -> None:
-        super().__init__(TunedBottleneck, [3, 4, 6, 3])
+        super().__init__(TunedBottleneck, list(self.blocks))
         self.fc = nn.Identity()
         self.upscale = check_int("model.upscale", upscale, 1)
         self.tuned_for_cpu = False
@@ -86,60 +84,3 @@ class TunedBottleneck(Bottleneck):  # type: ignore[misc]  # torchvision has no t
         x = relu(convolve(x, self.conv1, self.bn1, tuned))
         x = relu(convolve(x, self.conv2, self.bn2, tuned))
         return relu(convolve(x, self.conv3, self.bn3, tuned) + shortcut)
-
-
-def convolve(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, tuned: bool) -> Tensor:
-    """Convolve and normalize.
-
-    `tuned` gives the same function and the same gradients, but for rounding. A BatchNorm layer in eval mode is folded
-    into the convolution where there are more activations than weights, which spares passes over them; as this is done
-    anew every time and is part of the gradient, BatchNorm's weight and bias train as always.
-
-    Args:
-        x: (batch, channels, height, width).
-        conv: Without bias.
-        bn: The layer after it.
-        tuned: Compute in the way that is fastest on CPUs.
-
-    Returns:
-        (batch, channels of conv, height / stride, width / stride).
-    """
-    if not tuned:
-        return cast(Tensor, bn(conv(x)))
-    stride, padding = conv.stride[0], int(conv.padding[0])
-    outputs = len(x) * math.ceil(x.shape[2] / stride) * math.ceil(x.shape[3] / stride)
-    hooked = bn._forward_pre_hooks or bn._forward_hooks  # somebody wants the layer to be called
-    if not bn.training and not hooked and outputs > conv.weight[0].numel():
-        assert bn.running_mean is not None
-        assert bn.running_var is not None
-        scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
-        kernel = conv.weight * scale[:, None, None, None]
-        return _convolution(x, kernel, bn.bias - bn.running_mean * scale, stride, padding)
-    return cast(Tensor, bn(_convolution(x, conv.weight, None, stride, padding)))
-
-
-def _convolution(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
-    """Convolve; where maps or kernels are small, by the matrix product that libraries for CPUs do not make of it.
-
-    Activations are in channels-last order: a pixel's channels are a row of the product, without a copy. What is cut is
-    cut from views in the order of the memory, so that gradients come back in it.
-    """
-    size = kernel.shape[2]
-    if all(n + 2 * padding - size < stride for n in x.shape[2:]):
-        # the result is one pixel, as in layer4 at 32x32: a product over the taps that meet a pixel
-        high, wide = (min(size - padding, n) for n in x.shape[2:])
-        used = kernel[:, :, padding : padding + high, padding : padding + wide]
-        return linear(x[:, :, :high, :wide].flatten(1), used.flatten(1), bias)[:, :, None, None]
-    if size == 1:
-        pixels = x.permute(0, 2, 3, 1)
-        if stride > 1:
-            pixels = pixels[:, ::stride, ::stride]  # the others are never looked at
-        # two dimensions: linear() would take batches of tiny products where pixels are left out
-        out = linear(pixels.flatten(0, 2), kernel.flatten(1), bias)
-        return out.view(*pixels.shape[:3], -1).permute(0, 3, 1, 2)
-    if size == 3 and stride == padding == 1 and x.shape[2:] == (2, 2):
-        # each of 4 pixels meets each of 4 by one tap
-        rows = [kernel[:, :, 1 - i : 3 - i, 1 - j : 3 - j].flatten(1) for i in (0, 1) for j in (0, 1)]
-        out = linear(x.flatten(1), torch.cat(rows), None if bias is None else bias.repeat(4))
-        return out.view(len(x), 2, 2, -1).permute(0, 3, 1, 2)
-    return conv2d(x, kernel, bias, stride, padding)

@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
@@ -18,14 +18,13 @@ from torchmetrics.classification import (
     MulticlassRecall,
 )
 
-from cifar_tl.errors import check_number
+from cifar_tl.data.batch import Batch, class_indices
+from cifar_tl.errors import check_choice, check_number
 from cifar_tl.model.backbone import FEATURES, Backbone
 from cifar_tl.model.head import dense_head
 from cifar_tl.model.optim import build_optimizer, parameter_groups
 
-Batch = tuple[Tensor, Tensor]
-"""Images (batch, 3, height, width), float, normalized, or their features (batch, 2048); targets (batch,) class indices,
-or (batch, classes) with rows that sum to 1."""
+CONVENTIONS = ("torch", "keras")
 
 
 class ResNet50Classifier(L.LightningModule):
@@ -43,6 +42,7 @@ class ResNet50Classifier(L.LightningModule):
         weight_decay: For weight matrices and kernels; biases and norms have none.
         label_smoothing: Share of the target spread over all classes, in the training loss only.
         muon_dtype: `float32` or `bfloat16`, of the matrix products of `muon`.
+        conventions: One of CONVENTIONS, whose defaults the layers and optimizers have.
     """
 
     def __init__(
@@ -56,8 +56,10 @@ class ResNet50Classifier(L.LightningModule):
         weight_decay: float,
         label_smoothing: float,
         muon_dtype: str = "float32",
+        conventions: str = "torch",
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(logger=False)  # the run logs its whole config
         self.provenance: dict[str, Any] = {}
         """Plain values that say where the weights come from; they travel in checkpoints under `cifar_tl`."""
         self.classes = list(classes)
@@ -68,8 +70,22 @@ class ResNet50Classifier(L.LightningModule):
         self.label_smoothing = check_number("finetune.label_smoothing", label_smoothing, 0, below=1)
         self.backbone = Backbone(upscale)
         self.head = dense_head(FEATURES, head, len(self.classes), dropout)
+        self.adam_eps = 1e-8
+        if check_choice("model.conventions", conventions, CONVENTIONS) == "keras":
+            self._follow_keras()
         self.val_metrics = self._metrics("val/")
         self.test_metrics = self._metrics("test/")
+
+    def _follow_keras(self) -> None:
+        """Set what Keras 3 has by default, and its ResNet50: BatchNorm's momentum and eps, Adam's eps, the head."""
+        self.adam_eps = 1e-7
+        for module in self.backbone.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum, module.eps = 0.01, 1.001e-5
+        for module in self.head.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
 
     def _metrics(self, prefix: str) -> MetricCollection:
         n = len(self.classes)
@@ -168,14 +184,4 @@ class ResNet50Classifier(L.LightningModule):
     def configure_optimizers(self) -> Optimizer:
         """Return one optimizer over all groups; it exists with both parts from step 0."""
         groups = parameter_groups(self.head, self.backbone, self.weight_decay)
-        return build_optimizer(self.optimizer, groups, self.momentum, self.muon_dtype)
-
-
-def class_indices(targets: Tensor) -> Tensor:
-    """Return class indices, (batch,), of targets given as indices or one-hot."""
-    return targets.argmax(dim=1) if targets.ndim == 2 else targets
-
-
-def one_hot(targets: Tensor, num_classes: int) -> Tensor:
-    """Return class indices (batch,) as float one-hot rows, (batch, num_classes)."""
-    return torch.nn.functional.one_hot(targets, num_classes).float()
+        return build_optimizer(self.optimizer, groups, self.momentum, self.muon_dtype, self.adam_eps)

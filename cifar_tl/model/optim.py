@@ -17,22 +17,26 @@ MUON_ITERATIONS = 3
 def parameter_groups(head: nn.Module, backbone: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return the groups `head`, `head_no_decay`, `backbone` and `backbone_no_decay`, frozen parameters included.
 
-    Weight decay is for weight matrices and kernels; biases and normalization have one dimension and none of it. `part`
-    in a group says whose learning rate it follows.
+    Weight decay is for weight matrices and kernels; biases and normalization have one dimension and none of it. A
+    group's `module` says whose learning rate it follows.
     """
     groups = []
-    for part, module in (("head", head), ("backbone", backbone)):
+    for name, module in (("head", head), ("backbone", backbone)):
         matrices = [p for p in module.parameters() if p.ndim > 1]
         vectors = [p for p in module.parameters() if p.ndim <= 1]
         groups += [
-            {"name": part, "part": part, "params": matrices, "weight_decay": weight_decay},
-            {"name": f"{part}_no_decay", "part": part, "params": vectors, "weight_decay": 0.0},
+            {"name": name, "module": name, "params": matrices, "weight_decay": weight_decay},
+            {"name": f"{name}_no_decay", "module": name, "params": vectors, "weight_decay": 0.0},
         ]
     return groups
 
 
 def build_optimizer(
-    name: str, groups: list[dict[str, Any]], momentum: float, muon_dtype: torch.dtype = torch.float32
+    name: str,
+    groups: list[dict[str, Any]],
+    momentum: float,
+    muon_dtype: torch.dtype = torch.float32,
+    adam_eps: float = 1e-8,
 ) -> Optimizer:
     """Build an optimizer whose learning rates are 0 until their owner, BackboneUnfreeze, sets them.
 
@@ -43,15 +47,16 @@ def build_optimizer(
         groups: From `parameter_groups`.
         momentum: Nesterov's, for `sgd` and for the kernels under `muon`.
         muon_dtype: Of Muon's matrix products; the type that the device multiplies fastest.
+        adam_eps: Added to the denominator by `adam` and `adamw`.
 
     Raises:
         UserError: An unknown name.
     """
     match check_choice("finetune.optimizer", name, OPTIMIZERS):
         case "adam":
-            return torch.optim.Adam(groups, lr=0.0, fused=True)
+            return torch.optim.Adam(groups, lr=0.0, eps=adam_eps, fused=True)
         case "adamw":
-            return torch.optim.AdamW(groups, lr=0.0, fused=True)
+            return torch.optim.AdamW(groups, lr=0.0, eps=adam_eps, fused=True)
         case "muon":
             momentum = check_number("finetune.momentum", momentum, 0, below=1)
             groups = [g | {"muon": g["name"] == "backbone"} for g in groups]

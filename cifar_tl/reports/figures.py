@@ -312,7 +312,7 @@ def runs_over_each_other(
 
 @_styled
 def cliff(title: str, recipes: Mapping[str, tuple[Sequence[int], Sequence[float], int]]) -> Figure:
-    """Draw validation accuracies over each other, with each one's level before the unfreeze and what one epoch then did.
+    """Draw validation accuracies over each other, each with its level before the unfreeze and what one epoch then did.
 
     Args:
         title: Of the figure.

@@ -13,6 +13,7 @@ from cifar_tl.runs.formatting import percent
 from cifar_tl.runs.metrics import (
     Floats,
     Ints,
+    confused_pairs,
     confusion_matrix,
     least_certain,
     mistaken,
@@ -25,7 +26,7 @@ from cifar_tl.runs.predictions import CERTAIN, CONFUSED_PAIRS, MISTAKES, PAIR_EX
 Images = dict[int, NDArray[np.uint8]]
 
 
-def leakage(predictions: Predictions, images: Images) -> str:
+def confused(predictions: Predictions, images: Images) -> str:
     """Return the pairs of classes that are most often taken for each other, with examples."""
     test, names = predictions.test, predictions.classes
     probabilities = softmax(test.logits)

@@ -7,7 +7,7 @@ from typing import Any
 
 from cifar_tl.reports import figures, html, svg
 from cifar_tl.reports.html import Markup
-from cifar_tl.reports.run_images import image_sections, leakage
+from cifar_tl.reports.run_images import confused, image_sections
 from cifar_tl.reports.run_unfreeze import unfreeze
 from cifar_tl.runs.folder import Run, read_run
 from cifar_tl.runs.formatting import duration_text, percent, points
@@ -55,7 +55,7 @@ def write_run_report(folder: Path) -> Path:
     if run.predictions is not None:
         predictions = run.predictions
         attempt("What the unfreeze changed", lambda: unfreeze(predictions, run.metrics, out))
-        attempt("Most confused pairs", lambda: leakage(predictions, run.images))
+        attempt("Most confused pairs", lambda: confused(predictions, run.images))
         attempt("Calibration", lambda: _calibration(predictions, out))
         for heading, draw in image_sections(predictions, run.images, out):
             attempt(heading, draw)

@@ -1,6 +1,5 @@
 """python -m cifar_tl.reproduce [key=value ...]: the published tables, from nothing but the data and the weights."""
 
-import gc
 import logging
 import subprocess
 import sys
@@ -15,11 +14,10 @@ from omegaconf import DictConfig
 from cifar_tl import cli
 from cifar_tl.errors import Interrupted, UserError
 from cifar_tl.reproduce.jobs import Job, plan_jobs, set_aside, state
-from cifar_tl.runs.formatting import duration_text
 
 log = logging.getLogger(__name__)
 
-OURS = ("seed", "experiment", "ablate", "sweep", "resume")
+RESERVED_KEYS = ("seed", "experiment", "ablate", "sweep", "resume")
 """Keys of cifar_tl.train that conf/reproduce.yaml decides."""
 
 
@@ -31,7 +29,7 @@ def main(arguments: list[str]) -> int:
     passed = [a for a in arguments if a not in own]
 
     def task(cfg: DictConfig) -> None:
-        if decided := [a for a in passed if keys[a] in OURS]:
+        if decided := [a for a in passed if keys[a] in RESERVED_KEYS]:
             raise UserError(
                 f"{decided[0]}: recipes and seeds of the tables are in conf/reproduce.yaml; change them there."
             )
@@ -66,15 +64,16 @@ def reproduce(cfg: DictConfig, passed: Sequence[str], folder: Path) -> None:
 
 
 def run_jobs(jobs: Sequence[Job]) -> list[str]:
-    """Say how long the jobs will take, run those that are not finished, and return the names of those that fail."""
+    """Say what there is to do, run the jobs that are not finished, and return the names of those that fail."""
     states = {job.name: state(job) for job in jobs}
     for job in jobs:
         if states[job.name][0] == "keep":
             log.info("%-44s kept: %s", job.name, states[job.name][1])
     to_do = [job for job in jobs if states[job.name][0] != "keep"]
+    for job in to_do:
+        log.info("%-44s %d epochs; %s", job.name, job.config.trainer.max_epochs, states[job.name][1] or "to be run")
     if to_do:
-        announce(to_do, states)
-        gc.collect()  # the models that were measured leave the memory to the runs
+        log.info("Ctrl-C stops; the same command then goes on.")
     failed = []
     for number, job in enumerate(to_do, start=1):
         log.info("\n=== %d of %d: %s", number, len(to_do), job.name)
@@ -82,28 +81,6 @@ def run_jobs(jobs: Sequence[Job]) -> list[str]:
             failed.append(job.name)
             log.error("=== %s failed", job.name)
     return failed
-
-
-def announce(jobs: Sequence[Job], states: dict[str, tuple[str, str]]) -> None:
-    """Measure this device for some seconds, and say what will be run and how long that will take."""
-    from cifar_tl import run  # late: `--help` should not wait for torch
-    from cifar_tl.estimate import Estimate
-    from cifar_tl.hardware import device_name, resolve_accelerator
-    from cifar_tl.runs.folder import read_run
-
-    run.quieten_lightning()
-    log.info("Measuring this device for some seconds ...")
-    estimate, total = Estimate(), 0.0
-    for job in jobs:
-        what, reason = states[job.name]
-        done = len(read_run(job.folder).metrics.get("epoch", [])) if what == "resume" else 0
-        seconds = estimate.seconds(job.config, done, train=what != "evaluate", evaluate=job.evaluate is not None)
-        images = f"{estimate.datamodule(job.config).sizes['train']:,} images x {job.config.trainer.max_epochs} epochs"
-        total += seconds
-        log.info("%-44s %-26s about %-12s %s", job.name, images, duration_text(seconds), reason)
-    device = device_name(resolve_accelerator(jobs[0].config.trainer.accelerator))
-    log.info("In all about %s on %s.", duration_text(total), device)
-    log.info("Ctrl-C stops; the same command then goes on.")
 
 
 def run_job(job: Job, what: str) -> bool:

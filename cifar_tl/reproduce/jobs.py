@@ -20,7 +20,14 @@ from cifar_tl.runs.folder import read_run
 from cifar_tl.runs.resume import LAST
 
 PARTS = ("results", "ablation", "ladder", "scale")
-UNRELATED = ("resume", "logger", "data.root", "data.download", "finetune.features_folder", "trainer.log_every_n_steps")
+IGNORED_KEYS = (
+    "resume",
+    "logger",
+    "data.root",
+    "data.download",
+    "finetune.features_folder",
+    "trainer.log_every_n_steps",
+)
 """Keys that change no result."""
 
 
@@ -166,7 +173,7 @@ def _related(config: Any) -> dict[str, Any]:
 
     def add(values: dict[str, Any], prefix: str) -> None:
         for key, value in values.items():
-            if f"{prefix}{key}" in UNRELATED:
+            if f"{prefix}{key}" in IGNORED_KEYS:
                 continue
             if isinstance(value, dict):
                 add(value, f"{prefix}{key}.")

@@ -94,8 +94,8 @@ def results(groups: Sequence[Group]) -> Table:
         )
     head = ["config", "weights", "precision", "n", "frozen", "+1 epoch", "best val", "test acc", "range", *beside]
     note = (
-        "In %. Frozen: validation accuracy in the last epoch before the unfreeze; +1 epoch: in the first after it. Means "
-        "over n seeds; the range is over the seeds, with one seed it is the 95 % interval for other test images. "
+        "In %. Frozen: validation accuracy in the last epoch before the unfreeze; +1 epoch: in the first after it. "
+        "Means over n seeds; the range is over the seeds, with one seed it is the 95 % interval for other test images. "
         "Minutes are those of the epochs, on average."
     )
     return Table("Results", [*head, "minutes", "device", "commit", "date"], rows, note)
@@ -172,7 +172,7 @@ def _around_unfreeze(run: Run) -> tuple[float, float] | None:
 
 
 def _curve(run: Run) -> tuple[list[int], list[float], int] | None:
-    """Return epochs, validation accuracies and the first unfrozen epoch; None if it was never frozen or never unfrozen."""
+    """Return epochs, validation accuracies and the first unfrozen epoch; None if there was no unfreeze."""
     unfreeze = min((phase["start"] for phase in run.metrics.get("plan", []) if phase["stages"]), default=0)
     values = run.metrics.get("val/acc", [])
     return (run.metrics["epoch"], values, unfreeze) if 0 < unfreeze < len(values) else None

@@ -1,9 +1,12 @@
-"""Figures as people read them."""
+"""Numbers as they are printed."""
+
+from collections.abc import Mapping
+from typing import Any
 
 
 def percent(share: float, digits: int = 2) -> str:
-    """Return a share as `86.23 %`."""
-    return f"{100 * share:.{digits}f} %"
+    """Return a share as `86.23%`."""
+    return f"{100 * share:.{digits}f}%"
 
 
 def points(difference: float, digits: int = 2) -> str:
@@ -12,9 +15,18 @@ def points(difference: float, digits: int = 2) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """Return a duration as people read it: `41 s`, `3 min 05 s`, `1 h 36 min`."""
+    """Return a duration as text: `41 s`, `3 min 05 s`, `1 h 36 min`."""
     if seconds < 60:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     if seconds < 3600:
         return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
     return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"
+
+
+def result_text(metrics: Mapping[str, Any], images: int) -> str:
+    """Return a test's metrics in a line."""
+    low, high = metrics["test/acc_interval"]
+    return (
+        f"Test accuracy {percent(metrics['test/acc'])} (95% interval {100 * low:.2f} to {percent(high)} for "
+        f"{images:,} images), loss {metrics['test/loss']:.4f}, ECE {metrics['test/ece']:.4f}"
+    )

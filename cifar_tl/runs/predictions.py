@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cifar_tl.files import replacing
 from cifar_tl.runs.metrics import (
     Ints,
+    confused_pairs,
     confusion_matrix,
     least_certain,
     mistaken,
@@ -124,8 +126,8 @@ def worth_showing(test: SplitPredictions) -> Ints:
         least_certain(probabilities, UNCERTAIN),
     ]
     for pair in confused_pairs(confusion, CONFUSED_PAIRS):
-        for pair in ((pair.first, pair.second), (pair.second, pair.first)):
-            chosen.append(mistaken(probabilities, test.targets, *pair, PAIR_EXAMPLES))
+        for true, predicted in ((pair.first, pair.second), (pair.second, pair.first)):
+            chosen.append(mistaken(probabilities, test.targets, true, predicted, PAIR_EXAMPLES))
     return np.unique(np.concatenate(chosen))
 
 
@@ -155,10 +157,8 @@ def read_images(folder: Path) -> dict[int, NDArray[np.uint8]]:
 
 def _save(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
     """Write an archive, replacing the old one in one step."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
-    partial.replace(path)
 
 
 def _load(path: Path, keys: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, NDArray[Any]]:

@@ -7,25 +7,20 @@ import pytest
 import torch
 from conftest import TINY
 
-from cifar_tl import run
+from cifar_tl import train as command
 from cifar_tl.callbacks import feature_cache
 from cifar_tl.callbacks.feature_cache import FeatureCache, decide
 from cifar_tl.data.augment import Augment
 from cifar_tl.errors import UserError
 from cifar_tl.model.backbone import Backbone
-from cifar_tl.schedule import FinetuneSchedule
 
 FLIP = Augment("random", 0, 0, 0, 0, 0, 0, 0)
 CROP = replace(FLIP, crop_padding=4)
 SIZES = {"train": 45_000, "val": 5_000}
 
 
-def plan(unfreeze_at_epoch):
-    return FinetuneSchedule(20, unfreeze_at_epoch, 0, 1e-3, 1e-3, 1e-3, "constant", 0)
-
-
 def decision(mode="auto", epochs=10, augment=FLIP, available=10**10, world_size=1):
-    return decide(mode, plan(epochs), augment, SIZES, available, world_size)
+    return decide(mode, epochs, augment, SIZES, available, world_size)
 
 
 def test_auto_caches_the_views_there_are():
@@ -64,7 +59,7 @@ def test_a_head_trained_on_cached_features_equals_one_trained_on_images(compose,
     for cached in ("true", "false"):
         overrides = (*TINY, "finetune.unfreeze_at_epoch=null", "model.dropout=0.2", *optimizer)
         keys = (f"finetune.cache_features={cached}", f"finetune.frozen_augment={frozen_augment}")
-        metrics = run.train(compose(*overrides, *keys), tmp_path / cached, "demo")
+        metrics = command.train(compose(*overrides, *keys), tmp_path / cached, "demo")
         state = torch.load(tmp_path / cached / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         heads.append({name: tensor for name, tensor in state.items() if name.startswith("head.")})
         losses.append(metrics["train/loss"] + metrics["val/loss"])
@@ -80,20 +75,20 @@ def real_looking_weights(tmp_path):
 
 def test_features_are_kept_and_read_by_the_next_run(compose, tmp_path, monkeypatch, real_looking_weights):
     overrides = (*TINY, real_looking_weights, f"finetune.features_folder='{tmp_path / 'features'}'")
-    first = run.train(compose(*overrides), tmp_path / "first", "demo")
+    first = command.train(compose(*overrides), tmp_path / "first", "demo")
     (kept,) = (tmp_path / "features").iterdir()
 
     with monkeypatch.context() as patched:
         patched.setattr(FeatureCache, "_compute", lambda *args: pytest.fail("features were computed again"))
-        second = run.train(compose(*overrides), tmp_path / "second", "demo")
+        second = command.train(compose(*overrides), tmp_path / "second", "demo")
     assert first["train/loss"] == second["train/loss"]
 
-    other_split = run.train(compose(*overrides, "data.split_seed=1"), tmp_path / "other", "demo")
+    other_split = command.train(compose(*overrides, "data.split_seed=1"), tmp_path / "other", "demo")
     assert other_split["split_sha256"] != first["split_sha256"]
     assert len(list((tmp_path / "features").iterdir())) == 2
 
     kept.write_bytes(kept.read_bytes()[:1000])
-    third = run.train(compose(*overrides), tmp_path / "third", "demo")
+    third = command.train(compose(*overrides), tmp_path / "third", "demo")
     assert third["train/loss"] == first["train/loss"]
     assert kept.stat().st_size > 1000  # and made whole again
 
@@ -110,6 +105,6 @@ def test_a_full_disk_costs_the_kept_features_not_the_run(compose, tmp_path, monk
 
 
 def test_random_weights_leave_no_features_behind(compose, tmp_path):
-    run.train(compose(*TINY, f"finetune.features_folder='{tmp_path / 'features'}'"), tmp_path / "run", "demo")
+    command.train(compose(*TINY, f"finetune.features_folder='{tmp_path / 'features'}'"), tmp_path / "run", "demo")
     assert not (tmp_path / "features").exists()
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["status"] == "finished"

@@ -6,24 +6,26 @@ import pytest
 import torch
 from conftest import TINY
 
-from cifar_tl import run
+from cifar_tl import train as command
 from cifar_tl.callbacks import freezing
 from cifar_tl.callbacks.backbone_unfreeze import BackboneUnfreeze
+from cifar_tl.callbacks.epoch_seed import EpochSeed
 from cifar_tl.callbacks.freeze_guard import FreezeGuard, FreezeViolationError
+from cifar_tl.callbacks.phase_log import PhaseLog
 from cifar_tl.model import optim
 
 
 def test_frozen_phase_leaves_every_backbone_tensor_untouched(compose, tmp_path, monkeypatch):
     initial = {}
-    build = run.build_module
+    build = command.build_module
 
     def remember(*args):
         module = build(*args)
         initial.update({k: v.clone() for k, v in module.state_dict().items()})
         return module
 
-    monkeypatch.setattr(run, "build_module", remember)
-    run.train(compose(*TINY, "finetune.unfreeze_at_epoch=null", "trainer.max_epochs=2"), tmp_path, "demo")
+    monkeypatch.setattr(command, "build_module", remember)
+    command.train(compose(*TINY, "finetune.unfreeze_at_epoch=null", "trainer.max_epochs=2"), tmp_path, "demo")
     final = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     moved = {name for name in initial if not torch.equal(initial[name], final[name])}
     assert {name for name in initial if name.startswith("backbone.")}.isdisjoint(moved)
@@ -35,12 +37,12 @@ def test_frozen_phase_leaves_every_backbone_tensor_untouched(compose, tmp_path, 
 def test_guard_passes_honest_runs(compose, tmp_path, policy, finetune):
     overrides = (*TINY, f"finetune={finetune}", "finetune.unfreeze_at_epoch=1", f"finetune.batchnorm={policy}")
     epochs = 2 if finetune == "two_phase" else 6
-    metrics = run.train(compose(*overrides, f"trainer.max_epochs={epochs}"), tmp_path, "demo")
+    metrics = command.train(compose(*overrides, f"trainer.max_epochs={epochs}"), tmp_path, "demo")
     assert metrics["status"] == "finished"
 
 
 def train_with_bug(compose, tmp_path):
-    run.train(compose(*TINY, "finetune.unfreeze_at_epoch=1", "trainer.max_epochs=2"), tmp_path, "demo")
+    command.train(compose(*TINY, "finetune.unfreeze_at_epoch=1", "trainer.max_epochs=2"), tmp_path, "demo")
 
 
 def test_guard_catches_a_backbone_that_is_never_thawed(compose, tmp_path, monkeypatch):
@@ -88,7 +90,7 @@ def test_guard_checks_a_resumed_run_where_it_resumes(compose, tmp_path, monkeypa
     monkeypatch.setattr(
         FreezeGuard, "expected_to_change", lambda self, m, epoch: checked.append(epoch) or check(self, m, epoch)
     )
-    epoch_end = run.PhaseLog.on_train_epoch_end
+    epoch_end = PhaseLog.on_train_epoch_end
 
     def die_in_epoch_2(self, trainer, module):
         if trainer.current_epoch == 2:
@@ -96,11 +98,11 @@ def test_guard_checks_a_resumed_run_where_it_resumes(compose, tmp_path, monkeypa
         epoch_end(self, trainer, module)
 
     with monkeypatch.context() as patched:
-        patched.setattr(run.PhaseLog, "on_train_epoch_end", die_in_epoch_2)
+        patched.setattr(PhaseLog, "on_train_epoch_end", die_in_epoch_2)
         with pytest.raises(SystemError):
-            run.train(compose(*overrides), tmp_path, "demo")
+            command.train(compose(*overrides), tmp_path, "demo")
     assert checked == [0, 1]
-    run.train(
+    command.train(
         compose(*TINY, "finetune.unfreeze_at_epoch=1", "trainer.max_epochs=3", f"resume={tmp_path}"), tmp_path, ""
     )
     assert checked == [0, 1, 2]
@@ -109,11 +111,11 @@ def test_guard_checks_a_resumed_run_where_it_resumes(compose, tmp_path, monkeypa
 def test_rates_in_the_optimizer_are_the_plans(compose, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        run.PhaseLog,
+        EpochSeed,
         "on_train_batch_end",
         lambda self, trainer, *args: seen.append({g["name"]: g["lr"] for g in trainer.optimizers[0].param_groups}),
     )
     rates = ("finetune.head_lr=3e-3", "finetune.head_lr_unfrozen=2e-4", "finetune.backbone_lr=1e-4")
-    run.train(compose(*TINY, *rates, "finetune.schedule=constant", "finetune.warmup_epochs=0"), tmp_path, "demo")
+    command.train(compose(*TINY, *rates, "finetune.schedule=constant", "finetune.warmup_epochs=0"), tmp_path, "demo")
     assert seen[0] == {"head": 3e-3, "head_no_decay": 3e-3, "backbone": 0.0, "backbone_no_decay": 0.0}
     assert seen[-1] == {"head": 2e-4, "head_no_decay": 2e-4, "backbone": 1e-4, "backbone_no_decay": 1e-4}

@@ -19,8 +19,8 @@ from cifar_tl.callbacks.projector import evaluating, principal_components, sprit
 from cifar_tl.callbacks.tensorboard_figures import hparam_values
 from cifar_tl.data.synthetic import Synthetic
 from cifar_tl.model.module import ResNet50Classifier
-from cifar_tl.run import train
 from cifar_tl.runs.predictions import read_images, read_predictions
+from cifar_tl.train import train
 
 
 def events(folder):

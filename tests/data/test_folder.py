@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 
 from cifar_tl.data.augment import Augment
+from cifar_tl.data.batch import IMAGENET_MEAN, IMAGENET_STD
 from cifar_tl.data.folder import ImageFolders
 from cifar_tl.data.loader import ArrayLoader
 from cifar_tl.errors import UserError
-from cifar_tl.model.backbone import IMAGENET_MEAN, IMAGENET_STD
 
 
 def save(path, size=(32, 32), color=(10, 20, 30)):

@@ -9,6 +9,8 @@ from cifar_tl.errors import UserError
 from cifar_tl.model.backbone import FEATURES, Backbone
 from cifar_tl.model.weights import load_weights
 
+pytestmark = pytest.mark.resnet50
+
 
 def test_backbone_is_torchvisions_resnet50_up_to_its_pooling(tmp_path):
     original = resnet50().eval()

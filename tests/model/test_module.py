@@ -2,9 +2,10 @@ import pytest
 import torch
 from torch import nn
 
+from cifar_tl.data.batch import class_indices, one_hot
 from cifar_tl.errors import UserError
 from cifar_tl.model.head import dense_head
-from cifar_tl.model.module import ResNet50Classifier, class_indices, one_hot
+from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.model.optim import build_optimizer, optimizer_text, parameter_groups
 
 

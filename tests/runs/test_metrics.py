@@ -11,6 +11,7 @@ from torchmetrics.classification import MulticlassCalibrationError
 from cifar_tl.runs.metrics import (
     ConfusedPair,
     class_scores,
+    confused_pairs,
     confusion_matrix,
     fit_temperature,
     least_certain,
@@ -84,7 +85,7 @@ def test_rankings():
     assert mistaken(probabilities, targets, 0, 1, 9).tolist() == [1, 3]
 
 
-def test_leaks_count_both_directions_and_leave_out_what_is_never_confused():
+def test_confused_pairs_count_both_directions_and_leave_out_what_is_never_confused():
     confusion = np.array([[5, 1, 0], [4, 9, 0], [0, 2, 7]])
     assert confused_pairs(confusion, 5) == [ConfusedPair(1, 0, 4, 1), ConfusedPair(2, 1, 2, 0)]
 

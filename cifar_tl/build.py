@@ -1,0 +1,261 @@
+"""From the config to the parts of a run, in plain, typed calls: data, model, schedule, callbacks, loggers, Trainer."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import PassThroughProfiler
+from omegaconf import DictConfig, OmegaConf
+
+from cifar_tl.callbacks.backbone_unfreeze import BackboneUnfreeze
+from cifar_tl.callbacks.epoch_seed import EpochSeed
+from cifar_tl.callbacks.feature_cache import FeatureCache
+from cifar_tl.callbacks.freeze_guard import FreezeGuard
+from cifar_tl.callbacks.phase_log import PhaseLog
+from cifar_tl.callbacks.predictions_recorder import PredictionsRecorder
+from cifar_tl.callbacks.run_recorder import RunRecorder
+from cifar_tl.callbacks.tensorboard_figures import TensorBoardFigures
+from cifar_tl.checkpoints import checkpoint_callbacks
+from cifar_tl.data.augment import Augment
+from cifar_tl.data.cifar10 import Cifar10
+from cifar_tl.data.datamodule import CIFAR10DataModule, Source
+from cifar_tl.data.folder import ImageFolders
+from cifar_tl.data.synthetic import Synthetic
+from cifar_tl.errors import UserError, check_choice
+from cifar_tl.hardware import environment, resolve_accelerator, resolve_precision
+from cifar_tl.model.module import ResNet50Classifier
+from cifar_tl.runs.record import config_sha256, git_state
+from cifar_tl.schedule import FinetuneSchedule
+
+FROZEN_AUGMENT = ("none", "flip", "full")
+
+
+def build_schedule(cfg: DictConfig) -> FinetuneSchedule:
+    """Build the phases and learning rates of a config."""
+    finetune = cfg.finetune
+    return FinetuneSchedule(
+        max_epochs=cfg.trainer.max_epochs,
+        unfreeze_at_epoch=finetune.unfreeze_at_epoch,
+        head_lr=finetune.head_lr,
+        backbone_lr=finetune.backbone_lr,
+        head_lr_unfrozen=finetune.head_lr_unfrozen,
+        schedule=finetune.schedule,
+        warmup_epochs=finetune.warmup_epochs,
+        stage_epochs=finetune.stage_epochs,
+    )
+
+
+def build_augment(cfg: DictConfig) -> Callable[[int], Augment]:
+    """Build the augmentation of a config as a function of the epoch."""
+    schedule = build_schedule(cfg)
+    full = Augment(**cfg.augment)
+    choice = check_choice("finetune.frozen_augment", cfg.finetune.frozen_augment, FROZEN_AUGMENT)
+    frozen = {"none": replace(full.only_flips, flip="none"), "flip": full.only_flips, "full": full}[choice]
+    return lambda epoch: full if schedule.phase(epoch).stages else frozen
+
+
+def build_source(data: DictConfig) -> Source:
+    """Build the source of images that `data.name` asks for."""
+    match check_choice("data.name", data.name, ("cifar10", "folder", "synthetic")):
+        case "cifar10":
+            return Cifar10(data.root, download=data.download)
+        case "folder":
+            return ImageFolders(data.root, data.workers)
+        case _:
+            return Synthetic(data.train_size, data.test_size)
+
+
+def build_datamodule(cfg: DictConfig) -> CIFAR10DataModule:
+    """Build the data module of a config; nothing is read yet."""
+    data = cfg.data
+    return CIFAR10DataModule(
+        source=build_source(data),
+        batch_size=data.batch_size,
+        eval_batch_size=data.eval_batch_size,
+        val_size=data.val_size,
+        limit=data.limit,
+        split_seed=data.split_seed,
+        one_hot=data.one_hot,
+        augment=build_augment(cfg),
+        seed=cfg.seed,
+    )
+
+
+def build_module(cfg: DictConfig, classes: Any) -> ResNet50Classifier:
+    """Build the LightningModule of a config, with a random backbone."""
+    precision = resolve_precision(cfg.trainer.precision, resolve_accelerator(cfg.trainer.accelerator))
+    return ResNet50Classifier(
+        classes=list(classes),
+        upscale=cfg.model.upscale,
+        head=list(cfg.model.head),
+        dropout=cfg.model.dropout,
+        optimizer=cfg.finetune.optimizer,
+        momentum=cfg.finetune.momentum,
+        weight_decay=cfg.finetune.weight_decay,
+        label_smoothing=cfg.finetune.label_smoothing,
+        conventions=cfg.model.conventions,
+        # whoever trains in bfloat16 has a device that is fast in it
+        muon_dtype="bfloat16" if precision.startswith("bf16") else "float32",
+    )
+
+
+def build_unfreeze(cfg: DictConfig) -> BackboneUnfreeze:
+    """Build the callback that unfreezes the backbone."""
+    finetune = cfg.finetune
+    return BackboneUnfreeze(
+        unfreeze_at_epoch=finetune.unfreeze_at_epoch,
+        head_lr=finetune.head_lr,
+        backbone_lr=finetune.backbone_lr,
+        head_lr_unfrozen=finetune.head_lr_unfrozen,
+        schedule=finetune.schedule,
+        warmup_epochs=finetune.warmup_epochs,
+        stage_epochs=finetune.stage_epochs,
+        batchnorm=finetune.batchnorm,
+        max_epochs=cfg.trainer.max_epochs,
+        compiled=cfg.model.compile,
+    )
+
+
+def build_callbacks(
+    cfg: DictConfig, datamodule: CIFAR10DataModule, facts: Mapping[str, Any], folder: Path
+) -> list[L.Callback]:
+    """Build the callbacks of a run: its own, checkpoints, a progress bar, and what the `callbacks` group adds.
+
+    None of them relies on another one, nor on the order.
+
+    Args:
+        cfg: As composed from conf/train.yaml.
+        datamodule: Of the run.
+        facts: From `run_facts`.
+        folder: The run's.
+    """
+    finetune, schedule = cfg.finetune, build_schedule(cfg)
+    unfreeze_at_epoch, max_epochs = schedule.unfreeze_at_epoch, schedule.max_epochs
+    features = Path(finetune.features_folder) if finetune.features_folder and facts["weights_sha256"] else None
+    callbacks: list[L.Callback] = [
+        EpochSeed(cfg.seed),
+        build_unfreeze(cfg),
+        FreezeGuard(finetune.unfreeze_at_epoch, finetune.stage_epochs, finetune.batchnorm, max_epochs),
+        FeatureCache(datamodule, unfreeze_at_epoch, str(finetune.cache_features).lower(), features),
+        PhaseLog(schedule, finetune.batchnorm),
+        RunRecorder(folder, schedule, facts),
+        PredictionsRecorder(datamodule, folder, unfreeze_at_epoch, max_epochs),
+        TensorBoardFigures(datamodule, schedule, plain(cfg)),
+        *checkpoint_callbacks(folder / "checkpoints"),
+        *progress_bar(),
+    ]
+    return callbacks + [_instantiated("callbacks", name, node) for name, node in cfg.callbacks.items()]
+
+
+def build_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
+    """Build the loggers of the `logger` group, by `_target_`; each writes into the run's folder unless it says where.
+
+    TensorBoard's files are in RUN/tensorboard.
+    """
+    loggers: list[Logger] = []
+    for name, node in cfg.logger.items():
+        loggers.append(_instantiated("logger", name, node, {"save_dir": str(folder)}))
+    return loggers
+
+
+def _instantiated(group: str, name: Any, node: DictConfig, defaults: Mapping[str, Any] | None = None) -> Any:
+    """Make what a node of the config with a `_target_` describes."""
+    if not OmegaConf.is_dict(node) or "_target_" not in node:
+        raise UserError(f"{group}.{name} has no _target_: give the class to build, as conf/{group}/*.yaml do.")
+    try:
+        return instantiate({**(defaults or {}), **node}, _convert_="all")
+    except HydraException as error:
+        cause = error.__cause__ or error
+        missing = f" `pip install {cause.name}` may help." if isinstance(cause, ModuleNotFoundError) else ""
+        raise UserError(f"{group}.{name}: {node._target_} cannot be built: {cause}.{missing}") from error
+
+
+def build_trainer(trainer: Mapping[Any, Any], **extra: Any) -> L.Trainer:
+    """Build Lightning's Trainer from the `trainer` group; keys added with +trainer. are passed on.
+
+    Raises:
+        UserError: The Trainer refuses a key.
+    """
+    accelerator = resolve_accelerator(trainer["accelerator"])
+    keys = {str(key): value for key, value in trainer.items()}
+    keys |= {"accelerator": accelerator, "precision": resolve_precision(trainer["precision"], accelerator)}
+    own = {
+        "profiler": NoProfiler(),
+        "num_sanity_val_steps": 0,
+        "enable_model_summary": False,
+        "enable_progress_bar": bool(progress_bar()),
+        "benchmark": accelerator == "cuda",
+        **extra,
+    }
+    try:
+        return L.Trainer(**own | keys)
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise UserError(f"trainer: Lightning's Trainer refuses its keys: {error}") from error
+
+
+class NoProfiler(PassThroughProfiler):
+    """Lightning's own default, without the generator that it makes for each of the 70 hooks of a step."""
+
+    def profile(self, action_name: str) -> AbstractContextManager[None]:  # type: ignore[override]  # no generator
+        """Return a context that does nothing."""
+        return nullcontext()
+
+
+def progress_bar() -> list[L.Callback]:
+    """Return a progress bar if stdout is a terminal."""
+    return [RichProgressBar()] if sys.stdout.isatty() else []
+
+
+def run_facts(
+    cfg: DictConfig, datamodule: CIFAR10DataModule, experiment: str, weights_sha256: str | None
+) -> dict[str, Any]:
+    """Return what is known of a run before it trains, as plain values, for metrics.json and checkpoints.
+
+    Args:
+        cfg: As composed from conf/train.yaml.
+        datamodule: Set up.
+        experiment: Name of the choice in conf/experiment.
+        weights_sha256: Of the file of ImageNet weights; None for random weights.
+    """
+    accelerator = resolve_accelerator(cfg.trainer.accelerator)
+    return {
+        "experiment": experiment,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": cfg.seed,
+        "weights": cfg.model.weights,
+        "weights_sha256": weights_sha256,
+        "filter_rms": cfg.model.filter_rms if weights_sha256 else None,
+        "config_sha256": config_sha256({key: value for key, value in plain(cfg).items() if key != "resume"}),
+        "split_sha256": datamodule.split_sha256,
+        "images": datamodule.sizes,
+        "classes": list(datamodule.classes),
+        "normalization": {"mean": list(datamodule.mean), "std": list(datamodule.std)},
+        "precision": resolve_precision(cfg.trainer.precision, accelerator),
+        **environment(accelerator),
+        **git_state(),
+    }
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """Return a config as nested dicts and lists, resolved."""
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+
+
+def quieten_lightning() -> None:
+    """Silence what Lightning says about itself; its warnings stay, but for those that do not fit here."""
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`")  # Lightning 2.6 on torch 2.14
+    warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")  # a resumed run's
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
