@@ -34,7 +34,7 @@ def with_overrides_of_resumed_run(arguments: list[str], outputs: Path = Path("ou
         raise UserError(
             f"resume={given[-1]}: {folder} has no {LAST}: the run ended before its first epoch did. Start it anew."
         )
-    theirs = [a for a in yaml.safe_load(saved.read_text()) if not a.startswith("resume=")]
+    theirs = [a for a in yaml.safe_load(saved.read_text(encoding="utf-8")) if not a.startswith("resume=")]
     ours = [a for a in arguments if not a.startswith("resume=")]
     return [*theirs, *ours, f"resume='{folder}'", f"hydra.run.dir='{folder}'"]
 
