@@ -150,7 +150,7 @@ def collapse_warnings(epochs: Sequence[Mapping[str, Any]], schedule: FinetuneSch
         epochs: One row per epoch, with `epoch` and PER_EPOCH.
         schedule: Of the run.
     """
-    rates = (
+    learning_rates = (
         f"finetune.backbone_lr={schedule.backbone_lr:g} or finetune.head_lr_unfrozen={schedule.head_lr_unfrozen:g} is "
         f"too high for these weights (model.filter_rms brings all files to one scale), or finetune.batchnorm=train or "
         f"adapt loses the statistics of pretraining (frozen keeps them)"
@@ -160,7 +160,7 @@ def collapse_warnings(epochs: Sequence[Mapping[str, Any]], schedule: FinetuneSch
         losses = [epoch[key] for key in ("train/loss", "val/loss") if epoch[key] is not None]
         if not all(math.isfinite(loss) for loss in losses):
             frozen = epoch["epoch"] < schedule.unfreeze_at_epoch
-            reason = f"finetune.head_lr={schedule.head_lr:g} is too high" if frozen else rates
+            reason = f"finetune.head_lr={schedule.head_lr:g} is too high" if frozen else learning_rates
             warnings.append(
                 f"The loss is not a finite number from epoch {epoch['epoch']} on. Likely: {reason}, or "
                 f"trainer.precision overflows (bf16-mixed and 32-true do not)."
@@ -171,7 +171,7 @@ def collapse_warnings(epochs: Sequence[Mapping[str, Any]], schedule: FinetuneSch
     if before is not None and after is not None and before - after > COLLAPSE:
         warnings.append(
             f"Validation accuracy fell from {100 * before:.2f}% to {100 * after:.2f}% in the first epoch after the "
-            f"unfreeze. Likely: {rates}."
+            f"unfreeze. Likely: {learning_rates}."
         )
     return warnings
 

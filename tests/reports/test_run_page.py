@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -129,6 +130,19 @@ def test_same_files_same_page(drawn):
     assert main([str(drawn[0])]) == 0
     assert (drawn[0] / "report.html").read_text() == drawn[1]
     assert {path.name: path.read_bytes() for path in (drawn[0] / "figures").iterdir()} == before
+
+
+def test_a_real_run_has_every_section(tiny_run, tmp_path):
+    for name in ("metrics.json", "predictions.npz", "images.npz"):
+        shutil.copy(tiny_run / name, tmp_path)
+    assert main([str(tmp_path)]) == 0
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r"<h2[^>]*>([^<]+)", text) == [
+        *("Schedule, and what happened", "Curves", "Classes", "What the unfreeze changed", "Most confused pairs"),
+        *("Calibration", "Mistakes", "Most and least certain", "Time", "Repeat it"),
+    ]
+    assert 'class="notes"' not in text
+    assert len(list((tmp_path / "figures").glob("*.svg"))) == 11
 
 
 def test_names_are_escaped(tmp_path):
@@ -315,9 +329,10 @@ def test_files_are_utf_8_whatever_the_locale(tmp_path):
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, "-m", "cifar_tl.reports", str(runs)]
     subprocess.run(command, check=True, env={**os.environ, **locale}, capture_output=True)
-    page = (runs / "größer 0" / "report.html").read_bytes().decode("utf-8")
-    assert "Übung" in page
-    assert "data.root=été" in page
+    for seed in (0, 1):
+        page = (runs / f"größer {seed}" / "report.html").read_bytes().decode("utf-8")
+        assert "Übung" in page
+        assert "data.root=été" in page
     for ending in ("html", "md", "csv"):
         assert "été" in (runs / f"sweep_report.{ending}").read_bytes().decode("utf-8")
     comparison = (runs / "sweep_report.html").read_bytes().decode("utf-8")
