@@ -18,10 +18,9 @@ import lightning as L
 import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
+from numpy.typing import NDArray
 from omegaconf import DictConfig
 from torch import Tensor
-from torch.nn.functional import cross_entropy
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 from cifar_tl.build import build_datamodule, build_trainer, quieten_lightning
 from cifar_tl.checkpoints import Trained, load_trained
@@ -31,10 +30,9 @@ from cifar_tl.data.datamodule import CIFAR10DataModule
 from cifar_tl.errors import UserError, check_flag
 from cifar_tl.files import write_text, writing_for
 from cifar_tl.hardware import prepare_for, resolve_accelerator
-from cifar_tl.model.temperature import fit_temperature
 from cifar_tl.model.tta import AUGMENTED, SINGLE, View
-from cifar_tl.runs.formatting import result_text
-from cifar_tl.runs.metrics import wilson_interval
+from cifar_tl.runs.formatting import percent, percent_range, result_text
+from cifar_tl.runs.metrics import Ints, fit_temperature, scores
 from cifar_tl.runs.record import metrics_of_test
 
 log = logging.getLogger(__name__)
@@ -135,13 +133,14 @@ class ExtraEvaluations:
                     f"{datamodule.split_sha256[:12]}, the run's was {self.trained.facts['split_sha256'][:12]}): its "
                     f"data has changed. data.root= says where the run's data is."
                 )
-            evaluation.fit_temperature(datamodule.images("val").cpu(), datamodule.targets("val").cpu())
+            evaluation.fit_temperature(datamodule.images("val").cpu(), datamodule.targets("val").cpu().numpy())
         if self.tta or self.temperature:
             log.info("\ntest, beside the single view above")
-            images, targets = datamodule.images("test"), datamodule.targets("test").cpu()
+            images, targets = datamodule.images("test"), datamodule.targets("test").cpu().numpy()
             evaluation.measure_beside("test", evaluation.logits(images), images, targets, self.tta)
         if self.version is not None:
-            evaluation.measure(f"cifar10.1_{self.version}", *self.new_images, self.tta)
+            new_images, new_targets = self.new_images
+            evaluation.measure(f"cifar10.1_{self.version}", new_images, new_targets.numpy(), self.tta)
         if self.corruptions:
             evaluation.measure_corruptions(self.root, self.corruptions)
         return evaluation.result
@@ -174,16 +173,16 @@ class Evaluation:
         self.temperature: float | None = None
         self.result: dict[str, Any] = {}
 
-    def logits(self, images: Tensor, views: Mapping[View, float] = SINGLE) -> Tensor:
-        """Return the weighted mean of the views' logits, (images, classes), float32, on the CPU."""
+    def logits(self, images: Tensor, views: Mapping[View, float] = SINGLE) -> NDArray[np.float32]:
+        """Return the weighted mean of the views' logits, (images, classes), float32."""
         parts = []
         with torch.inference_mode(), self.precision():
             for batch in torch.split(images, self.batch_size):
                 batch = batch.to(self.device)
                 parts.append(sum(weight * self.network(view(batch)).float() for view, weight in views.items()))
-        return torch.cat([part.cpu() for part in parts if isinstance(part, Tensor)])
+        return np.asarray(torch.cat([part.cpu() for part in parts if isinstance(part, Tensor)]).numpy())
 
-    def fit_temperature(self, images: Tensor, targets: Tensor) -> None:
+    def fit_temperature(self, images: Tensor, targets: Ints) -> None:
         """Fit the temperature on validation images; every set measured later is reported with it, too."""
         logits = self.logits(images)
         self.temperature = self.result["temperature"] = fit_temperature(logits, targets)
@@ -191,7 +190,7 @@ class Evaluation:
         self.result |= named("val", scores(logits, targets))
         self._calibrate("val", logits, targets)
 
-    def measure(self, name: str, images: Tensor, targets: Tensor, tta: bool) -> None:
+    def measure(self, name: str, images: Tensor, targets: Ints, tta: bool) -> None:
         """Measure a further test set in a single view and, if asked for, in several."""
         logits = self.logits(images)
         numbers = scores(logits, targets)
@@ -199,7 +198,7 @@ class Evaluation:
         self.result |= named(name, numbers)
         self.measure_beside(name, logits, images, targets, tta)
 
-    def measure_beside(self, name: str, logits: Tensor, images: Tensor, targets: Tensor, tta: bool) -> None:
+    def measure_beside(self, name: str, logits: NDArray[np.float32], images: Tensor, targets: Ints, tta: bool) -> None:
         """Measure what is reported beside the single view, whose logits are given."""
         if self.temperature is not None:
             self._calibrate(name, logits, targets)
@@ -214,7 +213,8 @@ class Evaluation:
         table = []
         for corruption in corruptions:
             by_severity, targets = robustness.cifar10_c(root, corruption)
-            accuracies = [scores(self.logits(robustness.as_tensor(part)), targets)["acc"] for part in by_severity]
+            logits = [self.logits(robustness.as_tensor(part)) for part in by_severity]
+            accuracies = [scores(part, targets.numpy())["acc"] for part in logits]
             self.result[f"cifar10_c/{corruption}/acc"] = accuracies
             table.append(accuracies)
             columns = " ".join(f"{100 * accuracy:6.2f}" for accuracy in [*accuracies, np.mean(accuracies)])
@@ -223,7 +223,7 @@ class Evaluation:
         whose = "all 15" if corruptions == list(robustness.CORRUPTIONS) else f"these {len(corruptions)}"
         log.info("  mean accuracy over %s corruptions: %.2f%%", whose, 100 * self.result["cifar10_c/acc"])
 
-    def _calibrate(self, name: str, logits: Tensor, targets: Tensor) -> None:
+    def _calibrate(self, name: str, logits: NDArray[np.float32], targets: Ints) -> None:
         """Add loss and ECE with the temperature; accuracy is the same with and without."""
         assert self.temperature is not None
         before, after = scores(logits, targets), scores(logits / self.temperature, targets)
@@ -238,18 +238,6 @@ class Evaluation:
         )
 
 
-def scores(logits: Tensor, targets: Tensor) -> dict[str, Any]:
-    """Return accuracy with its 95% interval, mean cross-entropy, and expected calibration error in 15 bins."""
-    accuracy = float((logits.argmax(dim=1) == targets).double().mean())
-    ece = multiclass_calibration_error(logits.softmax(dim=1), targets, num_classes=logits.shape[1], n_bins=15)
-    return {
-        "acc": accuracy,
-        "acc_interval": list(wilson_interval(accuracy, len(targets))),
-        "loss": float(cross_entropy(logits, targets)),
-        "ece": float(ece),
-    }
-
-
 def named(prefix: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
     """Return metrics under names that begin with `prefix/`."""
     return {f"{prefix}/{name}": value for name, value in numbers.items()}
@@ -257,8 +245,7 @@ def named(prefix: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
 
 def numbers_text(numbers: Mapping[str, Any]) -> str:
     """Return what `scores` returned, in a line."""
-    low, high = numbers["acc_interval"]
     return (
-        f"accuracy {100 * numbers['acc']:.2f}% ({100 * low:.2f} to {100 * high:.2f}%), "
+        f"accuracy {percent(numbers['acc'])} ({percent_range(*numbers['acc_interval'])}%), "
         f"loss {numbers['loss']:.4f}, ECE {numbers['ece']:.4f}"
     )

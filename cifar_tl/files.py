@@ -30,11 +30,13 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write a text in one step, as UTF-8 whatever the locale.
 
+    File names that the locale's encoding has no characters for are written with the bytes that they have on disk.
+
     Raises:
         OSError: It cannot be written there.
     """
     with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def check_writable(path: Path, key: str = "output") -> None:

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from cifar_tl.runs.metrics import confusion_matrix
+from cifar_tl.runs.metrics import confusion_matrix, negative_log_likelihood, reliability, softmax
 from cifar_tl.runs.predictions import Predictions, SplitPredictions, worth_showing, write_images, write_predictions
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer"]
@@ -22,19 +22,24 @@ def scored(seed, examples, strength):
     )
 
 
-def make_run(folder, overrides=(), seed=0, strength=1.5, status="finished", **metrics):
-    """Write the folder of a run of 2 + 2 epochs."""
+def make_run(folder, overrides=(), seed=0, strength=1.5, status="finished", classes=CLASSES, **metrics):
+    """Write the folder of a run of 2 + 2 epochs; `metrics` replace those of metrics.json."""
     (folder / ".hydra").mkdir(parents=True)
-    (folder / ".hydra" / "overrides.yaml").write_text(json.dumps([*overrides, f"seed={seed}"]))
+    (folder / ".hydra" / "overrides.yaml").write_text(json.dumps([*overrides, f"seed={seed}"]), encoding="utf-8")
     val, test = scored(seed + 100, 300, strength), scored(seed, 400, strength)
     if status == "finished":
-        write_predictions(folder, Predictions(CLASSES, val, test, scored(seed + 100, 300, strength / 2)))
+        write_predictions(folder, Predictions(list(classes), val, test, scored(seed + 100, 300, strength / 2)))
         chosen = worth_showing(test)
         images = np.random.default_rng(0).integers(0, 256, (len(chosen), 3, 32, 32), dtype=np.uint8)
         write_images(folder, test.indices[chosen], images)
         confusion = confusion_matrix(test.predicted, test.targets, len(CLASSES)).tolist()
-        results = {"test/acc": test.accuracy, "test/loss": 1.0, "test/ece": 0.1, "test/confusion": confusion}
-        metrics = {"classes": CLASSES, **results, **metrics}
+        results = {
+            "test/acc": test.accuracy,
+            "test/loss": negative_log_likelihood(test.logits, test.targets),
+            "test/ece": reliability(softmax(test.logits), test.targets).ece,
+            "test/confusion": confusion,
+        }
+        metrics = {"classes": list(classes), **results, **metrics}
     rates = {"head": 1e-3, "backbone": 1e-4}
     content = {
         "status": status,

@@ -35,9 +35,9 @@ def test_candidates_take_turns_and_the_first_round_does_not_count():
 
 
 def test_a_table_has_every_column_of_every_row():
-    assert table([{"what": "x", "s": 1234.5}, {"what": "y", "more": 0.5}]) == [
+    assert table([{"what": "x", "s": 1234.5}, {"what": "y", "more": 0.5}]).splitlines() == [
         "| what | s | more |",
-        "|---|---|---|",
+        "| --- | ---: | ---: |",
         "| x | 1,234 |  |",
         "| y |  | 0.5 |",
     ]

@@ -15,7 +15,6 @@ from cifar_tl.data.splits import split_train_val
 from cifar_tl.data.synthetic import Synthetic
 from cifar_tl.errors import UserError
 from cifar_tl.evaluate import evaluate, main
-from cifar_tl.model.temperature import fit_temperature
 from cifar_tl.model.tta import AUGMENTED, identity, mirrored, shifted_in, shifted_out
 
 
@@ -128,16 +127,6 @@ def test_loss_and_ece_are_reported_before_and_after(evaluated, checkpoint):
     calibrated = logits / evaluated["temperature"]
     assert evaluated["test/calibrated/loss"] == pytest.approx(float(cross_entropy(calibrated, targets)), rel=1e-4)
     assert evaluated["test/calibrated/ece"] == pytest.approx(ece_by_hand(calibrated, targets), rel=1e-4)
-
-
-def test_temperature_of_known_logits():
-    generator = torch.Generator().manual_seed(0)
-    logits = 2 * torch.randn(50_000, 5, generator=generator)
-    targets = torch.multinomial(logits.softmax(dim=1), 1, generator=generator).squeeze(1)
-    assert fit_temperature(logits, targets) == pytest.approx(1, abs=0.02)
-    assert fit_temperature(3 * logits, targets) == pytest.approx(3 * fit_temperature(logits, targets), rel=1e-6)
-    assert fit_temperature(torch.eye(5), torch.arange(5)) < 0.1  # all right: as sure as can be
-    assert fit_temperature(torch.eye(5), torch.arange(5).roll(1)) == pytest.approx(100)  # all wrong: as unsure
 
 
 def test_another_validation_split_is_refused(compose, checkpoint, tmp_path):
@@ -257,7 +246,7 @@ def test_other_test_sets_are_refused_for_other_classes(command, tiny_checkpoint)
     assert "are for models with CIFAR-10's classes" in err
 
 
-def test_figures_are_left_as_json(command, root, cifar_checkpoint):
+def test_metrics_are_left_as_json(command, root, cifar_checkpoint):
     code, out, _ = command("hydra.run.dir=here", "temperature=true", "cifar10_1=v6", "cifar10_c=[fog]")
     assert code == 0
     result = json.loads((root / "here" / "evaluation.json").read_text())

@@ -17,7 +17,10 @@ def test_wheel_contains_the_configs_and_finds_them(tmp_path):
     installed = tmp_path / "installed" / "cifar_tl"
     expected = {p.relative_to(ROOT) for p in (ROOT / "conf").rglob("*.yaml")}
     assert {p.relative_to(installed) for p in installed.rglob("*.yaml")} == expected
-    assert (installed / "reports" / "report.css").is_file()
+    drawn = ROOT / "cifar_tl" / "reports"
+    for path in (*drawn.glob("templates/*"), *drawn.glob("*.mplstyle")):
+        assert (installed / "reports" / path.relative_to(drawn)).is_file()
+    assert (installed / "reports" / "templates" / "report.css").is_file()
     shown = subprocess.run(
         [sys.executable, "-m", "cifar_tl.train", "--cfg", "job", "experiment=demo"],
         cwd=tmp_path,

@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from cifar_tl.runs.table import markdown
+
 
 def main(arguments: list[str]) -> int:
     """Run the benchmarks that are asked for.
@@ -70,7 +72,7 @@ def main(arguments: list[str]) -> int:
             for name in given.only:
                 title, measure = measures[name]
                 result[name] = measure(setting)
-                section = [f"### {title}", "", *table(result[name]), ""]
+                section = [f"### {title}", "", table(result[name]), ""]
                 text += section
                 print("\n".join(section), flush=True)
                 (output / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -82,8 +84,8 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Return rows as lines of a Markdown table."""
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return rows as a Markdown table, with a column per key."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
 
     def cell(value: Any) -> str:
@@ -91,8 +93,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 100 else f"{value:.1f}"
         return "" if value is None else str(value)
 
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return lines + ["| " + " | ".join(cell(row.get(column)) for column in columns) + " |" for row in rows]
+    words = [i for i, column in enumerate(columns) if any(isinstance(row.get(column), str) for row in rows)]
+    return markdown(columns, [[cell(row.get(column)) for column in columns] for row in rows], words)
 
 
 if __name__ == "__main__":

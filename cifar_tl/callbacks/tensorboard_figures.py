@@ -21,7 +21,6 @@ from cifar_tl.callbacks.projector import Projector
 from cifar_tl.data.batch import Batch, class_indices
 from cifar_tl.data.datamodule import CIFAR10DataModule
 from cifar_tl.reports import figures
-from cifar_tl.reports.run_images import captions
 from cifar_tl.runs.metrics import confusion_matrix, reliability, softmax, top_mistakes
 from cifar_tl.runs.predictions import MISTAKES, SplitPredictions
 from cifar_tl.schedule import FinetuneSchedule, epochs_text, stages_text
@@ -181,7 +180,7 @@ class TensorBoardFigures(PredictionsCollector):
             if len(chosen):
                 at = np.searchsorted(self.datamodule.indices[split].numpy(), predictions.indices[chosen])
                 images = list(self.datamodule.images(split)[at].cpu().permute(0, 2, 3, 1).numpy())
-                texts = captions(classes, probabilities[chosen], predictions.targets[chosen])
+                texts = figures.captions(classes, probabilities[chosen], predictions.targets[chosen])
                 gallery = figures.gallery(f"Most confident mistakes, {where}", images, texts)
                 self._picture(f"{split}/mistakes", gallery, step)
 

@@ -1,1 +1,1 @@
-"""What a run leaves behind, read back from its files; nothing here imports torch."""
+"""Pages, figures and tables of runs, drawn from what `runs` reads; nothing here imports torch."""

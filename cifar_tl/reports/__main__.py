@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from cifar_tl.errors import UserError
-from cifar_tl.runs.folder import METRICS, find_runs
+from cifar_tl.runs.folder import find_runs
+from cifar_tl.runs.record import METRICS
 
 
 def main(arguments: list[str]) -> int:
@@ -37,7 +38,7 @@ def main(arguments: list[str]) -> int:
 def report(folders: list[Path], output: Path | None = None) -> list[Path]:
     """Write the page of every run, and their comparison where there are several or the folder is a sweep's.
 
-    A run's page in a sweep is drawn anew only if its record is newer.
+    A run's page in a sweep is drawn anew only if its metrics.json is newer.
 
     Args:
         folders: Of runs or sweeps.
@@ -55,8 +56,8 @@ def report(folders: list[Path], output: Path | None = None) -> list[Path]:
 
     written = []
     for run in runs:
-        page, record = run / REPORT, run / METRICS
-        fresh = page.is_file() and record.is_file() and page.stat().st_mtime > record.stat().st_mtime
+        page, metrics = run / REPORT, run / METRICS
+        fresh = page.is_file() and metrics.is_file() and page.stat().st_mtime > metrics.stat().st_mtime
         if run in folders or not fresh:
             written.append(write_run_report(run))
     if runs != folders or len(runs) > 1:

@@ -1,10 +1,10 @@
-"""What each ingredient of a recipe is worth: the recipe without it, beside the recipe as it is."""
+"""Ablation: the recipe without each of its ingredients, beside the whole recipe."""
 
 from collections.abc import Sequence
 from statistics import fmean
 
 from cifar_tl.reports.comparison import Group, seed_of
-from cifar_tl.runs.formatting import points
+from cifar_tl.runs.formatting import percent_range, points
 from cifar_tl.runs.table import Table
 
 KEY, NOTHING = "ablate", "none"
@@ -31,7 +31,7 @@ def ablation(groups: Sequence[Group]) -> Table | None:
         values = list(accuracies.values())
         pairs = [accuracies[seed] - whole[seed] for seed in accuracies if seed in whole]
         if values:
-            spread = f"{100 * min(values):.2f} to {100 * max(values):.2f}"
+            spread = percent_range(min(values), max(values))
             # the whole recipe has no distance to itself
             distance = ["", ""] if name == NOTHING or not pairs else [points(fmean(pairs)), _span(pairs)]
             order = fmean(pairs) if pairs else 0.0
@@ -46,7 +46,8 @@ def ablation(groups: Sequence[Group]) -> Table | None:
 
 
 def _by_seed(group: Group) -> dict[int | None, float]:
-    return {seed_of(run): run.metrics["best/val/acc"] for run in group.runs if run.finished}
+    runs = [run for run in group.runs if run.finished and "best/val/acc" in run.metrics]
+    return {seed_of(run): run.metrics["best/val/acc"] for run in runs}
 
 
 def _span(values: Sequence[float]) -> str:

@@ -26,7 +26,7 @@ class Group:
     runs: list[Run]
 
     def values(self, metric: str) -> list[float]:
-        """Return a figure of every finished run that has it."""
+        """Return a metric of every finished run that has it."""
         return [float(run.metrics[metric]) for run in self.runs if run.finished and metric in run.metrics]
 
 
@@ -55,9 +55,8 @@ def common_overrides(groups: Sequence[Group]) -> list[str]:
 
 
 def seed_of(run: Run) -> int | None:
-    """Return the seed of a run, None if nothing says."""
-    seed = run.metrics.get("seed")
-    return seed if isinstance(seed, int) else None
+    """Return the seed of a run, None if it is not recorded."""
+    return run.metrics.get("seed")
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Difference:
 
     Attributes:
         mean: Difference of the accuracies.
-        low: Lower end of its 95 % interval.
+        low: Lower end of its 95% interval.
         high: Upper end.
         only_a: Images that only `a` gets right, on average over its seeds.
         only_b: Images that only `b` gets right.
@@ -85,28 +84,67 @@ class Difference:
     per_seed: list[float]
 
 
+def differing_data(a: Run, b: Run) -> list[str]:
+    """Return what says that two runs were not tested on the same images; nothing if all that is recorded agrees.
+
+    Indices alone say little: image 7 of one data set is not image 7 of another one.
+    """
+    found = []
+    if a.classes != b.classes:
+        found.append(f"class names ({_only(a.classes, b.classes)})")
+    if a.metrics.get("split_sha256") != b.metrics.get("split_sha256"):
+        found.append("the SHA-256 of the split")
+    if a.predictions is not None and b.predictions is not None:
+        ours, theirs = a.predictions.test, b.predictions.test
+        if not np.array_equal(ours.indices, theirs.indices):
+            found.append(f"test images ({len(ours.indices):,} and {len(theirs.indices):,})")
+        elif not np.array_equal(ours.targets, theirs.targets):
+            found.append("the classes of the test images")
+    return found
+
+
+def pairs_of_runs(a: Group, b: Group) -> tuple[list[tuple[Run, Run]], str]:
+    """Return the runs of two groups that have a seed in common and were tested on the same images.
+
+    Returns:
+        Pairs, by seed. If there are none, the reason.
+    """
+    ours, theirs = (
+        {seed_of(run): run for run in group.runs if run.finished and run.predictions is not None} for group in (a, b)
+    )
+    if not ours or not theirs:
+        return [], "since predictions.npz is missing"
+    pairs = [(ours[seed], theirs[seed]) for seed in sorted(s for s in ours if s is not None and s in theirs)]
+    if not pairs:
+        return [], "since they have no seed in common"
+    # one run stands for all: averaging over seeds needs the same images in every run
+    differing = {what: None for pair in pairs for run in pair for what in differing_data(pairs[0][0], run)}
+    return ([], f"since they differ in {' and '.join(differing)}") if differing else (pairs, "")
+
+
+def _only(ours: Sequence[str], theirs: Sequence[str]) -> str:
+    """Return an example of how two lists of class names differ."""
+    mine, others = ([n for n in x if n not in y][:3] for x, y in ((ours, theirs), (theirs, ours)))
+    return f"{', '.join(mine) or 'none'} against {', '.join(others) or 'none'}" if mine or others else "their order"
+
+
 def paired_difference(a: Group, b: Group) -> Difference | None:
-    """Compare two groups over the seeds and test images that both have.
+    """Compare two groups over the seeds that both have, image by image.
 
     The interval is the normal one of the mean per-image difference, (right by `a`) - (right by `b`), averaged over the
     seeds: it says how much another draw of test images would change the difference between *these* trained models. It
     says nothing about other seeds; the range over seeds does.
 
     Returns:
-        None if they have no seed in common, no predictions, or other test images.
+        None if `pairs_of_runs` finds no pairs.
     """
-    ours, theirs = (
-        {seed_of(run): run.predictions.test for run in group.runs if run.finished and run.predictions}
-        for group in (a, b)
+    pairs, _ = pairs_of_runs(a, b)
+    if not pairs:
+        return None
+    right_a, right_b = (
+        np.array([run.predictions.test.right for run in side if run.predictions is not None], dtype=float)
+        for side in zip(*pairs, strict=True)
     )
-    seeds = sorted(seed for seed in ours if seed is not None and seed in theirs)
-    if not seeds:
-        return None
-    images = ours[seeds[0]].indices
-    if any(not np.array_equal(split[seed].indices, images) for split in (ours, theirs) for seed in seeds):
-        return None
-    right_a = np.array([ours[seed].right for seed in seeds], dtype=float)
-    right_b = np.array([theirs[seed].right for seed in seeds], dtype=float)
     difference = (right_a - right_b).mean(axis=0)
     mean, n = float(difference.mean()), len(difference)
     half = Z95 * float(difference.std(ddof=1)) / math.sqrt(n) if n > 1 else 1.0
@@ -117,7 +155,7 @@ def paired_difference(a: Group, b: Group) -> Difference | None:
         only_a=float((right_a * (1 - right_b)).sum(axis=1).mean()),
         only_b=float((right_b * (1 - right_a)).sum(axis=1).mean()),
         images=n,
-        seeds=seeds,
+        seeds=[run.metrics["seed"] for run, _ in pairs],
         per_seed=(right_a - right_b).mean(axis=1).tolist(),
     )
 
@@ -130,11 +168,11 @@ def reference(groups: Sequence[Group]) -> Group | None:
 
 @dataclass(frozen=True)
 class Effect:
-    """What the values of one override do to a figure.
+    """What the values of one override do to a metric.
 
     Attributes:
         key: Of the config.
-        values: Per value: the figure's mean over the groups that have it (each group's mean counts once), the number of
+        values: Per value: the metric's mean over the groups that have it (each group's mean counts once), the number of
             runs, the lowest and the highest run.
     """
 

@@ -1,13 +1,15 @@
 """The page that compares several runs: sweep_report.html, with the same tables as CSV and Markdown."""
 
-import csv
 import os
 from collections.abc import Sequence
-from html import escape
+from functools import partial
 from pathlib import Path
 from statistics import fmean
+from typing import Any
+from urllib.parse import quote
 
-from cifar_tl.reports import figures, html, svg
+from cifar_tl.files import write_text
+from cifar_tl.reports import figures
 from cifar_tl.reports.ablation import ablation
 from cifar_tl.reports.comparison import (
     Group,
@@ -15,14 +17,15 @@ from cifar_tl.reports.comparison import (
     effects,
     group_runs,
     paired_difference,
+    pairs_of_runs,
     reference,
     seed_of,
 )
-from cifar_tl.reports.html import Markup
+from cifar_tl.reports.page import DrawnFigure, FigureFolder, Section, write_page
 from cifar_tl.reports.run_page import REPORT
 from cifar_tl.runs.folder import Run, read_runs
-from cifar_tl.runs.formatting import duration_text, percent, points
-from cifar_tl.runs.table import Table
+from cifar_tl.runs.formatting import duration_text, percent, percent_range, points
+from cifar_tl.runs.table import Table, write_csv
 
 NAME = "sweep_report"
 RUNS_AND_MEANS = "Thin lines are runs, thick ones means; dashed: a phase starts."
@@ -37,33 +40,34 @@ def write_sweep_report(folders: Sequence[Path], output: Path) -> list[Path]:
 
     Returns:
         The three files' paths.
+
+    Raises:
+        OSError: One of them cannot be written.
     """
     runs = read_runs(folders)
     groups = group_runs(runs)
-    output.mkdir(parents=True, exist_ok=True)
+    drawing = FigureFolder(output / "sweep_figures")
     given = (ablation(groups), _settings(groups), _paired(groups), _effects(groups))
     tables = [table for table in given if table is not None and table.rows]
-    shared = " ".join(common_overrides(groups)) or "nothing"
     done = sum(run.finished for run in runs)
-    head = f"{done} of {len(runs)} runs finished, {len(groups)} settings. All of them were given: {shared}"
+    shared = " ".join(common_overrides(groups)) or "nothing"
+    summary = f"{done} of {len(runs)} runs finished, {len(groups)} settings. All of them were given: {shared}"
     title = f"Comparison of {len(runs)} runs, {output.resolve().name}"
-
-    paths = [output / f"{NAME}.{ending}" for ending in ("html", "csv", "md")]
-    sections = [("Figures", _figures(groups, output / "sweep_figures"))]
-    for number, table in enumerate(tables):
-        drawn = html.table(table.head, table.rows, table.title) + f'<p class="soft">{escape(table.note)}</p>'
-        sections.insert(number if number == 0 else len(sections), (table.title, drawn))
-    sections.append(("Runs", _runs(groups, output)))
-    lines = [f"{run.folder}: {problem}" for run in runs for problem in run.problems]
+    drawn = Section("Figures", "drawn", {"figures": _figures(groups, drawing)})
+    sections = [Section(table.title, "results", {"table": table}) for table in tables]
+    sections[1:1] = [drawn]  # below the first table
+    sections.append(Section("Runs", "runs", {"runs": _runs(groups, output)}))
+    lines = [f"{run.folder}: {line}" for run in runs for line in (*run.metrics.get("warnings", []), *run.problems)]
     lines += [f"{run.folder} has not finished ({run.status}); it is left out." for run in runs if not run.finished]
-    lines += _warnings(groups)
-    top = f"<h1>{escape(title)}</h1><p>{escape(head)}</p>{_headline(groups)}{html.notes(lines)}"
-    foot = "Drawn by python -m cifar_tl.reports from files alone."
-    paths[0].write_text(html.page(title, sections, top, foot))
-    with paths[1].open("w", newline="") as file:
-        csv.writer(file).writerows(_csv(groups))
-    paths[2].write_text(_markdown(title, head, tables, lines))
-    return paths
+    lines += [*_warnings(groups), *drawing.problems]
+
+    html, csv, markdown = (output / f"{NAME}.{ending}" for ending in ("html", "csv", "md"))
+    page = {"title": title, "summary": summary, "sections": sections, "lines": lines, "best": _best(groups)}
+    write_page(html, "comparison.html.j2", **page)
+    write_csv(csv, _csv(groups))
+    parts = [f"# {title}", summary, *(f"> {line}" for line in lines), *(table.markdown() for table in tables)]
+    write_text(markdown, "\n\n".join(parts) + "\n")
+    return [html, csv, markdown]
 
 
 def _settings(groups: Sequence[Group]) -> Table:
@@ -72,17 +76,17 @@ def _settings(groups: Sequence[Group]) -> Table:
     for group in sorted(groups, key=lambda g: -fmean(g.values("best/val/acc") or [-1])):
         test, val = group.values("test/acc"), group.values("best/val/acc")
         if test and val:
+            seconds = [sum(run.metrics["seconds"]) for run in group.runs if run.finished and "seconds" in run.metrics]
             rows.append(
                 [
                     group.label,
                     str(len(test)),
                     percent(fmean(test)),
-                    f"{100 * min(test):.2f} to {100 * max(test):.2f}",
+                    percent_range(min(test), max(test)),
                     percent(fmean(val)),
-                    f"{100 * min(val):.2f} to {100 * max(val):.2f}",
-                    f"{fmean(group.values('test/loss')):.4f}",
-                    f"{fmean(group.values('test/ece')):.4f}",
-                    duration_text(fmean(sum(run.metrics["seconds"]) for run in group.runs if run.finished)),
+                    percent_range(min(val), max(val)),
+                    *(_mean(group.values(metric)) for metric in ("test/loss", "test/ece")),
+                    duration_text(fmean(seconds)) if seconds else "-",
                 ]
             )
     return Table(
@@ -115,7 +119,7 @@ def _paired(groups: Sequence[Group]) -> Table:
     label = best.label if best is not None else ""
     return Table(
         "Compared with the best",
-        ["setting", "test acc, points", "95 % interval", "holds 0", "per seed", "right alone / wrong alone", "seeds"],
+        ["setting", "test acc, points", "95% interval", "holds 0", "per seed", "right alone / wrong alone", "seeds"],
         rows,
         f"Paired over the same test images and seeds, against {label}, the best on validation. "
         "The interval is for another draw of test images with these trained models; how much seeds matter is the span "
@@ -125,13 +129,11 @@ def _paired(groups: Sequence[Group]) -> Table:
 
 def _effects(groups: Sequence[Group]) -> Table:
     """Return what each value of each override does to the test accuracy."""
-    rows = []
-    for effect in effects(groups, "test/acc"):
-        for value, (mean, count, low, high) in effect.values.items():
-            spread = f"{100 * effect.spread:.2f}"
-            rows.append(
-                [f"{effect.key}={value}", str(count), percent(mean), f"{100 * low:.2f} to {100 * high:.2f}", spread]
-            )
+    rows = [
+        [f"{effect.key}={value}", str(count), percent(mean), percent_range(low, high), f"{100 * effect.spread:.2f}"]
+        for effect in effects(groups, "test/acc")
+        for value, (mean, count, low, high) in effect.values.items()
+    ]
     return Table(
         "Which override mattered",
         ["override", "n", "test acc, mean", "range", "points between best and worst value"],
@@ -141,88 +143,87 @@ def _effects(groups: Sequence[Group]) -> Table:
 
 
 def _warnings(groups: Sequence[Group]) -> list[str]:
-    """Return what makes a comparison unfair."""
+    """Return what makes a comparison unfair, and which settings are not paired with the best, and why."""
     warnings = []
+    runs = [run for group in groups for run in group.runs if run.metrics]
     for key, what in (
         ("split_sha256", "train/validation splits"),
         ("weights_sha256", "ImageNet weights"),
         ("git_commit", "commits"),
     ):
-        if len({run.metrics.get(key) for group in groups for run in group.runs if run.metrics}) > 1:
+        if len({str(run.metrics.get(key)) for run in runs}) > 1:
             warnings.append(f"The runs are of different {what}.")
+    if len({tuple(run.classes) for run in runs if run.classes}) > 1:
+        warnings.append("The runs are of different classes.")
     for group in groups:
         seeds = [seed_of(run) for run in group.runs if run.metrics]
         if len(set(seeds)) < len(seeds):
             warnings.append(f"'{group.label}' has a seed twice: its range says less than n suggests.")
+    best = reference(groups)
+    unpaired: dict[str, list[str]] = {}
+    for group in groups:
+        if best is not None and group is not best and group.values("test/acc"):
+            pairs, reason = pairs_of_runs(group, best)
+            if not pairs:
+                unpaired.setdefault(reason, []).append(f"'{group.label}'")
+    warnings += [f"{', '.join(these)}: not paired with the best, {reason}." for reason, these in unpaired.items()]
     return warnings
 
 
-def _headline(groups: Sequence[Group]) -> str:
+def _best(groups: Sequence[Group]) -> dict[str, str] | None:
     """Return the setting that validation chooses and what it has on the test set."""
     best = reference(groups)
-    if best is None:
-        return "<p>No run has finished yet.</p>"
-    test = best.values("test/acc")
-    spread = f", {100 * min(test):.2f} to {percent(max(test))} over {len(test)} seeds" if len(test) > 1 else ", one run"
-    return (
-        f'<div class="headline"><strong>{percent(fmean(test))}</strong><span>mean test accuracy of '
-        f"<code>{escape(best.label)}</code>,<br>which validation chooses{spread}</span></div>"
-    )
+    test = best.values("test/acc") if best is not None else []
+    if best is None or not test:
+        return None
+    seeds = f"{percent_range(min(test), max(test))}% over {len(test)} seeds" if len(test) > 1 else "one run"
+    return {"accuracy": percent(fmean(test)), "label": best.label, "seeds": seeds}
 
 
-def _figures(groups: Sequence[Group], out: Path) -> str:
-    """Return results as points, and validation curves over each other."""
+def _figures(groups: Sequence[Group], folder: FigureFolder) -> list[DrawnFigure | None]:
+    """Return results as points, and curves over each other."""
     tested = {group.label: group.values("test/acc") for group in groups if group.values("test/acc")}
     drawn = []
     if tested:
-        said = "; ".join(f"{label}: mean {percent(fmean(values))}" for label, values in tested.items())
-        figure = figures.points("Test accuracy per setting", tested)
-        drawn.append(
-            html.figure(
-                svg.save(figure, out, "test_accuracy", f"Test accuracy per setting. {said}."),
-                "Points are runs, ticks means.",
-            )
-        )
-    for key, title in (("val/acc", "Validation accuracy"), ("train/acc", "Training accuracy")):
+        title = "Test accuracy per setting"
+        means = "; ".join(f"{label}: mean {percent(fmean(values))}" for label, values in tested.items())
+        figure = partial(figures.points, title, tested)
+        drawn.append(folder.draw("test_accuracy", figure, f"{title}. {means}.", "Points are runs, ticks means."))
+    starts = sorted({p["epochs"][0] for g in groups for run in g.runs for p in run.metrics.get("phases", [])} - {0})
+    for key, quantity in (("val/acc", "Validation accuracy"), ("train/acc", "Training accuracy")):
         curves = {
             group.label: [(run.metrics["epoch"], run.metrics[key]) for run in group.runs if run.metrics.get(key)]
             for group in groups
         }
         curves = {label: runs for label, runs in curves.items() if runs}
-        starts = {p["epochs"][0] for g in groups for r in g.runs for p in r.metrics.get("phases", [])} - {0}
         if curves:
-            figure = figures.runs_over_each_other(f"{title} per setting", curves, sorted(starts))
-            name = key.replace("/", "_")
-            drawn.append(
-                html.figure(svg.save(figure, out, name, f"{title} over the epochs, per setting."), RUNS_AND_MEANS)
-            )
-    return html.figures(*drawn) if drawn else "<p>No run has finished an epoch.</p>"
+            figure = partial(figures.runs_over_each_other, f"{quantity} per setting", curves, starts)
+            alt_text = f"{quantity} over the epochs, per setting."
+            drawn.append(folder.draw(key.replace("/", "_"), figure, alt_text, RUNS_AND_MEANS))
+    return drawn
 
 
-def _runs(groups: Sequence[Group], output: Path) -> str:
-    """Return a table of the runs with links to their pages."""
+def _runs(groups: Sequence[Group], output: Path) -> list[dict[str, Any]]:
+    """Return the runs with links to their pages and their results."""
     rows = []
     for group in groups:
         for run in group.runs:
             where = Path(os.path.relpath(run.folder, output))
-            name = escape(str(where))
-            link = (
-                Markup(f'<a href="{escape(str(where / REPORT))}">{name}</a>')
-                if (run.folder / REPORT).is_file()
-                else name
-            )
-            rows.append(
-                [link, group.label, seed_of(run) if seed_of(run) is not None else "", run.status, *_result(run)]
-            )
-    return html.table(
-        ["run", "setting", "seed", "state", "test acc", "val acc", "best epoch"], rows, "Runs", words=(0, 1, 3)
-    )
+            page = quote(os.fsencode(where / REPORT)) if (run.folder / REPORT).is_file() else ""
+            seed = "" if seed_of(run) is None else seed_of(run)
+            row = {"page": page, "name": str(where), "setting": group.label, "seed": seed, "status": run.status}
+            rows.append({**row, "results": _result(run)})
+    return rows
 
 
 def _result(run: Run) -> list[str]:
     metrics = run.metrics
     accuracies = [percent(metrics[k]) if k in metrics else "-" for k in ("test/acc", "best/val/acc")]
     return [*accuracies, str(metrics.get("best/epoch", "-"))]
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{fmean(values):.4f}" if values else "-"
 
 
 def _csv(groups: Sequence[Group]) -> list[list[str | int | float]]:
@@ -233,16 +234,10 @@ def _csv(groups: Sequence[Group]) -> list[list[str | int | float]]:
         ["setting", *keys, "n", *(f"{metric} {what}" for metric in metrics for what in ("mean", "min", "max"))]
     ]
     for group in groups:
-        figures_of: list[str | int | float] = []
+        numbers: list[str | int | float] = []
         for metric in metrics:
             values = group.values(metric)
-            figures_of += [fmean(values), min(values), max(values)] if values else ["", "", ""]
+            numbers += [fmean(values), min(values), max(values)] if values else ["", "", ""]
         overrides = [group.overrides.get(key, "") for key in keys]
-        lines.append([group.label, *overrides, len(group.values("test/acc")), *figures_of])
+        lines.append([group.label, *overrides, len(group.values("test/acc")), *numbers])
     return lines
-
-
-def _markdown(title: str, head: str, tables: Sequence[Table], lines: Sequence[str]) -> str:
-    """Return the tables as Markdown."""
-    parts = [f"# {title}", head, *(f"> {line}" for line in lines), *(table.markdown() for table in tables)]
-    return "\n\n".join(parts) + "\n"

@@ -1,7 +1,10 @@
-"""Figures of a run, drawn alike for TensorBoard and for reports. Without pyplot: nothing global, no display."""
+"""Figures of a run, the same in TensorBoard and in reports. Without pyplot: no global state, no display."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ParamSpec
 
 import matplotlib
@@ -9,51 +12,36 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.font_manager import get_font_names
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 from numpy.typing import NDArray
 
-from cifar_tl.runs.metrics import BINS, Ints, Reliability
+from cifar_tl.runs.metrics import BINS, Floats, Ints, Reliability
 
-INK = "#1f2329"
+STYLE: Any = matplotlib.rc_params_from_file(Path(__file__).with_name("style.mplstyle"), use_default_template=False)
+INK: str = STYLE["text.color"]
 """Text and axes. Nothing else has this colour, so that a page can replace it by its own text's colour."""
-FAINT = "#8b949e"
+FAINT: str = STYLE["axes.edgecolor"]
 COLORS = ("#3b82f6", "#e8853a", "#2da44e", "#8b6fd6", "#d1453b", "#17a2b0", "#b58900", "#d857a6")
 """Readable on white and on black."""
 RIGHT, WRONG = "#2563c9", "#bf3328"
 """Cells; white letters on them can be read."""
 WIDTH = 5.2
 """Inches; a phone shows such a figure with letters that can still be read."""
-
-STYLE: Any = {
-    "text.usetex": False,
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.edgecolor": FAINT,
-    "axes.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": FAINT,
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.6,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.major.size": 2.5,
-    "ytick.major.size": 2.5,
-    "lines.linewidth": 1.7,
-    "lines.markersize": 4,
-    "legend.frameon": False,
-    "figure.dpi": 120,
-    "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
-}
+FALLBACK_FONTS = (
+    *("Noto Sans CJK JP", "Noto Sans CJK SC", "Source Han Sans", "WenQuanYi Zen Hei", "Hiragino Sans"),
+    *("Yu Gothic", "Microsoft YaHei", "Malgun Gothic", "Noto Sans", "Arial Unicode MS"),
+)
+"""Of names in other scripts than Latin, Greek and Cyrillic, as far as they are installed."""
 
 P = ParamSpec("P")
+
+
+@functools.cache
+def _fonts() -> list[str]:
+    """Return the font families to draw with; matplotlib warns of each one in the list that is not installed."""
+    installed = set(get_font_names())
+    return ["DejaVu Sans", *(name for name in FALLBACK_FONTS if name in installed)]
 
 
 def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
@@ -61,10 +49,18 @@ def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
     @functools.wraps(draw)
     def styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        with matplotlib.rc_context(STYLE):
+        with matplotlib.rc_context({**STYLE, "font.family": _fonts()}):
             return draw(*args, **kwargs)
 
     return styled
+
+
+@contextmanager
+def quiet_about_glyphs() -> Iterator[None]:
+    """Save a figure without a warning for each character that no installed font has: it is drawn as a box."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
+        yield
 
 
 def _axes(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
@@ -76,7 +72,7 @@ def _axes(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
 def curves(
     title: str,
     epochs: Sequence[int],
-    series: Mapping[str, Sequence[float]],
+    series: Mapping[str, Sequence[float | None]],
     phases: Sequence[tuple[str, int]],
     best: int | None,
     percent: bool = False,
@@ -87,22 +83,25 @@ def curves(
     Args:
         title: Of the figure.
         epochs: From 0.
-        series: One value per epoch by name; 0 is left out on a logarithmic scale.
+        series: One value per epoch by name; None is a gap, and so is 0 on a logarithmic scale.
         phases: Name and first epoch of each.
         best: The epoch whose weights were tested, None if there is none yet.
         percent: Values are shares.
         log_scale: Of the values.
     """
     figure, axes = _axes(3.1)
+    peaks = []
     for color, (name, values) in zip(COLORS, series.items(), strict=False):
-        shown = np.array(values, dtype=float)
+        shown = np.array(values, dtype=float)  # None becomes NaN
         if log_scale:
             shown[shown <= 0] = np.nan
-        width = 3.5 if log_scale and color == COLORS[0] else 1.7  # two rates are often the same
+            peaks += [np.nanmax(shown)] if np.isfinite(shown).any() else []
+        width = 3.5 if log_scale and color == COLORS[0] else 1.7  # the two learning rates are often the same
         axes.plot(epochs, shown, marker="o", markersize=3, color=color, label=name, linewidth=width)
     if log_scale:
         axes.set_yscale("log")
-        peaks = [max(values) for values in series.values() if max(values) > 0]
+        axes.yaxis.set_major_formatter("{x:g}")  # the usual one writes powers of ten as formulas
+        axes.yaxis.set_minor_formatter(NullFormatter())
         if peaks:  # a cosine ends near zero, which would squeeze all the rest
             axes.set_ylim(min(peaks) / 500, max(peaks) * 2)
     if percent:
@@ -172,7 +171,7 @@ def confusion(title: str, counts: Ints, classes: Sequence[str]) -> Figure:
 
 @_styled
 def reliability(title: str, given: Mapping[str, Reliability]) -> Figure:
-    """Draw how often predictions of one confidence are right; on the diagonal, confidence is honest.
+    """Draw the accuracy of predictions over their confidence; on the diagonal, the two are equal.
 
     Args:
         title: Of the figure.
@@ -254,6 +253,21 @@ def changes(title: str, labels: Sequence[str], values: Sequence[Sequence[float]]
     return figure
 
 
+def captions(names: Sequence[str], probabilities: Floats, targets: Ints) -> list[str]:
+    """Return the captions of a gallery: `dog 0.97`, or `predicted cat 0.97` and `is dog` on two lines.
+
+    Args:
+        names: Of the classes.
+        probabilities: (images, classes).
+        targets: (images,), class indices.
+    """
+    return [
+        f"{'' if predicted == target else 'predicted '}{names[predicted]} {row[predicted]:.2f}"
+        + ("" if predicted == target else f"\nis {names[target]}")
+        for row, predicted, target in zip(probabilities, probabilities.argmax(axis=1), targets, strict=True)
+    ]
+
+
 @_styled
 def gallery(title: str, images: Sequence[NDArray[np.uint8]], captions: Sequence[str], columns: int = 6) -> Figure:
     """Draw images with captions.
@@ -281,23 +295,23 @@ def gallery(title: str, images: Sequence[NDArray[np.uint8]], captions: Sequence[
 
 @_styled
 def runs_over_each_other(
-    title: str, groups: Mapping[str, Sequence[tuple[Sequence[int], Sequence[float]]]], starts: Sequence[int]
+    title: str, groups: Mapping[str, Sequence[tuple[Sequence[int], Sequence[float | None]]]], starts: Sequence[int]
 ) -> Figure:
     """Draw one quantity of several groups of runs over the epochs: runs thin, their mean thick.
 
     Args:
         title: Of the figure.
-        groups: Epochs and values of every run, by the group's name.
+        groups: Epochs and values of every run, by the group's name; None is a gap, in the mean, too.
         starts: Epochs at which phases of the runs start.
     """
     figure, axes = _axes(3.4 + 0.15 * len(groups), width=6.2)
     for number, (name, runs) in enumerate(groups.items()):
         color = COLORS[number % len(COLORS)]
         for epochs, values in runs:
-            axes.plot(epochs, values, color=color, linewidth=0.8, alpha=0.45)
+            axes.plot(epochs, np.array(values, dtype=float), color=color, linewidth=0.8, alpha=0.45)
         shortest = min((epochs for epochs, _ in runs), key=len, default=[])
         if len(shortest):
-            mean = np.mean([values[: len(shortest)] for _, values in runs], axis=0)
+            mean = np.mean([np.array(values[: len(shortest)], dtype=float) for _, values in runs], axis=0)
             style = "-" if number < len(COLORS) else "--"
             axes.plot(shortest, mean, style, color=color, linewidth=2.2, label=f"{name} (n={len(runs)})")
     for start in starts:
@@ -354,5 +368,6 @@ def points(title: str, groups: Mapping[str, Sequence[float]]) -> Figure:
 def pixels(figure: Figure) -> NDArray[np.uint8]:
     """Return a figure as (height, width, 3), uint8, on white."""
     canvas: Any = FigureCanvasAgg(figure)
-    canvas.draw()
+    with quiet_about_glyphs():
+        canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -2,13 +2,14 @@
 
 import io
 import re
-from html import escape
 from pathlib import Path
 
 import matplotlib
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from cifar_tl.reports.figures import INK
+from cifar_tl.files import replacing, write_text
+from cifar_tl.reports.figures import INK, quiet_about_glyphs
 
 DARK_INK = "#e6e9ee"
 _OWN_STYLE = (
@@ -17,27 +18,28 @@ _OWN_STYLE = (
 )
 
 
-def save(figure: Figure, folder: Path, name: str, alt: str) -> str:
-    """Write a figure as PNG (on white) and SVG (see-through, letters light where the reader prefers dark).
+def save(figure: Figure, folder: Path, name: str, alt_text: str) -> Markup:
+    """Write a figure as PNG (on white) and SVG (transparent, text light where the reader prefers dark).
 
     Args:
         figure: From `figures`.
-        folder: Where to; made if need be.
+        folder: Gets both files; is made if it is not there.
         name: Of both files, without ending.
-        alt: What the figure says, for those who do not see it.
+        alt_text: Says what the figure shows; screen readers read it.
 
     Returns:
-        The SVG as a part of a page: it has the colour of the page's text.
+        The SVG as an element of a page, whose text colour it takes.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", dpi=150, facecolor="white")
-    figure.set_layout_engine("none")  # everything has its place now; working it out again would cost as much again
-    drawn = _draw(figure, name)
+    with quiet_about_glyphs():
+        with replacing(folder / f"{name}.png") as partial:
+            figure.savefig(partial, dpi=150, facecolor="white")
+        figure.set_layout_engine("none")  # the layout is done; computing it again would take as long again
+        drawn = _draw(figure, name)
     open_tag, rest = drawn.split(">", 1)
     open_tag = re.sub(r' (width|height)="[^"]*"', "", open_tag)
-    open_tag = f'{open_tag} role="img" aria-label="{escape(alt)}"'
-    (folder / f"{name}.svg").write_text(f"{open_tag}>{_OWN_STYLE}{rest}")
-    return f"{open_tag}>{rest}"
+    open_tag = f'{open_tag} role="img" aria-label="{escape(alt_text)}"'
+    write_text(folder / f"{name}.svg", f"{open_tag}>{_OWN_STYLE}{rest}")
+    return Markup(f"{open_tag}>{rest}")  # matplotlib escapes the texts in it
 
 
 def _draw(figure: Figure, name: str) -> str:

@@ -1,7 +1,5 @@
 """The table at the end of a sweep."""
 
-import csv
-import json
 import logging
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from cifar_tl.cli import Failure
+from cifar_tl.runs.record import faults, read_metrics
 from cifar_tl.runs.resume import resume_command
+from cifar_tl.runs.table import write_csv
 
 log = logging.getLogger(__name__)
 
@@ -36,15 +36,18 @@ class SweepTable(Callback):
         self._folder = Path()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Take down a job of a sweep."""
+        """Add a job of a sweep to the table."""
         assert job_return.hydra_cfg is not None
         hydra = job_return.hydra_cfg.hydra
         if hydra.mode.name != "MULTIRUN":
             return
         folder = Path(hydra.runtime.output_dir)
         self._folder = folder.parents[len(Path(hydra.sweep.subdir).parts) - 1]  # sweep.dir has the time of each look
-        path = folder / "metrics.json"
-        metrics = json.loads(path.read_text()) if path.is_file() else {}
+        try:
+            metrics = read_metrics(folder)
+        except (OSError, ValueError):  # the job failed early, or left half a file
+            metrics = {}
+        metrics = {key: value for key, value in metrics.items() if key not in faults(metrics)}
         failure = job_return._return_value
         done = job_return.status is JobStatus.COMPLETED and not isinstance(failure, Failure)
         self._overrides.append(list(job_return.overrides or []))
@@ -58,11 +61,7 @@ class SweepTable(Callback):
                 "state": metrics.get("status", "?") if done else f"failed: {getattr(failure, 'message', failure)}",
             }
         )
-
-        with (self._folder / "sweep.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(self._rows)
+        write_csv(self._folder / "sweep.csv", [COLUMNS, *([row[name] for name in COLUMNS] for row in self._rows)])
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print the table and draw the page."""
@@ -85,7 +84,7 @@ class SweepTable(Callback):
         self._draw_report()
 
     def _draw_report(self) -> None:
-        """Draw the page that compares the jobs and say where it is; it is not worth failing a sweep that is done."""
+        """Draw the page that compares the jobs and print its path; a failure does not fail the sweep."""
         from cifar_tl.reports.__main__ import report  # late: every command imports this file, also `--help`
 
         try:

@@ -1,6 +1,5 @@
 """Run folders read back: whatever of a run is there, and the names of what is not."""
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,10 +11,18 @@ import yaml
 from numpy.typing import NDArray
 
 from cifar_tl.errors import UserError
-from cifar_tl.runs.metrics import Ints, confusion_matrix
-from cifar_tl.runs.predictions import IMAGES, PREDICTIONS, Predictions, read_images, read_predictions
+from cifar_tl.runs.metrics import Ints, class_scores, confusion_matrix, scores
+from cifar_tl.runs.predictions import (
+    IMAGES,
+    PREDICTIONS,
+    Predictions,
+    SplitPredictions,
+    read_images,
+    read_predictions,
+)
+from cifar_tl.runs.record import METRICS, TEST, faults, metrics_of_test, read_metrics
 
-METRICS, OVERRIDES = "metrics.json", Path(".hydra") / "overrides.yaml"
+OVERRIDES = Path(".hydra") / "overrides.yaml"
 
 
 @dataclass
@@ -24,11 +31,11 @@ class Run:
 
     Attributes:
         folder: The run's.
-        metrics: What metrics.json holds; empty if it cannot be read.
-        overrides: What was typed, such as `seed=1`, without `resume=` and Hydra's own; None if nothing says.
+        metrics: What metrics.json holds, without values of the wrong type; empty if it cannot be read.
+        overrides: What was typed, such as `seed=1`, without `resume=` and Hydra's own; None if that is not recorded.
         predictions: None if there are none.
         images: (height, width, 3), uint8, of some test images, by their index.
-        problems: What is missing or damaged, for people.
+        problems: What is missing or damaged, in sentences.
     """
 
     folder: Path
@@ -50,18 +57,23 @@ class Run:
 
     @property
     def classes(self) -> list[str]:
-        """Class names, in the order of their indices; empty if nothing says."""
+        """Class names, in the order of their indices; empty if they are not recorded."""
         return self.predictions.classes if self.predictions is not None else list(self.metrics.get("classes", []))
 
     @property
+    def test_metrics(self) -> dict[str, Any]:
+        """`test/acc` and the other metrics of the test: metrics.json's; what it lacks, from the predictions."""
+        there = {key: self.metrics[key] for key in (f"test/{name}" for name in TEST) if key in self.metrics}
+        if self.predictions is None or len(there) == len(TEST):
+            return there
+        return {**_measured(self.predictions.test, len(self.classes)), **there}
+
+    @property
     def test_confusion(self) -> Ints | None:
-        """Counts on the test set by true class and prediction, from either file; None if there are none."""
-        if self.predictions is not None:
-            test = self.predictions.test
-            return confusion_matrix(test.predicted, test.targets, len(self.classes))
+        """`test/confusion` as (classes, classes), int64; None if there is none."""
         try:
-            counts = np.array(self.metrics["test/confusion"], dtype=np.int64)
-        except (KeyError, ValueError, TypeError):
+            counts = np.array(self.test_metrics.get("test/confusion", []), dtype=np.int64)
+        except ValueError:  # rows of different lengths
             return None
         return counts if counts.shape == (len(self.classes),) * 2 and counts.sum() > 0 else None
 
@@ -103,10 +115,12 @@ def read_run(folder: Path) -> Run:
     """Read what a run left; what cannot be read is named in `problems`."""
     run = Run(folder)
     try:
-        metrics = json.loads((folder / METRICS).read_text())
-        if not isinstance(metrics, dict):
-            raise ValueError("it holds no object")
-        run.metrics = metrics
+        metrics = read_metrics(folder)
+        wrong = faults(metrics)
+        run.metrics = {key: value for key, value in metrics.items() if key not in wrong}
+        run.problems += [f"{METRICS}: {text}; what needs it is left out." for text in wrong.values()]
+        needed = ("test/acc", "best/val/acc") if run.finished else ()
+        run.problems += [f"{METRICS} has no {key}." for key in needed if key not in metrics]
     except FileNotFoundError:
         run.problems.append(f"{METRICS} is missing: the run ended before its first epoch did.")
     except (ValueError, OSError) as error:
@@ -137,7 +151,7 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
 
 def _overrides(folder: Path) -> list[str] | None:
     try:
-        given = yaml.safe_load((folder / OVERRIDES).read_text())
+        given = yaml.safe_load((folder / OVERRIDES).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError):
         return None
     if not isinstance(given, list):
@@ -146,15 +160,24 @@ def _overrides(folder: Path) -> list[str] | None:
 
 
 def _check_agreement(run: Run) -> None:
-    """Say so if the two files are not of the same run."""
+    """Add a problem if metrics.json and predictions.npz are of different runs."""
     assert run.predictions is not None
     if "test/acc" in run.metrics and len(run.predictions.test.targets):
-        theirs, ours = run.metrics["test/acc"], run.predictions.test.accuracy
-        if not isinstance(theirs, int | float) or abs(theirs - ours) > 1e-5:
+        recorded, predicted = run.metrics["test/acc"], run.predictions.test.accuracy
+        if abs(recorded - predicted) > 1e-5:
             run.problems.append(
-                f"{METRICS} says test/acc {theirs}, {PREDICTIONS} {ours:.4f}: they are not of the same run. "
-                f"Figures below are {PREDICTIONS}'s."
+                f"{METRICS} says test/acc {recorded}, {PREDICTIONS} {predicted:.4f}: they are not of the same run. "
+                f"Test metrics are those of {METRICS}; what is drawn from single images is from {PREDICTIONS}."
             )
+
+
+def _measured(test: SplitPredictions, classes: int) -> dict[str, Any]:
+    """Return the metrics of a test, under the keys of metrics.json."""
+    confusion = confusion_matrix(test.predicted, test.targets, classes)
+    by_class = class_scores(confusion)
+    details = {f"test/{name}": [getattr(each, name) for each in by_class] for name in ("precision", "recall", "f1")}
+    scalars = {f"test/{name}": value for name, value in scores(test.logits, test.targets).items()}
+    return metrics_of_test(scalars, {**details, "test/confusion": confusion.tolist()}, len(test.targets))
 
 
 def _quoted(override: str) -> str:

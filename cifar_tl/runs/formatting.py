@@ -1,4 +1,4 @@
-"""Numbers as they are printed."""
+"""Numbers as text."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,6 +7,11 @@ from typing import Any
 def percent(share: float, digits: int = 2) -> str:
     """Return a share as `86.23%`."""
     return f"{100 * share:.{digits}f}%"
+
+
+def percent_range(low: float, high: float, digits: int = 2) -> str:
+    """Return two shares as `86.20 to 86.31`, in percent."""
+    return f"{100 * low:.{digits}f} to {100 * high:.{digits}f}"
 
 
 def points(difference: float, digits: int = 2) -> str:
@@ -25,8 +30,7 @@ def duration_text(seconds: float) -> str:
 
 def result_text(metrics: Mapping[str, Any], images: int) -> str:
     """Return a test's metrics in a line."""
-    low, high = metrics["test/acc_interval"]
     return (
-        f"Test accuracy {percent(metrics['test/acc'])} (95% interval {100 * low:.2f} to {percent(high)} for "
-        f"{images:,} images), loss {metrics['test/loss']:.4f}, ECE {metrics['test/ece']:.4f}"
+        f"Test accuracy {percent(metrics['test/acc'])} (95% interval {percent_range(*metrics['test/acc_interval'])}% "
+        f"for {images:,} images), loss {metrics['test/loss']:.4f}, ECE {metrics['test/ece']:.4f}"
     )

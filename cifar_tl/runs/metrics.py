@@ -1,7 +1,8 @@
-"""Figures of a classifier from its logits: per-class scores, calibration, confusions, rankings. NumPy only."""
+"""Metrics of a classifier from its logits: per-class scores, calibration, confusions, rankings. NumPy only."""
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,16 +11,19 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 BINS = 15
-"""Equal bins of confidence for ECE, as in Guo et al., "On Calibration of Modern Neural Networks" (2017)."""
+"""Equal bins of confidence for ECE, as in Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017)."""
 
 Z95 = 1.959964
-"""Standard deviations on each side that hold 95 % of a normal distribution."""
+"""Standard deviations on each side that hold 95% of a normal distribution."""
+
+COLDEST, HOTTEST = 0.01, 100.0
+"""Bounds of a fitted temperature; it is one of them where the minimum lies beyond, as with every answer right."""
 
 
 def wilson_interval(share: float, examples: int, z: float = Z95) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a share, such as an accuracy, of so many independent examples.
+    """Return the 95% Wilson score interval (1927) of a share, such as an accuracy, over independent examples.
 
-    Wilson (1927). Nothing measured gives 0 to 1.
+    Without examples it is 0 to 1.
     """
     if examples == 0:
         return 0.0, 1.0
@@ -44,21 +48,46 @@ def negative_log_likelihood(logits: NDArray[np.floating], targets: Ints, tempera
     return float((log_sum - shifted[np.arange(len(targets)), targets]).mean())
 
 
-def fit_temperature(logits: NDArray[np.floating], targets: Ints, low: float = 0.05, high: float = 20.0) -> float:
-    """Return the temperature in [low, high] with the lowest negative log-likelihood.
+def fit_temperature(logits: NDArray[np.floating], targets: Ints) -> float:
+    """Return the temperature T in [COLDEST, HOTTEST] for which softmax(logits / T) has the lowest cross-entropy.
 
-    The likelihood is convex in 1 / temperature, so bisection on its slope finds the one minimum. Guo et al. (2017).
+    Temperature scaling is Guo et al. (ICML 2017). The cross-entropy is convex in 1 / T; bisection finds where its
+    slope, the expected logit minus the target's, changes sign.
+
+    Args:
+        logits: (examples, classes), of images that the model was not trained on.
+        targets: (examples,), class indices.
     """
-    given = logits.astype(np.float64)[np.arange(len(targets)), targets]
-    cold, hot = 1 / low, 1 / high
+    logits = logits.astype(np.float64)
+    of_target = logits[np.arange(len(targets)), targets]
+    low, high = COLDEST, HOTTEST
     for _ in range(60):
-        sharpness = math.sqrt(cold * hot)
-        expected = (softmax(logits, 1 / sharpness) * logits).sum(axis=1)
-        if (expected - given).mean() > 0:  # the likelihood falls with more sharpness
-            cold = sharpness
+        middle = math.sqrt(low * high)
+        expected = (softmax(logits, middle) * logits).sum(axis=1)
+        if (expected - of_target).mean() > 0:  # the cross-entropy falls as T grows
+            low = middle
         else:
-            hot = sharpness
-    return 1 / math.sqrt(cold * hot)
+            high = middle
+    return math.sqrt(low * high)
+
+
+def scores(logits: NDArray[np.floating], targets: Ints) -> dict[str, Any]:
+    """Return the scalar metrics of a set of images.
+
+    Args:
+        logits: (examples, classes).
+        targets: (examples,), class indices.
+
+    Returns:
+        `acc`; `acc_interval`, its 95% Wilson interval; `loss`, the mean cross-entropy in nats; `ece`, over BINS bins.
+    """
+    accuracy = float((logits.argmax(axis=1) == targets).mean())
+    return {
+        "acc": accuracy,
+        "acc_interval": list(wilson_interval(accuracy, len(targets))),
+        "loss": negative_log_likelihood(logits, targets),
+        "ece": reliability(softmax(logits), targets).ece,
+    }
 
 
 @dataclass(frozen=True)
@@ -82,7 +111,14 @@ class Reliability:
 
 
 def reliability(probabilities: Floats, targets: Ints) -> Reliability:
-    """Bin predictions by their confidence; bins are closed below, the last one above, too."""
+    """Bin predictions by their confidence; bins are closed below, the last one above, too.
+
+    The bins are those of torchmetrics, but for confidences of exactly 1, which torchmetrics counts as a 16th bin.
+
+    Args:
+        probabilities: (examples, classes).
+        targets: (examples,), class indices.
+    """
     confidence = probabilities.max(axis=1)
     right = probabilities.argmax(axis=1) == targets
     which = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
@@ -96,7 +132,7 @@ def reliability(probabilities: Floats, targets: Ints) -> Reliability:
 
 
 def confusion_matrix(predicted: Ints, targets: Ints, classes: int) -> Ints:
-    """Return counts, (classes, classes): rows are true classes, columns predicted ones."""
+    """Return counts, (classes, classes), int64: rows are true classes, columns predicted ones."""
     return np.bincount(targets * classes + predicted, minlength=classes**2).reshape(classes, classes)
 
 
@@ -105,9 +141,9 @@ class ClassScores:
     """Scores of one class; a share without examples is 0, its interval 0 to 1.
 
     Attributes:
-        examples: Images that are of the class.
-        predicted: Images that are said to be.
-        right: Images that are both.
+        examples: Images of the class.
+        predicted: Images predicted as the class.
+        right: Images of the class that are predicted as it.
     """
 
     examples: int
@@ -116,12 +152,12 @@ class ClassScores:
 
     @property
     def precision(self) -> float:
-        """Share of what is said to be of the class that is."""
+        """Share of the images predicted as the class that are of it."""
         return self.right / self.predicted if self.predicted else 0.0
 
     @property
     def recall(self) -> float:
-        """Share of the class that is found; its accuracy."""
+        """Share of the class's images that are predicted as it: its accuracy."""
         return self.right / self.examples if self.examples else 0.0
 
     @property
@@ -146,8 +182,8 @@ class ConfusedPair:
     Attributes:
         first: Index of a class.
         second: Index of the other.
-        first_as_second: Images of `first` said to be `second`.
-        second_as_first: Images of `second` said to be `first`.
+        first_as_second: Images of `first` predicted as `second`.
+        second_as_first: Images of `second` predicted as `first`.
     """
 
     first: int
@@ -185,7 +221,7 @@ def least_certain(probabilities: Floats, count: int) -> Ints:
 
 
 def mistaken(probabilities: Floats, targets: Ints, true: int, predicted: int, count: int) -> Ints:
-    """Return positions of images of class `true` said to be `predicted`, the most confident first."""
+    """Return positions of images of class `true` predicted as `predicted`, the most confident first."""
     order = np.argsort(-probabilities.max(axis=1), kind="stable")
     chosen = (targets[order] == true) & (probabilities.argmax(axis=1)[order] == predicted)
     return np.asarray(order[chosen][:count])

@@ -31,7 +31,7 @@ CONFUSED_PAIRS, PAIR_EXAMPLES = 8, 6
 
 @dataclass(frozen=True)
 class SplitPredictions:
-    """What a model said about the images of one split.
+    """What a model predicted for the images of one split.
 
     Attributes:
         logits: (examples, classes), float32, before the softmax.

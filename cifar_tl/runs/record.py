@@ -4,9 +4,9 @@ import hashlib
 import json
 import math
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cifar_tl.files import write_text
 from cifar_tl.runs.metrics import wilson_interval
@@ -18,6 +18,9 @@ FORMAT = 1
 
 PER_EPOCH = ("train/loss", "train/acc", "val/loss", "val/acc", "val/ece", "lr/head", "lr/backbone")
 """Lists with one value per epoch; null where there is none, or where it is not a finite number."""
+
+TEST = ("acc", "acc_interval", "loss", "ece", "precision", "recall", "f1", "confusion")
+"""Metrics of the test, under `test/`; the per-class ones are lists in the order of the classes."""
 
 COLLAPSE = 0.05
 """Validation accuracy lost in the first unfrozen epoch that is worth a warning."""
@@ -42,9 +45,69 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
     if not isinstance(metrics, dict):
         raise ValueError("it holds no object")
-    if metrics.get("format", FORMAT) > FORMAT:
-        raise ValueError(f"format {metrics['format']}, this version reads up to {FORMAT}")
+    written = metrics.get("format", FORMAT)
+    if not isinstance(written, int) or written > FORMAT:
+        raise ValueError(f"format {written}, this version reads up to {FORMAT}")
     return metrics
+
+
+class _Kind(NamedTuple):
+    """What the value of a key is: in words, and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+    def list(self) -> "_Kind":
+        return _Kind(f"a list, each item {self.words}", lambda v: isinstance(v, list) and all(map(self.holds, v)))
+
+
+def _object(**items: _Kind) -> _Kind:
+    def holds(value: Any) -> bool:
+        return isinstance(value, dict) and all(key in value and kind.holds(value[key]) for key, kind in items.items())
+
+    return _Kind(f"an object with {', '.join(items)}" if items else "an object", holds)
+
+
+_TEXT = _Kind("text", lambda v: isinstance(v, str))
+_INTEGER = _Kind("an integer", lambda v: isinstance(v, int) and not isinstance(v, bool))
+_NUMBER = _Kind("a number", lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v))
+_NUMBER_OR_NULL = _Kind("a number or null", lambda v: v is None or (isinstance(v, int | float) and v is not True))
+_EPOCHS = _Kind("a list of epochs", lambda v: isinstance(v, list) and bool(v) and all(map(_INTEGER.holds, v)))
+
+KINDS: dict[str, _Kind] = {
+    "status": _TEXT,
+    "warnings": _TEXT.list(),
+    "classes": _TEXT.list(),
+    "seed": _INTEGER,
+    **dict.fromkeys(("test/acc", "test/loss", "test/ece", "best/val/acc"), _NUMBER),
+    "test/acc_interval": _Kind("two numbers", lambda v: _NUMBER.list().holds(v) and len(v) == 2),
+    **dict.fromkeys(("test/precision", "test/recall", "test/f1"), _NUMBER.list()),
+    "test/confusion": _INTEGER.list().list(),
+    "best/epoch": _INTEGER,
+    "plan": _object(name=_TEXT, start=_INTEGER, end=_INTEGER, stages=_TEXT.list()).list(),
+    "phases": _object(name=_TEXT, epochs=_EPOCHS, seconds=_NUMBER, images_per_s=_NUMBER).list(),
+    "epoch": _INTEGER.list(),
+    "phase": _TEXT.list(),
+    "seconds": _NUMBER.list(),
+    **dict.fromkeys(PER_EPOCH, _NUMBER_OR_NULL.list()),
+    **dict.fromkeys(("images", "versions", "normalization"), _object()),
+}
+"""The keys of metrics.json that reports calculate with. The other ones are only shown."""
+
+
+def faults(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Return what is wrong with the values of some keys of metrics.json, in words, by key.
+
+    A list per epoch that has not one value for each of `epoch` is at fault, too.
+    """
+    there = {key: kind for key, kind in KINDS.items() if key in metrics}
+    found = {key: f"{key} is not {kind.words}" for key, kind in there.items() if not kind.holds(metrics[key])}
+    if "epoch" not in found:
+        epochs = len(metrics.get("epoch", []))
+        for key in ("phase", "seconds", *PER_EPOCH):
+            if key in metrics and key not in found and len(metrics[key]) != epochs:
+                found[key] = f"{key} has {len(metrics[key])} values for {epochs} epochs"
+    return found
 
 
 def _finite(value: Any) -> Any:
@@ -87,7 +150,7 @@ def collapse_warnings(epochs: Sequence[Mapping[str, Any]], schedule: FinetuneSch
         epochs: One row per epoch, with `epoch` and PER_EPOCH.
         schedule: Of the run.
     """
-    rates = (
+    learning_rates = (
         f"finetune.backbone_lr={schedule.backbone_lr:g} or finetune.head_lr_unfrozen={schedule.head_lr_unfrozen:g} is "
         f"too high for these weights (model.filter_rms brings all files to one scale), or finetune.batchnorm=train or "
         f"adapt loses the statistics of pretraining (frozen keeps them)"
@@ -97,7 +160,7 @@ def collapse_warnings(epochs: Sequence[Mapping[str, Any]], schedule: FinetuneSch
         losses = [epoch[key] for key in ("train/loss", "val/loss") if epoch[key] is not None]
         if not all(math.isfinite(loss) for loss in losses):
             frozen = epoch["epoch"] < schedule.unfreeze_at_epoch
-            reason = f"finetune.head_lr={schedule.head_lr:g} is too high" if frozen else rates
+            reason = f"finetune.head_lr={schedule.head_lr:g} is too high" if frozen else learning_rates
             warnings.append(
                 f"The loss is not a finite number from epoch {epoch['epoch']} on. Likely: {reason}, or "
                 f"trainer.precision overflows (bf16-mixed and 32-true do not)."
@@ -108,7 +171,7 @@ def collapse_warnings(epochs: Sequence[Mapping[str, Any]], schedule: FinetuneSch
     if before is not None and after is not None and before - after > COLLAPSE:
         warnings.append(
             f"Validation accuracy fell from {100 * before:.2f}% to {100 * after:.2f}% in the first epoch after the "
-            f"unfreeze. Likely: {rates}."
+            f"unfreeze. Likely: {learning_rates}."
         )
     return warnings
 

@@ -1,12 +1,18 @@
 """The page that compares runs, from run folders made by hand."""
 
 import csv
+import json
+import re
+from html import unescape
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from handmade import make_run, scored
+from handmade import CLASSES, make_run, scored
 
+from cifar_tl.reports import figures
 from cifar_tl.reports.__main__ import main
+from cifar_tl.reports.ablation import ablation
 from cifar_tl.reports.comparison import Difference, effects, group_runs, paired_difference
 from cifar_tl.runs.folder import read_runs
 
@@ -16,9 +22,9 @@ STRENGTHS = {"1e-3": 2.0, "3e-4": 1.0}
 @pytest.fixture
 def sweep(tmp_path):
     job = 0
-    for rate, strength in STRENGTHS.items():
+    for lr, strength in STRENGTHS.items():
         for seed in (1, 2, 10):
-            overrides = [f"finetune.backbone_lr={rate}", "data.limit=400"]
+            overrides = [f"finetune.backbone_lr={lr}", "data.limit=400"]
             run = make_run(tmp_path / "sweep" / str(job), overrides, seed, strength)
             (run / "report.html").write_text("drawn when the job ended")
             job += 1
@@ -32,14 +38,14 @@ def accuracies(strength):
 def test_means_ranges_and_n(sweep):
     assert main([str(sweep)]) == 0
     rows = {row["setting"]: row for row in csv.DictReader((sweep / "sweep_report.csv").read_text().splitlines())}
-    for rate, strength in STRENGTHS.items():
-        row, expected = rows[f"backbone_lr={rate}"], accuracies(strength)
+    for lr, strength in STRENGTHS.items():
+        row, expected = rows[f"backbone_lr={lr}"], accuracies(strength)
         assert row["n"] == "3"
         assert float(row["test/acc mean"]) == pytest.approx(np.mean(expected))
         assert float(row["test/acc min"]) == min(expected)
         assert float(row["test/acc max"]) == max(expected)
-        shown = f"{100 * np.mean(expected):.2f} % | {100 * min(expected):.2f} to {100 * max(expected):.2f} |"
-        assert f"| backbone_lr={rate} | 3 | {shown}" in (sweep / "sweep_report.md").read_text()
+        shown = f"{100 * np.mean(expected):.2f}% | {100 * min(expected):.2f} to {100 * max(expected):.2f} |"
+        assert f"| backbone_lr={lr} | 3 | {shown}" in (sweep / "sweep_report.md").read_text()
     page = (sweep / "sweep_report.html").read_text()
     assert 'href="3/report.html"' in page
     assert (sweep / "3" / "report.html").read_text() == "drawn when the job ended"
@@ -105,6 +111,94 @@ def test_unfair_comparisons_are_named(tmp_path):
     page = (tmp_path / "sweep_report.html").read_text()
     assert "The runs are of different train/validation splits." in page
     assert "has a seed twice" in page
+
+
+@pytest.mark.parametrize(
+    ("different", "named"),
+    [
+        ({"classes": ["ant", *CLASSES[1:]]}, "class names (ant against airplane)"),
+        ({"classes": CLASSES[::-1]}, "class names (their order)"),
+        ({"split_sha256": "b"}, "the SHA-256 of the split"),
+        ({"targets": True}, "the classes of the test images"),
+        ({"indices": True}, "test images (400 and 400)"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_runs_on_other_data_are_not_paired_and_the_page_says_why(tmp_path, different, named):
+    fields = {"split_sha256": "a", **different}
+    touched = {name for name in ("targets", "indices") if fields.pop(name, False)}
+    make_run(tmp_path / "0", ["x=1"], strength=2.0, split_sha256="a")
+    make_run(tmp_path / "1", ["x=2"], **fields)
+    if touched:
+        with np.load(tmp_path / "1" / "predictions.npz") as data:
+            arrays = {name: data[name] for name in data}
+        arrays |= {f"test_{name}": arrays[f"test_{name}"][::-1] for name in touched}
+        np.savez(tmp_path / "1" / "predictions.npz", **arrays)
+    one, two = group_runs(read_runs([tmp_path / "0", tmp_path / "1"]))
+    assert paired_difference(two, one) is None
+    assert main([str(tmp_path)]) == 0
+    text = unescape((tmp_path / "sweep_report.html").read_text(encoding="utf-8"))
+    assert f"'x=2': not paired with the best, since they differ in {named}." in text
+    assert "Paired over the same test images" not in text
+    assert ("The runs are of different classes." in text) == ("classes" in different)
+
+
+def test_one_run_of_other_data_among_the_seeds_is_enough(tmp_path):
+    for job, (x, seed) in enumerate([(1, 0), (1, 1), (2, 0), (2, 1)]):
+        make_run(tmp_path / str(job), [f"x={x}"], seed, split_sha256="b" if job == 3 else "a")
+    one, two = group_runs(read_runs([tmp_path / str(job) for job in range(4)]))
+    assert paired_difference(one, two) is None
+
+
+def test_one_bad_run_is_named_and_the_rest_is_drawn(sweep):
+    metrics = json.loads((sweep / "1" / "metrics.json").read_text())
+    (sweep / "1" / "metrics.json").write_text(json.dumps({**metrics, "best/val/acc": None, "seconds": None}))
+    (sweep / "4" / "metrics.json").write_text(json.dumps({**metrics, "val/acc": [None, 0.1, None, 0.2], "phases": [7]}))
+    assert main([str(sweep)]) == 0
+    page = (sweep / "sweep_report.html").read_text(encoding="utf-8")
+    assert f"{sweep / '1'}: metrics.json: best/val/acc is not a number" in page
+    assert f"{sweep / '4'}: metrics.json: phases is not a list" in page
+    assert "could not be drawn" not in page
+    assert (sweep / "sweep_figures" / "val_acc.svg").is_file()
+    rows = {row["setting"]: row for row in csv.DictReader((sweep / "sweep_report.csv").read_text().splitlines())}
+    assert float(rows["backbone_lr=1e-3"]["test/acc mean"]) == pytest.approx(np.mean(accuracies(2.0)))
+
+
+def test_ablation_leaves_out_a_run_without_its_accuracy(tmp_path):
+    runs = [
+        make_run(tmp_path / str(job), [f"ablate={name}"], **{"best/val/acc": accuracy})
+        for job, (name, accuracy) in enumerate([("none", 0.9), ("adamw", None), ("flip", 0.8)])
+    ]
+    table = ablation(group_runs(read_runs(runs)))
+    assert [row[0] for row in table.rows] == ["none", "flip"]
+
+
+def test_warnings_of_a_training_are_named(tmp_path):
+    make_run(tmp_path / "0", ["x=1"], warnings=["Validation accuracy fell."])
+    make_run(tmp_path / "1", ["x=2"])
+    assert main([str(tmp_path)]) == 0
+    assert f"{tmp_path / '0'}: Validation accuracy fell." in (tmp_path / "sweep_report.html").read_text()
+
+
+def test_links_lead_to_folders_with_odd_names(tmp_path):
+    for name in ("lr=1e-3,x#1?", "100%"):
+        make_run(tmp_path / name, [f"x={name}"], status="failed")
+    assert main([str(tmp_path)]) == 0
+    links = re.findall(r'<a href="([^"#]+)">', (tmp_path / "sweep_report.html").read_text())
+    assert sorted(links) == ["100%25/report.html", "lr%3D1e-3%2Cx%231%3F/report.html"]
+    assert all((tmp_path / unquote(link)).is_file() for link in links)
+
+
+def test_a_comparisons_figure_that_fails_costs_nothing_else(sweep, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(figures, "points", fail)
+    assert main([str(sweep)]) == 0
+    page = unescape((sweep / "sweep_report.html").read_text())
+    assert "The figure 'test_accuracy' could not be drawn: RuntimeError: no luck." in page
+    assert "Validation accuracy per setting" in page
+    assert "Compared with the best" in page
 
 
 def test_a_sweep_of_one_job_is_a_sweep(tmp_path):

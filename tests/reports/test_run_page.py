@@ -1,8 +1,12 @@
-"""The page of a run: right figures, alone in the world, and there for damaged runs, too."""
+"""The page of a run: right numbers, in one file that asks for nothing, and drawn for damaged runs, too."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
+import warnings
+from html import unescape
 from html.parser import HTMLParser
 
 import numpy as np
@@ -10,6 +14,7 @@ import pytest
 from handmade import CLASSES, make_run
 from sklearn import metrics as sk
 
+from cifar_tl.reports import figures
 from cifar_tl.reports.__main__ import main
 
 
@@ -55,11 +60,11 @@ def drawn(tmp_path_factory):
     return run, (run / "report.html").read_text()
 
 
-def test_figures_are_scikit_learns_from_the_predictions_file(drawn):
+def test_metrics_are_scikit_learns_from_the_predictions_file(drawn):
     run, text = drawn
     with np.load(run / "predictions.npz", allow_pickle=False) as data:
         targets, predicted = data["test_targets"], data["test_logits"].argmax(axis=1)
-    assert f"<strong>{100 * sk.accuracy_score(targets, predicted):.2f} %</strong>" in text
+    assert f"<strong>{100 * sk.accuracy_score(targets, predicted):.2f}%</strong>" in text
     precision, recall, f1, support = sk.precision_recall_fscore_support(targets, predicted)
     rows = {row[0]: row[1:] for row in Page(text).table("class")[1:]}
     for i, name in enumerate(CLASSES):
@@ -68,7 +73,7 @@ def test_figures_are_scikit_learns_from_the_predictions_file(drawn):
     both = sk.confusion_matrix(targets, predicted)
     assert both[3, 4] == both[~np.eye(5, dtype=bool)].max()
     assert Page(text).table("pair")[1][0] == "cat ⇄ deer"
-    assert f"cat said to be deer: {both[3, 4]} (" in Page(text).table("pair")[1][1]
+    assert f"cat predicted as deer: {both[3, 4]} (" in Page(text).table("pair")[1][1]
 
 
 def test_temperature_lowers_the_validation_loss(drawn):
@@ -78,7 +83,7 @@ def test_temperature_lowers_the_validation_loss(drawn):
     assert len(set(rows["test: accuracy"])) == 1
 
 
-def test_what_the_thaw_changed(drawn):
+def test_what_the_unfreeze_changed(drawn):
     with np.load(drawn[0] / "predictions.npz", allow_pickle=False) as data:
         targets = data["val_targets"]
         before, after = (
@@ -115,7 +120,7 @@ def test_plan_and_what_happened(drawn):
     frozen, tuned = Page(drawn[1]).table("phase")[1:3]
     assert frozen[:6] == ["frozen", "0..1", "head", "0.001", "frozen", "2 of 2"]
     assert tuned[:6] == ["fine-tune", "2..3", "head and layer4", "0.001", "0.0001", "2 of 2"]
-    assert "validation accuracy went from 40.00 to 50.00 % (+10.00 points)" in drawn[1]
+    assert "validation accuracy went from 40.00% to 50.00% (+10.00 points)" in drawn[1]
     assert "python -m cifar_tl.train data.limit=400 seed=0" in drawn[1]
     assert "0123abcd" in drawn[1]
 
@@ -125,6 +130,19 @@ def test_same_files_same_page(drawn):
     assert main([str(drawn[0])]) == 0
     assert (drawn[0] / "report.html").read_text() == drawn[1]
     assert {path.name: path.read_bytes() for path in (drawn[0] / "figures").iterdir()} == before
+
+
+def test_a_real_run_has_every_section(tiny_run, tmp_path):
+    for name in ("metrics.json", "predictions.npz", "images.npz"):
+        shutil.copy(tiny_run / name, tmp_path)
+    assert main([str(tmp_path)]) == 0
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r"<h2[^>]*>([^<]+)", text) == [
+        *("Schedule, and what happened", "Curves", "Classes", "What the unfreeze changed", "Most confused pairs"),
+        *("Calibration", "Mistakes", "Most and least certain", "Time", "Repeat it"),
+    ]
+    assert 'class="notes"' not in text
+    assert len(list((tmp_path / "figures").glob("*.svg"))) == 11
 
 
 def test_names_are_escaped(tmp_path):
@@ -141,7 +159,7 @@ def test_unfinished_run_says_so(tmp_path, status):
     run = make_run(tmp_path / "run", status=status, plan=[{"name": "frozen", "start": 0, "end": 9, "stages": []}])
     assert main([str(run)]) == 0
     text = (run / "report.html").read_text()
-    assert f"This run has not finished (its record says: {status}). 4 of 9 epochs are recorded" in text
+    assert f"This run has not finished (status: {status}). 4 of 9 epochs are recorded" in text
     assert 'id="s0"' in text
     assert "Accuracy" in text
 
@@ -183,10 +201,10 @@ def other_predictions(run):
 )
 def test_damage_is_named_and_the_rest_drawn(tmp_path, damage):
     run = make_run(tmp_path / "run")
-    said, still_there = damage(run)
+    problem, still_there = damage(run)
     assert main([str(run)]) == 0
-    text = (run / "report.html").read_text().replace("&#x27;", "'")
-    assert said in text
+    text = (run / "report.html").read_text().replace("&#39;", "'")
+    assert problem in text
     assert still_there in text
 
 
@@ -204,3 +222,120 @@ def test_reports_import_no_torch_and_help_no_matplotlib(tmp_path):
         "assert 'torch' not in sys.modules and 'lightning' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_test_metrics_are_those_of_metrics_json(tmp_path):
+    run = make_run(
+        tmp_path / "run", **{"test/loss": 0.7654, "test/ece": 0.0321, "test/recall": [0.1, 0.2, 0.3, 0.4, 0.5]}
+    )
+    assert main([str(run)]) == 0
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert "<b>0.7654</b>" in text
+    assert "<b>0.0321</b>" in text
+    assert [row[2] for row in Page(text).table("class")[1:6]] == ["10.0", "20.0", "30.0", "40.0", "50.0"]
+
+
+def test_warnings_stand_at_the_top(tmp_path):
+    run = make_run(tmp_path / "run", warnings=["The loss is <not> a finite number from epoch 2 on."])
+    assert main([str(run)]) == 0
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert 0 < text.index("The loss is &lt;not&gt; a finite number") < text.index('class="headline"')
+
+
+def test_null_in_the_epochs_costs_no_section(tmp_path):
+    nothing = [None] * 4
+    holes = {"train/loss": [2.0, 1.5, None, None], "val/loss": nothing, "val/ece": nothing, "lr/backbone": nothing}
+    run = make_run(tmp_path / "run", **holes, **{"val/acc": [None, 0.4, None, 0.1]})
+    assert main([str(run)]) == 0
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert "could not be drawn" not in text
+    page = Page(text)
+    assert page.table("phase")[2][6:9] == ["- → -", "- → 10.00", "10.00"]
+    assert page.table("epoch")[3] == ["2", "fine-tune", "-", "0.5000", "-", "-", "-"]
+    for figure in ("accuracy", "loss", "calibration_error", "learning_rates"):
+        assert (run / "figures" / f"{figure}.svg").is_file()
+
+
+def test_a_run_without_validation_is_drawn(tmp_path):
+    run = make_run(tmp_path / "run", status="failed", **{"val/acc": [None] * 4, "best/epoch": None})
+    assert main([str(run)]) == 0
+    assert "'Curves' could not be drawn" not in (run / "report.html").read_text(encoding="utf-8").replace("&#39;", "'")
+
+
+MONEY = ["$1 to $5", "$\\frac{", "a$b", "\\$x", "<b> & co"]
+
+
+def test_dollar_signs_in_names_are_drawn_as_written(tmp_path):
+    run = make_run(tmp_path / "run", classes=MONEY)
+    assert main([str(run)]) == 0
+    assert "could not be drawn" not in (run / "report.html").read_text(encoding="utf-8")
+    for figure in ("confusion", "per_class", "mistakes", "unfreeze"):
+        text = unescape((run / "figures" / f"{figure}.svg").read_text(encoding="utf-8"))
+        for name in MONEY[:4] if figure == "mistakes" else MONEY:
+            assert f"{name}<" in text or f"{name} " in text
+
+
+def test_learning_rates_are_written_without_formulas(drawn):
+    text = (drawn[0] / "figures" / "learning_rates.svg").read_text(encoding="utf-8")
+    assert ">0.001<" in text
+    assert "mathdefault" not in text
+
+
+def test_names_without_a_font_are_drawn_without_a_warning(tmp_path, recwarn, monkeypatch):
+    monkeypatch.setattr(figures, "_fonts", lambda: ["DejaVu Sans"])
+    warnings.simplefilter("always")
+    run = make_run(tmp_path / "run", classes=["猫", "犬", "鳥", "鹿", "蛙"])
+    assert main([str(run)]) == 0
+    assert [str(warning.message) for warning in recwarn] == []
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert "could not be drawn" not in text
+    assert Page(text).table("class")[1][0] == "猫"
+    assert "猫" in (run / "figures" / "confusion.svg").read_text(encoding="utf-8")
+
+
+def test_fonts_of_other_scripts_are_used_where_they_are_installed(monkeypatch):
+    monkeypatch.setattr(figures, "get_font_names", lambda: ["Noto Sans CJK JP", "DejaVu Sans", "Comic Sans MS"])
+    assert figures._fonts.__wrapped__() == ["DejaVu Sans", "Noto Sans CJK JP"]
+
+
+def test_a_figure_that_fails_costs_nothing_else(tmp_path, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(figures, "confusion", fail)
+    monkeypatch.setattr(figures, "gallery", fail)
+    monkeypatch.setattr(figures, "reliability", fail)
+    run = make_run(tmp_path / "run")
+    assert main([str(run)]) == 0
+    text = (run / "report.html").read_text(encoding="utf-8").replace("&#39;", "'")
+    for name in ("confusion", "mistakes", "reliability"):
+        assert f"The figure '{name}' could not be drawn: RuntimeError: no luck." in text
+    page = Page(text)
+    assert page.table("class")
+    assert page.table("")[0] == ["", "as trained", "temperature 2.228"]
+    assert '<ul class="gallery">' in text
+    assert (run / "figures" / "per_class.svg").is_file()
+    assert "metrics.json has" not in text
+    assert "metrics.json is" not in text
+
+
+def test_files_are_utf_8_whatever_the_locale(tmp_path):
+    runs = tmp_path / "Läufe"
+    for seed in (0, 1):
+        make_run(
+            runs / f"größer {seed}", ["data.root=été"], seed, classes=["ä", "ö", "ü", "猫", "ß"], experiment="Übung"
+        )
+    (runs / "größer 1" / ".hydra" / "overrides.yaml").write_bytes("- data.root=été\n".encode())
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "cifar_tl.reports", str(runs)]
+    subprocess.run(command, check=True, env={**os.environ, **locale}, capture_output=True)
+    for seed in (0, 1):
+        page = (runs / f"größer {seed}" / "report.html").read_bytes().decode("utf-8")
+        assert "Übung" in page
+        assert "data.root=été" in page
+    for ending in ("html", "md", "csv"):
+        assert "été" in (runs / f"sweep_report.{ending}").read_bytes().decode("utf-8")
+    comparison = (runs / "sweep_report.html").read_bytes().decode("utf-8")
+    assert "Läufe" in comparison
+    assert 'href="gr%C3%B6%C3%9Fer%200/report.html">größer 0<' in comparison
+    assert "ß" in (runs / "größer 0" / "figures" / "confusion.svg").read_bytes().decode("utf-8")

@@ -1,4 +1,4 @@
-"""The figures of a report, recomputed by others: scikit-learn, torchmetrics, SciPy."""
+"""The metrics of a report, recomputed by others: scikit-learn, torchmetrics, SciPy."""
 
 import numpy as np
 import pytest
@@ -6,9 +6,12 @@ import torch
 from handmade import CLASSES, scored
 from scipy.optimize import minimize_scalar
 from sklearn import metrics as sk
+from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassCalibrationError
 
 from cifar_tl.runs.metrics import (
+    COLDEST,
+    HOTTEST,
     ConfusedPair,
     class_scores,
     confused_pairs,
@@ -19,6 +22,7 @@ from cifar_tl.runs.metrics import (
     most_certain,
     negative_log_likelihood,
     reliability,
+    scores,
     softmax,
     top_mistakes,
     wilson_interval,
@@ -55,10 +59,35 @@ def test_ece_is_the_definition_and_torchmetrics(on_test):
             expected += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
     ours = reliability(probabilities, on_test.targets).ece
     assert ours == pytest.approx(expected)
-    referee = MulticlassCalibrationError(len(CLASSES), n_bins=15)
-    assert ours == pytest.approx(
-        referee(torch.from_numpy(probabilities), torch.from_numpy(on_test.targets)).item(), abs=1e-4
-    )
+    assert sum(reliability(probabilities, on_test.targets).counts) == len(on_test.targets)
+
+
+@pytest.mark.parametrize("classes", [2, 10, 100])
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 4.0])
+def test_bins_are_those_of_torchmetrics(classes, sharpness):
+    rng = np.random.default_rng(0)
+    targets = rng.integers(0, classes, 5000)
+    logits = rng.normal(size=(5000, classes))
+    logits[np.arange(5000), targets] += 1
+    probabilities = softmax(sharpness * logits)
+    referee = MulticlassCalibrationError(classes, n_bins=15)
+    expected = referee(torch.from_numpy(probabilities), torch.from_numpy(targets)).item()
+    assert reliability(probabilities, targets).ece == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_confidence_of_exactly_1_is_in_the_last_bin():
+    bins = reliability(np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([0, 0]))
+    assert bins.counts.tolist() == [0] * 14 + [2]
+    assert bins.ece == 0.5
+
+
+def test_scores_are_torchs(on_test):
+    found = scores(on_test.logits, on_test.targets)
+    logits, targets = torch.from_numpy(on_test.logits), torch.from_numpy(on_test.targets)
+    assert found["acc"] == float((logits.argmax(dim=1) == targets).double().mean())
+    assert found["loss"] == pytest.approx(float(cross_entropy(logits, targets)), rel=1e-6)
+    assert found["ece"] == reliability(softmax(on_test.logits), on_test.targets).ece
+    assert tuple(found["acc_interval"]) == wilson_interval(found["acc"], 1000)
 
 
 def test_temperature_is_scipys_minimum_and_never_worse(on_test):
@@ -67,13 +96,21 @@ def test_temperature_is_scipys_minimum_and_never_worse(on_test):
 
     temperature = fit_temperature(on_test.logits, on_test.targets)
     assert temperature > 1.5  # these logits are made too large
-    assert temperature == pytest.approx(minimize_scalar(loss, bounds=(0.05, 20), method="bounded").x, rel=1e-4)
+    assert temperature == pytest.approx(minimize_scalar(loss, bounds=(0.01, 100), method="bounded").x, rel=1e-4)
     assert loss(temperature) <= loss(1.0)
 
 
-def test_temperature_stays_finite_where_everything_is_right():
-    targets = np.arange(5)
-    assert fit_temperature(10 * np.eye(5, dtype=np.float32), targets) == pytest.approx(0.05, rel=1e-6)
+def test_temperature_of_known_logits():
+    rng = np.random.default_rng(0)
+    logits = 2 * rng.normal(size=(50_000, 5)).astype(np.float32)
+    targets = (softmax(logits).cumsum(axis=1) < rng.random((50_000, 1))).sum(axis=1)
+    assert fit_temperature(logits, targets) == pytest.approx(1, abs=0.02)
+    assert fit_temperature(3 * logits, targets) == pytest.approx(3 * fit_temperature(logits, targets), rel=1e-6)
+
+
+def test_temperature_is_a_bound_where_everything_is_right_or_wrong():
+    assert fit_temperature(10 * np.eye(5), np.arange(5)) == pytest.approx(COLDEST, rel=1e-6)
+    assert fit_temperature(10 * np.eye(5), np.roll(np.arange(5), 1)) == pytest.approx(HOTTEST, rel=1e-6)
 
 
 def test_rankings():
