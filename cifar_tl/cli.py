@@ -4,18 +4,26 @@ import errno
 import importlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from cifar_tl.errors import Interrupted, UserError, suggest
 from cifar_tl.runs.resume import with_overrides_of_resumed_run
+
+PATH_KEYS = {
+    *("checkpoint", "input", "output", "data.root", "model.weights", "finetune.features_folder", "resume"),
+    *("hydra.run.dir", "hydra.sweep.dir"),
+}
+"""Keys of all commands whose values are text, whatever they look like."""
 
 
 class StdoutHandler(logging.Handler):
@@ -58,7 +66,7 @@ def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: li
     before = sys.argv
     try:
         _refuse_added_keys(arguments)
-        sys.argv = [before[0], *with_overrides_of_resumed_run(arguments)]
+        sys.argv = [before[0], *map(_path_as_text, with_overrides_of_resumed_run(arguments))]
         main()
     except Interrupted as interrupted:
         print(f"\n{interrupted}", file=sys.stderr)
@@ -90,6 +98,24 @@ def _imported_when_called(target: str) -> Callable[[DictConfig], Any]:
 def _fail(message: str) -> int:
     print(f"error: {message}", file=sys.stderr)
     return 1
+
+
+def _path_as_text(argument: str) -> str:
+    """Quote the value of a path's key where Hydra would take it for a number or a truth value, or cannot parse it.
+
+    Without that, `input=2024_05` would be the number 202405, and `input=photo (1).png` a syntax error.
+    """
+    key, equals, value = argument.partition("=")
+    if not equals or key not in PATH_KEYS:
+        return argument
+    try:
+        override = OverridesParser.create().parse_override(argument)
+        if override.is_sweep_override() or not isinstance(override.value(), bool | int | float):
+            return argument
+    except HydraException:
+        pass
+    escaped = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), value)
+    return f"{key}='{escaped}'"
 
 
 def _refuse_added_keys(arguments: list[str]) -> None:
