@@ -157,7 +157,7 @@ def check_every_class_trains(
     """
     there, left, held_out = (torch.bincount(t, minlength=len(classes)) for t in (targets, targets[train], targets[val]))
     if starved := [
-        f"{name} (0 of its {there[label]} images, {held_out[label]} in validation)"
+        f"{name} (0 of {there[label]}, {held_out[label]} in validation)"
         for label, name in enumerate(classes)
         if not left[label]
     ]:
@@ -165,7 +165,7 @@ def check_every_class_trains(
         advice = "Lower data.val_size" + (", raise data.limit" if limit is not None else "")
         raise UserError(
             f"{keys} leaves nothing to train on for {len(starved)} of {len(classes)} classes: {_some(starved)}; "
-            f"{len(train)} training images in all. {advice}, or add images of these classes."
+            f"training images in all: {len(train)}. {advice}, or add images of these classes."
         )
     return [name for label, name in enumerate(classes) if not held_out[label]]
 

@@ -42,9 +42,11 @@ def test_a_class_without_training_images_is_refused_with_names_and_counts(fitted
         UserError, match=r"data.val_size=32 leaves nothing to train on for 1 of 3 classes: rare1 \(0 of"
     ):
         fitted(root, "data.val_size=32")
-    with pytest.raises(UserError, match=r"for 2 of 3 classes: .*; 1 training images in all\. Lower data\.val_size"):
+    with pytest.raises(UserError, match=r"for 2 of 3 classes: .*; training images in all: 1\. Lower data\.val_size"):
         fitted(root, "data.val_size=62")
-    with pytest.raises(UserError, match=r"data.val_size=9 with data.limit=5 .*rare1 \(0 of its 1 images.*data\.limit"):
+    with pytest.raises(
+        UserError, match=r"data.val_size=9 with data.limit=5 .*rare1 \(0 of 1, 0 in validation.*data\.limit"
+    ):
         fitted(root, "data.val_size=9", "data.limit=5")
 
 
