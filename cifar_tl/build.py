@@ -33,7 +33,7 @@ from cifar_tl.data.cifar10 import Cifar10
 from cifar_tl.data.datamodule import CIFAR10DataModule, Source
 from cifar_tl.data.folder import ImageFolders
 from cifar_tl.data.synthetic import Synthetic
-from cifar_tl.errors import UserError, check_choice
+from cifar_tl.errors import UserError, check_choice, check_path
 from cifar_tl.hardware import environment, resolve_accelerator, resolve_precision
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.runs.record import config_sha256, git_state
@@ -71,9 +71,9 @@ def build_source(data: DictConfig) -> Source:
     """Build the source of images that `data.name` asks for."""
     match check_choice("data.name", data.name, ("cifar10", "folder", "synthetic")):
         case "cifar10":
-            return Cifar10(data.root, download=data.download)
+            return Cifar10(check_path("data.root", data.root), download=data.download)
         case "folder":
-            return ImageFolders(data.root, data.workers)
+            return ImageFolders(check_path("data.root", data.root), data.workers)
         case _:
             return Synthetic(data.train_size, data.test_size)
 
@@ -240,6 +240,8 @@ def run_facts(
         "filter_rms": cfg.model.filter_rms if weights_sha256 else None,
         "config_sha256": config_sha256({key: value for key, value in plain(cfg).items() if key != "resume"}),
         "split_sha256": datamodule.split_sha256,
+        "test_sha256": datamodule.test_sha256,
+        "duplicates": datamodule.duplicates,
         "images": datamodule.sizes,
         "classes": list(datamodule.classes),
         "normalization": {"mean": list(datamodule.mean), "std": list(datamodule.std)},

@@ -3,23 +3,34 @@
 import errno
 import pickle
 import time
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hydra
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
+from cifar_tl.cli import conf_folder
 from cifar_tl.errors import UserError
 from cifar_tl.files import replacing
 from cifar_tl.model.classifier import ImageClassifier
 from cifar_tl.model.module import ResNet50Classifier
 
 BEST, LAST = "best.ckpt", "last.ckpt"
+FORMAT = 1
+"""Of what a checkpoint holds under `cifar_tl`, raised when a key changes its name or its meaning. 0: without a number;
+`facts.split_sha256` is then that of the indices alone, and the normalization may be spelt `normalisation`."""
+
+COMPLETED = ("data", "augment", "model", "finetune", "trainer")
+"""Groups of the config in which keys that an older checkpoint does not have get today's defaults."""
 
 
 class PacedCheckpointIO(TorchCheckpointIO):
@@ -123,24 +134,50 @@ def checkpoint_callbacks(folder: Path) -> list[ModelCheckpoint]:
     return [best, BestCheckpoint(filename=Path(LAST).stem, save_top_k=1, **common)]
 
 
+def find_checkpoint(path: Path) -> Path:
+    """Return the checkpoint that a path means: the file itself, or `best.ckpt` of a run's folder.
+
+    Raises:
+        UserError: There is none.
+    """
+    if path.is_dir():
+        for candidate in (path / "checkpoints" / BEST, path / BEST):
+            if candidate.is_file():
+                return candidate
+        found = sorted(path.glob(f"*/checkpoints/{BEST}"))
+        there = f" There is {found[0]}" + (f" and {len(found) - 1} more." if len(found) > 1 else ".") if found else ""
+        raise UserError(f"checkpoint {path}: there is no {BEST} in this folder, nor in its folder checkpoints.{there}")
+    if not path.is_file():
+        raise UserError(f"checkpoint {path}: no such file. A run keeps its checkpoints in RUN/checkpoints/.")
+    return path
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint of this program with weights_only=True, which runs no code from the file.
 
     Raises:
-        UserError: No such file, a truncated one, or somebody else's.
+        UserError: No such file, a truncated one, somebody else's, or one of a later version.
     """
-    if not path.is_file():
-        raise UserError(f"checkpoint {path}: no such file. A run keeps its checkpoints in RUN/checkpoints/.")
+    path = find_checkpoint(path)
+    not_ours = f"checkpoint {path} was not written by cifar_tl.train. Plain weights go into model.weights=."
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # about anything, for a file that is no checkpoint
+        # torch's own text advises weights_only=False, which runs code from the file
+        if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
+            raise UserError(f"{not_ours} It holds more than tensors and plain values and is not loaded.") from error
         raise UserError(
-            f"checkpoint {path} cannot be read: it is truncated or no checkpoint ({path.stat().st_size:,} bytes; "
-            f"{(str(error) or type(error).__name__).splitlines()[0]}). Take the other one in its folder ({BEST}, "
-            f"{LAST}), or a copy."
+            f"checkpoint {path} cannot be read: it is truncated or no checkpoint ({path.stat().st_size:,} bytes). Take "
+            f"the other one in its folder ({BEST}, {LAST}), or a copy."
         ) from error
     if not isinstance(checkpoint, dict) or "cifar_tl" not in checkpoint:
-        raise UserError(f"checkpoint {path} was not written by cifar_tl.train. Plain weights go into model.weights=.")
+        raise UserError(not_ours)
+    format = checkpoint["cifar_tl"].get("format", 0)
+    if format > FORMAT:
+        raise UserError(
+            f"checkpoint {path} has format {format}, this version of cifar_tl reads up to {FORMAT}. Use the version "
+            f"that wrote it."
+        )
     return checkpoint
 
 
@@ -151,15 +188,19 @@ class Trained:
     Attributes:
         path: The checkpoint.
         module: In eval mode, on the CPU.
-        config: Of its run.
+        config: Of its run; keys that it does not have, being older, have today's defaults.
+        saved_config: The same as it was saved.
         facts: Of its run: classes, normalization, hashes, versions, device, commit.
+        format: See FORMAT.
         epoch: Of its run, from 0, after which it was saved.
     """
 
     path: Path
     module: ResNet50Classifier
     config: DictConfig
+    saved_config: dict[str, Any]
     facts: dict[str, Any]
+    format: int
     epoch: int
 
     @property
@@ -179,19 +220,44 @@ class Trained:
 def load_trained(path: Path) -> Trained:
     """Read a checkpoint of cifar_tl.train and rebuild its model.
 
+    Args:
+        path: Of a checkpoint or of a run's folder, whose best one it then is.
+
     Raises:
         UserError: No such file, a broken one, somebody else's, or one of a version with another model.
     """
+    path = find_checkpoint(path)
     checkpoint = read_checkpoint(path)
     try:
-        config = OmegaConf.create(checkpoint["cifar_tl"]["config"])
+        saved_config = checkpoint["cifar_tl"]["config"]
         facts = checkpoint["cifar_tl"]["facts"]
+        if "normalization" not in facts:
+            facts["normalization"] = facts.pop("normalisation")
+        if len(facts["classes"]) != len(checkpoint["hyper_parameters"]["classes"]):
+            raise ValueError("it names another number of classes than it tells apart")
+        config = _completed(saved_config)
         module = ResNet50Classifier(**checkpoint["hyper_parameters"])
         module.load_state_dict(checkpoint["state_dict"])
         epoch = int(checkpoint["epoch"])
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, OmegaConfBaseException) as error:
         raise UserError(
             f"checkpoint {path} does not fit this version of cifar_tl "
             f"({type(error).__name__}: {str(error).splitlines()[0]}). Use the version that wrote it, or train again."
         ) from error
-    return Trained(path, module.eval(), config, facts, epoch)
+    return Trained(path, module.eval(), config, saved_config, facts, checkpoint["cifar_tl"].get("format", 0), epoch)
+
+
+def _completed(saved: dict[str, Any]) -> DictConfig:
+    """Return a run's config with today's defaults for keys that it does not have."""
+    config = OmegaConf.create(saved)
+    overrides = [f"data={config.data.name}"]
+    if GlobalHydra.instance().is_initialized():  # by the command that this is a part of
+        defaults = hydra.compose("train", overrides)
+    else:
+        with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            defaults = hydra.compose("train", overrides)
+    OmegaConf.set_struct(defaults, False)
+    for group in COMPLETED:
+        config[group] = OmegaConf.merge(defaults[group], config.get(group, {}))
+    config.setdefault("seed", defaults.seed)
+    return config

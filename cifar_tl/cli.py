@@ -4,6 +4,7 @@ import errno
 import importlib
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -27,6 +29,11 @@ log = logging.getLogger(__name__)
 OPEN = ("trainer.", "callbacks.", "logger.", "hydra.", "hydra/")
 """Where `+key=value` may add keys."""
 DISK_ERRORS = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST, errno.EDQUOT)
+PATH_KEYS = {
+    *("checkpoint", "input", "output", "data.root", "model.weights", "finetune.features_folder", "resume"),
+    *("hydra.run.dir", "hydra.sweep.dir"),
+}
+"""Keys of all commands whose values are text, whatever they look like."""
 
 
 class StdoutHandler(logging.Handler):
@@ -106,7 +113,7 @@ def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: li
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _interrupt)
         _refuse_added_keys(arguments)
-        sys.argv = [before[0], *_flags_first(with_overrides_of_resumed_run(arguments))]
+        sys.argv = [before[0], *map(_path_as_text, _flags_first(with_overrides_of_resumed_run(arguments)))]
         main()
     except (Interrupted, KeyboardInterrupt) as interrupted:
         print(f"\n{str(interrupted) or 'Interrupted.'}", file=sys.stderr)
@@ -165,6 +172,24 @@ def _explained(error: BaseException, config_name: str) -> str | None:
 def _imported_when_called(target: str) -> Callable[[DictConfig], Any]:
     module, _, function = target.partition(":")
     return lambda cfg: getattr(importlib.import_module(module), function)(cfg)
+
+
+def _path_as_text(argument: str) -> str:
+    """Quote the value of a path's key where Hydra would take it for a number or a truth value, or cannot parse it.
+
+    Without that, `input=2024_05` would be the number 202405, and `input=photo (1).png` a syntax error.
+    """
+    key, equals, value = argument.partition("=")
+    if not equals or key not in PATH_KEYS:
+        return argument
+    try:
+        override = OverridesParser.create().parse_override(argument)
+        if override.is_sweep_override() or not isinstance(override.value(), bool | int | float):
+            return argument
+    except HydraException:
+        pass
+    escaped = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), value)
+    return f"{key}='{escaped}'"
 
 
 def _refuse_added_keys(arguments: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -52,3 +53,17 @@ def check_flag(key: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise UserError(f"{key}={value} is not allowed: give true or false.")
     return value
+
+
+def check_path(key: str, value: object) -> Path:
+    """Return a path, `~` being the home folder; raise UserError naming `key` if it is a list, null or empty.
+
+    A number is a path, too: a folder may be called 2024.
+    """
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
+        shown = "null" if value is None else value
+        raise UserError(f"{key}={shown} is not allowed: give one path.")
+    try:
+        return Path(str(value)).expanduser()
+    except RuntimeError as error:  # ~somebody
+        raise UserError(f"{key}={value}: {error}") from error

@@ -1,4 +1,4 @@
-"""python -m cifar_tl.evaluate checkpoint=RUN/checkpoints/best.ckpt: the run's test metrics, from its checkpoint."""
+"""python -m cifar_tl.evaluate checkpoint=RUN: the run's test metrics, from its checkpoint."""
 
 import sys
 
@@ -9,7 +9,8 @@ if __name__ == "__main__":  # before what takes seconds to import
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from cifar_tl.checkpoints import Trained, load_trained
 from cifar_tl.data import robustness
 from cifar_tl.data.cifar10 import Cifar10
 from cifar_tl.data.datamodule import CIFAR10DataModule
-from cifar_tl.errors import UserError, check_flag
+from cifar_tl.errors import UserError, check_flag, check_int, check_path
 from cifar_tl.files import write_text, writing_for
 from cifar_tl.hardware import prepare_for, resolve_accelerator
 from cifar_tl.model.tta import AUGMENTED, SINGLE, View
@@ -62,14 +63,24 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         UserError: The checkpoint or the data is missing or broken.
     """
     quieten_lightning()
-    trained = load_trained(Path(cfg.checkpoint))
+    trained = load_trained(check_path("checkpoint", cfg.checkpoint))
     data = trained.config.data
-    for key, value in cfg.data.items():
-        if value is not None:
-            data[key] = value
+    if cfg.data.root is not None:
+        data.root = str(check_path("data.root", cfg.data.root))
+    if cfg.data.eval_batch_size is not None:
+        data.eval_batch_size = cfg.data.eval_batch_size
     prepare_for(resolve_accelerator(cfg.trainer.accelerator), trained.module)
     extra = ExtraEvaluations(cfg, trained)
     datamodule = build_datamodule(trained.config)
+    check_classes(trained, datamodule)
+    if cfg.data.limit == "all":
+        datamodule.test_limit = None
+    elif cfg.data.limit is not None:
+        datamodule.test_limit = check_int("data.limit", cfg.data.limit, 1)
+    datamodule.prepare_data()
+    datamodule.setup("test")  # so that Lightning does not fetch it again
+    if extra.temperature:
+        extra.make_validation_split(datamodule)  # before the test, not after it
     precision = cfg.trainer.precision or trained.facts["precision"]
     trainer = build_trainer({**cfg.trainer, "precision": precision}, logger=False, enable_checkpointing=False)
     (scalars,) = trainer.test(trained.module, datamodule=datamodule, verbose=False)
@@ -81,6 +92,26 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     ):
         log.info("  %-12s precision %.4f  recall %.4f  F1 %.4f", name, *values)
     return result | extra.evaluate(trainer, datamodule)
+
+
+def check_classes(trained: Trained, datamodule: CIFAR10DataModule) -> None:
+    """Refuse data whose classes are not those that a model was trained for, in their order.
+
+    Raises:
+        UserError: With both lists.
+    """
+    theirs, ours = _normalized(trained.classes), _normalized(datamodule.classes)
+    if theirs != ours:
+        raise UserError(
+            f"the data has other classes than checkpoint {trained.path}: measuring it would mean nothing.\n"
+            f"  checkpoint ({len(theirs)}): {', '.join(theirs)}\n"
+            f"  data ({len(ours)}): {', '.join(ours)}\n"
+            f"data.root= says where data with the checkpoint's classes is."
+        )
+
+
+def _normalized(names: Sequence[str]) -> list[str]:
+    return [unicodedata.normalize("NFC", name) for name in names]
 
 
 class ExtraEvaluations:
@@ -111,28 +142,37 @@ class ExtraEvaluations:
         for corruption in self.corruptions:
             robustness.cifar10_c(self.root, corruption)
 
+    def make_validation_split(self, datamodule: CIFAR10DataModule) -> None:
+        """Load the run's validation split, on which the temperature is fitted.
+
+        Raises:
+            UserError: It cannot be made again: the data, or a key of it, has changed.
+        """
+        datamodule.setup("validate")
+        older = self.trained.format < 1
+        again, before = datamodule.split_sha256, self.trained.facts["split_sha256"]
+        if older:
+            again = datamodule.indices_sha256
+            log.info("temperature: this checkpoint is too old to say whether the validation images are the run's.")
+        if again != before:
+            raise UserError(
+                f"temperature=true: the run's validation split cannot be made again (SHA-256 {again[:12]}, the run's "
+                f"was {before[:12]}): its images, their classes or data.split_seed have changed. data.root= says where "
+                f"the run's data is."
+            )
+
     def evaluate(self, trainer: L.Trainer, datamodule: CIFAR10DataModule) -> dict[str, Any]:
         """Evaluate and log it; return the metrics by name.
 
         Args:
             trainer: Has tested the single view; its device and precision are used.
-            datamodule: Of the run, with the test set loaded.
-
-        Raises:
-            UserError: The run's validation split cannot be made again.
+            datamodule: Of the run, with the test set loaded, and for a temperature the validation split.
         """
         device = trainer.strategy.root_device
         classifier = self.trained.classifier().to(device)
         batch_size = self.trained.config.data.eval_batch_size
         evaluation = Evaluation(classifier, device, trainer.precision_plugin.forward_context, batch_size)
         if self.temperature:
-            datamodule.setup("validate")
-            if datamodule.split_sha256 != self.trained.facts["split_sha256"]:
-                raise UserError(
-                    f"temperature=true: the run's validation split cannot be made again (SHA-256 "
-                    f"{datamodule.split_sha256[:12]}, the run's was {self.trained.facts['split_sha256'][:12]}): its "
-                    f"data has changed. data.root= says where the run's data is."
-                )
             evaluation.fit_temperature(datamodule.images("val").cpu(), datamodule.targets("val").cpu().numpy())
         if self.tta or self.temperature:
             log.info("\ntest, beside the single view above")

@@ -1,4 +1,4 @@
-"""python -m cifar_tl.export checkpoint=CHECKPOINT format=onnx|torchscript|torch_export: the model as a file."""
+"""python -m cifar_tl.export checkpoint=CHECKPOINT format=onnx|torch_export: the model as a file."""
 
 import sys
 
@@ -15,25 +15,30 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from cifar_tl import __version__
 from cifar_tl.build import build_datamodule
-from cifar_tl.checkpoints import Trained, load_trained
+from cifar_tl.checkpoints import Trained, find_checkpoint, load_trained
 from cifar_tl.data.loader import ArrayLoader
 from cifar_tl.data.splits import make_generator
-from cifar_tl.errors import UserError, check_choice, check_int, check_number
+from cifar_tl.errors import UserError, check_choice, check_int, check_number, check_path
 from cifar_tl.files import check_writable, replacing, writing_for
 from cifar_tl.model.classifier import INPUTS
 
 log = logging.getLogger(__name__)
 
 BATCH_SIZE = 250
+OPSETS = range(18, 26)
+"""What torch can write; to anything older it would have to convert, which fails for most operators."""
+PATH_KINDS = (PurePosixPath, PureWindowsPath)
+
 Metadata = dict[str, str]
 Run = Callable[[Tensor], Tensor]
 """From images to logits."""
@@ -67,18 +72,22 @@ def export(cfg: DictConfig, folder: Path) -> Path:
     check_choice("input", cfg.input, INPUTS)
     tolerance = check_number("tolerance", cfg.tolerance, 0)
     exporter.check_packages()
-    checkpoint = Path(cfg.checkpoint)
-    output = Path(cfg.output) if cfg.output is not None else folder / f"{checkpoint.stem}{exporter.ending}"
+    opset = check_opset(cfg.opset, cfg.format)
+    checkpoint = find_checkpoint(check_path("checkpoint", cfg.checkpoint))
+    output = folder / f"{checkpoint.stem}{exporter.ending}"
+    if cfg.output is not None:
+        output = check_path("output", cfg.output)
     if output.suffix != exporter.ending:
         raise UserError(f"output={output} should end in {exporter.ending}: readers go by it.")
     check_writable(output)
     trained = load_trained(checkpoint)
-    images, what = parity_images(trained, cfg.data.root, check_int("parity_images", cfg.parity_images, 1))
+    root = None if cfg.data.root is None else check_path("data.root", cfg.data.root)
+    images, what = parity_images(trained, root, check_int("parity_images", cfg.parity_images, 1))
     given = images if cfg.input == "uint8" else images.float() / 255
     with writing_for(output), replacing(output) as partial:
         with quiet():
             example = given.new_zeros((2, *given.shape[1:]))  # it ends up in the file: no image of the data
-            exporter.write(trained.classifier(cfg.input), example, metadata(trained, cfg.input), partial)
+            exporter.write(trained.classifier(cfg.input), example, metadata(trained, cfg.input), opset, partial)
             run, _ = exporter.load(partial)
             difference, agreeing = compare(trained, images, given, run)
         if not difference <= tolerance:  # not >, which a NaN would pass
@@ -127,13 +136,28 @@ def compare(trained: Trained, images: Tensor, given: Tensor, run: Run) -> tuple[
     return float(torch.stack(differences).max()), agreeing
 
 
-def parity_images(trained: Trained, root: str | None, limit: int) -> tuple[Tensor, str]:
+def check_opset(opset: object, format: str) -> int | None:
+    """Return a version of ONNX's operators, or None for the exporter's own.
+
+    Raises:
+        UserError: It is none that the exporter writes, or the format has none.
+    """
+    if opset is None:
+        return None
+    if format != "onnx":
+        raise UserError(f"opset={opset} is for format=onnx; format={format} has none. Drop it.")
+    if (version := check_int("opset", opset, 1)) not in OPSETS:
+        raise UserError(f"opset={opset} is not allowed: torch writes {OPSETS.start} to {OPSETS.stop - 1}.")
+    return version
+
+
+def parity_images(trained: Trained, root: Path | None, limit: int) -> tuple[Tensor, str]:
     """Return images to compare on, (images, 3, 32, 32), uint8, and what they are.
 
     They are the run's validation images; random ones if its data is not there. Nothing is downloaded.
     """
     config = trained.config.copy()
-    config.data.update({"download": False} | ({"root": root} if root is not None else {}))
+    config.data.update({"download": False} | ({"root": str(root)} if root is not None else {}))
     try:
         datamodule = build_datamodule(config)
         datamodule.prepare_data()
@@ -147,7 +171,9 @@ def parity_images(trained: Trained, root: str | None, limit: int) -> tuple[Tenso
             f"{limit:,} random images: the run's data is not at {config.data.get('root')}, data.root= says where",
         )
     images = datamodule.images("val")[:limit]
-    return images, f"{len(images):,} validation images of the run"
+    same = trained.facts["split_sha256"] in (datamodule.split_sha256, datamodule.indices_sha256)
+    which = "of the run" if same else "that are not the run's"
+    return images, f"{len(images):,} validation images {which}"
 
 
 def metadata(trained: Trained, input: str) -> dict[str, str]:
@@ -159,16 +185,27 @@ def metadata(trained: Trained, input: str) -> dict[str, str]:
         "checkpoint_sha256": sha256,
         "epoch": trained.epoch,
         "facts": trained.facts,
-        "config": OmegaConf.to_container(trained.config, resolve=True),
+        "config": trained.saved_config,
     }
     values = (
         json.dumps(trained.classes),
         INPUTS[input],
         "logits, float32, (batch, classes); their softmax is the probabilities",
         json.dumps({**trained.facts["normalization"], "where": "inside the model"}),
-        json.dumps(provenance),
+        json.dumps(without_folders(provenance)),
     )
     return dict(zip(METADATA, values, strict=True))
+
+
+def without_folders(value: Any) -> Any:
+    """Return plain values with absolute paths cut to their last part: where somebody keeps files is not for others."""
+    if isinstance(value, dict):
+        return {key: without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_folders(item) for item in value]
+    if isinstance(value, str) and (value.startswith("~") or any(kind(value).is_absolute() for kind in PATH_KINDS)):
+        return PureWindowsPath(value).name  # it knows / as well
+    return value
 
 
 @dataclass(frozen=True)
@@ -178,13 +215,14 @@ class Exporter:
     Attributes:
         ending: Of its files.
         packages: That it needs beyond this program's own.
-        write: Writes a model, given an example of its input and what to put into the file beside it.
+        write: Writes a model, given an example of its input, what to put into the file beside it, and a version of
+            ONNX's operators, if that is asked for.
         load: Reads a file and returns what runs it and the metadata in it.
     """
 
     ending: str
     packages: tuple[str, ...]
-    write: Callable[[nn.Module, Tensor, Metadata, Path], None]
+    write: Callable[[nn.Module, Tensor, Metadata, int | None, Path], None]
     load: Callable[[Path], tuple[Run, Metadata]]
 
     def check_packages(self) -> None:
@@ -192,7 +230,7 @@ class Exporter:
         if missing := [name for name in self.packages if find_spec(name) is None]:
             raise UserError(
                 f"format=onnx needs what is not installed: `pip install {' '.join(missing)}`, or take "
-                f"format=torchscript or torch_export."
+                f"format=torch_export."
             )
 
 
@@ -216,7 +254,7 @@ def _dynamic_batch() -> dict[str, dict[int, torch.export.Dim]]:
     return {INPUT: {0: torch.export.Dim(BATCH)}}
 
 
-def _write_onnx(model: nn.Module, example: Tensor, metadata: Metadata, path: Path) -> None:
+def _write_onnx(model: nn.Module, example: Tensor, metadata: Metadata, opset: int | None, path: Path) -> None:
     program = torch.onnx.export(
         model,
         (example,),
@@ -224,9 +262,17 @@ def _write_onnx(model: nn.Module, example: Tensor, metadata: Metadata, path: Pat
         dynamic_shapes=_dynamic_batch(),
         input_names=[INPUT],
         output_names=[OUTPUT],
+        opset_version=opset,
         verbose=False,
     )
     assert program is not None  # it is, with dynamo
+    if opset is not None and program.model.opset_imports[""] != opset:
+        raise UserError(
+            f"opset={opset}: torch could not convert the model to it, only to {program.model.opset_imports['']}. Take "
+            f"that one, or leave it out."
+        )
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # stack traces, with the paths of this machine
     program.model.metadata_props.update(metadata)
     program.save(path, external_data=False)
 
@@ -244,19 +290,11 @@ def _load_onnx(path: Path) -> tuple[Run, Metadata]:
     return run, dict(session.get_modelmeta().custom_metadata_map)
 
 
-def _write_torchscript(model: nn.Module, example: Tensor, metadata: Metadata, path: Path) -> None:
-    traced = torch.jit.trace(model, (example,))  # type: ignore[no-untyped-call]
-    torch.jit.save(traced, path, _extra_files=metadata)
-
-
-def _load_torchscript(path: Path) -> tuple[Run, Metadata]:
-    metadata = dict.fromkeys(METADATA, b"")
-    run = torch.jit.load(path, map_location="cpu", _extra_files=metadata)  # type: ignore[no-untyped-call]
-    return run, {key: value.decode() for key, value in metadata.items()}
-
-
-def _write_torch_export(model: nn.Module, example: Tensor, metadata: Metadata, path: Path) -> None:
+def _write_torch_export(model: nn.Module, example: Tensor, metadata: Metadata, opset: int | None, path: Path) -> None:
+    assert opset is None
     program = torch.export.export(model, (example,), dynamic_shapes=_dynamic_batch())
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # with the paths of this machine
     torch.export.save(program, path, extra_files=metadata)
 
 
@@ -267,6 +305,5 @@ def _load_torch_export(path: Path) -> tuple[Run, Metadata]:
 
 EXPORTERS = {
     "onnx": Exporter(".onnx", ("onnx", "onnxscript", "onnxruntime"), _write_onnx, _load_onnx),
-    "torchscript": Exporter(".pt", (), _write_torchscript, _load_torchscript),
     "torch_export": Exporter(".pt2", (), _write_torch_export, _load_torch_export),
 }

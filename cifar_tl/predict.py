@@ -1,4 +1,4 @@
-"""python -m cifar_tl.predict checkpoint=CHECKPOINT input=IMAGE|FOLDER|ARCHIVE: a table of classes and probabilities."""
+"""python -m cifar_tl.predict checkpoint=CHECKPOINT input=IMAGE|FOLDER|ARCHIVE|@LIST: a table of classes."""
 
 import sys
 
@@ -30,9 +30,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cifar_tl.checkpoints import load_trained
-from cifar_tl.data.decode import Decoded, UnreadableImage, decode
-from cifar_tl.data.inputs import InputFile, UnreadableFile, input_files
-from cifar_tl.errors import UserError, check_choice, check_int
+from cifar_tl.data.decode import Decoded, UnreadableImage, decode, default_threads
+from cifar_tl.data.inputs import InputFile, UnreadableFile, open_inputs
+from cifar_tl.data.walk import skipped_text
+from cifar_tl.errors import UserError, check_choice, check_int, check_path
 from cifar_tl.files import check_writable, replacing, writing_for
 from cifar_tl.hardware import prepare_for, resolve_accelerator
 from cifar_tl.model.classifier import ImageClassifier
@@ -68,11 +69,13 @@ def predict(cfg: DictConfig, folder: Path) -> Path:
         UserError: The checkpoint, the input or a key is wrong, or none of the files is an image (the table, which says
             why for each, is written nevertheless).
     """
-    format = choose_format(cfg.format, cfg.output)
-    output = Path(cfg.output) if cfg.output is not None else folder / f"predictions.{format}"
+    output = check_path("output", cfg.output) if cfg.output is not None else None
+    format = choose_format(cfg.format, output)
+    output = output or folder / f"predictions.{format}"
+    source = check_path("input", cfg.input)
     check_writable(output)  # not after an hour's work
-    with input_files(Path(cfg.input)) as (total, files):
-        rows, resized = classify(cfg, total, files)
+    with open_inputs(source) as inputs:
+        rows, resized = classify(cfg, inputs.total, inputs.files)
     rows.sort(key=lambda row: str(row["path"]))  # a tar's come in its own order
     errors = [row for row in rows if row["error"] is not None]
     for row in rows:
@@ -81,6 +84,8 @@ def predict(cfg: DictConfig, folder: Path) -> Path:
 
     predicted = len(rows) - len(errors)
     log.info("input       %s: files %d, predicted %d, errors %d", cfg.input, len(rows), predicted, len(errors))
+    if inputs.skipped:
+        log.info("skipped     %s", skipped_text(inputs.skipped))
     if resized:
         log.info("resized     %d to 32x32, bicubic, antialiased, whatever their shape", resized)
     for row in errors[:SHOWN_ERRORS]:
@@ -99,7 +104,7 @@ def classify(cfg: DictConfig, total: int | None, files: Iterable[InputFile]) -> 
     Args:
         cfg: As composed from conf/predict.yaml.
         total: Files, for the progress bar; None if it is not known.
-        files: From `input_files`.
+        files: From `open_inputs`.
 
     Raises:
         UserError: The checkpoint or a key is wrong.
@@ -108,7 +113,7 @@ def classify(cfg: DictConfig, total: int | None, files: Iterable[InputFile]) -> 
     top_k = check_int("top_k", cfg.top_k, 1)
     threads = default_threads() if cfg.threads is None else check_int("threads", cfg.threads, 1)
     device = resolve_accelerator(cfg.trainer.accelerator)
-    trained = load_trained(Path(cfg.checkpoint))
+    trained = load_trained(check_path("checkpoint", cfg.checkpoint))
     if top_k > len(trained.classes):
         raise UserError(f"top_k={top_k} is not allowed: {cfg.checkpoint} knows {len(trained.classes)} classes.")
     prepare_for(device, trained.module)
@@ -122,11 +127,6 @@ def classify(cfg: DictConfig, total: int | None, files: Iterable[InputFile]) -> 
             rows += predict_batch(classifier, trained.classes, top_k, batch, device)
             advance(len(batch))
     return rows, resized
-
-
-def default_threads() -> int:
-    """Return how many threads decode: PIL decodes outside Python's lock, but small images spend most time inside."""
-    return min(4, os.cpu_count() or 1)
 
 
 def attempts(files: Iterable[InputFile], threads: int) -> Iterator[Attempt]:
@@ -145,8 +145,7 @@ def attempts(files: Iterable[InputFile], threads: int) -> Iterator[Attempt]:
 def attempt(file: InputFile) -> Decoded | str:
     """Return the image of a file, or what is wrong with it."""
     try:
-        data = file.read()
-        return decode(io.BytesIO(data)) if data else "empty: 0 bytes"
+        return decode(io.BytesIO(file.read()))
     except (UnreadableFile, UnreadableImage) as error:
         return str(error)
     except MemoryError:
@@ -205,14 +204,14 @@ def path_text(path: str) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def choose_format(format: str | None, output: str | None) -> str:
+def choose_format(format: str | None, output: Path | None) -> str:
     """Return the format that a file should have: `format`, or what the ending of `output` says, or csv.
 
     Raises:
         UserError: An unknown format, or pyarrow is needed and not there.
     """
     if format is None:
-        format = "csv" if output is None else Path(output).suffix.removeprefix(".").lower()
+        format = "csv" if output is None else output.suffix.removeprefix(".").lower()
         if format not in WRITERS:
             raise UserError(
                 f"output={output} does not end in .{', .'.join(WRITERS)}: give it such an ending, or say format=."

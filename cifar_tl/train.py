@@ -31,7 +31,7 @@ from cifar_tl.build import (
     quieten_lightning,
     run_facts,
 )
-from cifar_tl.checkpoints import BEST, LAST, PacedCheckpointIO, read_checkpoint
+from cifar_tl.checkpoints import BEST, FORMAT, LAST, PacedCheckpointIO, read_checkpoint
 from cifar_tl.data.datamodule import CIFAR10DataModule
 from cifar_tl.errors import Interrupted, UserError, check_int
 from cifar_tl.hardware import prepare_for, resolve_accelerator
@@ -92,7 +92,7 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     datamodule.setup("fit")
 
     facts = run_facts(cfg, datamodule, experiment, weights_sha256)
-    module.provenance = {"config": plain(cfg), "facts": facts}
+    module.provenance = {"format": FORMAT, "config": plain(cfg), "facts": facts}
     batches = math.ceil(datamodule.sizes["train"] / cfg.data.batch_size)
     trainer = build_trainer(
         {**cfg.trainer, "log_every_n_steps": min(cfg.trainer.log_every_n_steps, batches)},

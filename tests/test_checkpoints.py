@@ -1,8 +1,12 @@
+import argparse
+
 import pytest
 import torch
 
 from cifar_tl import checkpoints
-from cifar_tl.checkpoints import PacedCheckpointIO
+from cifar_tl.checkpoints import FORMAT, PacedCheckpointIO, load_trained
+from cifar_tl.errors import UserError
+from cifar_tl.evaluate import evaluate
 
 
 @pytest.fixture
@@ -52,3 +56,92 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(slow_disk, tmp_path, monkey
         slow_disk.flush()
     assert stored(path) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@pytest.fixture
+def changed(tiny_checkpoint, tmp_path):
+    """Save the tiny checkpoint with changes."""
+
+    def changed(change):
+        content = torch.load(tiny_checkpoint, weights_only=True)
+        change(content)
+        path = tmp_path / "changed.ckpt"
+        torch.save(content, path)
+        return path
+
+    return changed
+
+
+def older(content):
+    """Make a checkpoint one of before there were a format number, these keys and hashes of images."""
+    del content["cifar_tl"]["format"]
+    config, facts = content["cifar_tl"]["config"], content["cifar_tl"]["facts"]
+    del config["model"]["upscale"], config["data"]["one_hot"], config["augment"], content["hyper_parameters"]["upscale"]
+    facts["normalisation"] = facts.pop("normalization")
+    facts["split_sha256"] = "0" * 64
+
+
+def test_keys_that_an_older_checkpoint_does_not_have_get_their_defaults(changed, compose, tiny_checkpoint, tiny_run):
+    path = changed(older)
+    trained = load_trained(path)
+    assert (trained.format, load_trained(tiny_checkpoint).format) == (0, FORMAT)
+    assert (trained.config.model.upscale, trained.config.data.one_hot) == (1, False)
+    assert trained.config.data.train_size == 60
+    assert "upscale" not in trained.saved_config["model"]
+    evaluated, expected = (
+        evaluate(compose(f"checkpoint='{checkpoint}'", "trainer.accelerator=cpu", config_name="evaluate"))
+        for checkpoint in (path, tiny_checkpoint)
+    )
+    assert evaluated == expected
+
+
+def test_of_an_older_checkpoint_the_indices_of_the_split_are_compared(changed, compose, tiny_checkpoint, caplog):
+    from cifar_tl.build import build_datamodule
+
+    datamodule = build_datamodule(load_trained(tiny_checkpoint).config)
+    datamodule.setup("validate")
+
+    def change(content):
+        older(content)
+        content["cifar_tl"]["facts"]["split_sha256"] = datamodule.indices_sha256
+
+    with caplog.at_level("INFO"):
+        cfg = compose(f"checkpoint='{changed(change)}'", "temperature=true", config_name="evaluate")
+        assert "temperature" in evaluate(cfg)
+    assert "too old to say whether the validation images are the run's" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda content: content["cifar_tl"].update(format=99), "has format 99, this version of cifar_tl reads up to"),
+        (lambda content: content["hyper_parameters"].update(depth=7), "does not fit this version of cifar_tl"),
+        (lambda content: content["cifar_tl"]["facts"].pop("normalization"), "does not fit this version of cifar_tl"),
+        (lambda content: content["cifar_tl"]["facts"]["classes"].pop(), "another number of classes"),
+        (lambda content: content["cifar_tl"]["config"].pop("data"), "does not fit this version of cifar_tl"),
+        (lambda content: content.pop("cifar_tl"), "was not written by cifar_tl.train"),
+        (lambda content: content.update(code=argparse.Namespace()), "was not written by cifar_tl.train"),
+    ],
+    ids=["later", "unknown argument", "no normalization", "classes", "no data", "somebody else's", "code"],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_in_words(changed, change, said):
+    with pytest.raises(UserError, match=said) as raised:
+        load_trained(changed(change))
+    assert "weights_only" not in str(raised.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"text, not a checkpoint", b"\x80\x02cposix\nsystem\n."])
+def test_what_is_no_checkpoint_is_refused_without_advice_to_run_its_code(tmp_path, content):
+    (tmp_path / "best.ckpt").write_bytes(content)
+    with pytest.raises(UserError, match="cannot be read: it is truncated or no checkpoint") as raised:
+        load_trained(tmp_path / "best.ckpt")
+    assert "weights_only" not in str(raised.value)
+
+
+def test_a_runs_folder_means_its_best_checkpoint(tiny_run, tmp_path):
+    for folder in (tiny_run, tiny_run / "checkpoints"):
+        assert load_trained(folder).path == tiny_run / "checkpoints" / "best.ckpt"
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "0").symlink_to(tiny_run)
+    with pytest.raises(UserError, match=r"there is no best\.ckpt in this folder.* There is .*sweep/0/checkpoints/best"):
+        load_trained(tmp_path / "sweep")

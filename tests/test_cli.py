@@ -6,13 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from cifar_tl import cli
 from cifar_tl.data import download
+
+OWN = ("experiment=demo", "data=folder")
 
 
 @pytest.fixture
@@ -26,6 +30,22 @@ def command(tmp_path, monkeypatch, capsys):
         return code, captured.out, captured.err
 
     return command
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["2024", "2024_05", "1e3", "1.50", "true", "photo (1).png", "~/x", "a=b", "it's", "b\\'c (1)", "C:\\x\\", "@-"],
+)
+def test_a_path_stays_the_text_that_was_typed(path):
+    argument = cli._path_as_text(f"input={path}")
+    assert str(OverridesParser.create().parse_override(argument).value()) == path
+    assert cli._path_as_text(argument) == argument
+    assert cli._path_as_text(f"seed={path}") == f"seed={path}"
+
+
+def test_lists_and_sweeps_of_paths_are_left_as_they_are():
+    for argument in ("data.root=a,b", "input=[a,b]", "input=null", "data.root=/a b/c", "checkpoint='5'"):
+        assert cli._path_as_text(argument) == argument
 
 
 @pytest.mark.parametrize(
@@ -46,6 +66,12 @@ def command(tmp_path, monkeypatch, capsys):
         ([*TINY, "trainer.precision=16-mixd"], "16-mixd"),
         ([*TINY, "model.weights=nowhere.pth"], "model.weights=nowhere.pth: no such file"),
         (["resume=nowhere"], "nowhere is no run's folder"),
+        ([*OWN, "data.root=2024"], "data.root=2024: no such folder."),
+        ([*OWN, "data.root=2024_05"], "data.root=2024_05: no such folder."),
+        ([*OWN, "data.root=~/no where (1)"], f"data.root={Path.home()}/no where (1): no such folder."),
+        ([*OWN, "data.root=[a,b]"], "data.root=['a', 'b'] is not allowed: give one path."),
+        ([*OWN, "data.root=null"], "data.root=null is not allowed: give one path."),
+        ([*TINY, "model.weights=5"], "model.weights=5: no such file"),
         (["data.download=false", "model.weights=null"], "python -m cifar_tl.data fetch"),
         ([*TINY, "hydra.run.dir=/dev/null/run"], "hydra.run.dir=FOLDER"),
     ],

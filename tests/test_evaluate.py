@@ -5,9 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import cross_entropy, pad
 
 from cifar_tl import cli
+from cifar_tl.build import build_datamodule
 from cifar_tl.checkpoints import load_trained
 from cifar_tl.data import robustness
 from cifar_tl.data.cifar10 import Cifar10
@@ -138,19 +140,84 @@ def test_another_validation_split_is_refused(compose, checkpoint, tmp_path):
         evaluate(cfg)
 
 
+def test_other_images_with_the_same_targets_are_no_validation_split(compose, checkpoint, monkeypatch):
+    original = Synthetic.train
+    monkeypatch.setattr(Synthetic, "train", lambda self: (255 - original(self)[0], original(self)[1]))
+    cfg = compose(f"checkpoint='{checkpoint}'", "temperature=true", config_name="evaluate")
+    with pytest.raises(UserError, match="the run's validation split cannot be made again"):
+        evaluate(cfg)
+
+
+@pytest.mark.parametrize(
+    "names", [("ant", "bee", *Synthetic.classes[2:]), Synthetic.classes[:5], Synthetic.classes[::-1]]
+)
+def test_data_with_other_classes_is_refused_with_both_lists(compose, checkpoint, monkeypatch, names):
+    monkeypatch.setattr(Synthetic, "classes", names)
+    with pytest.raises(UserError, match="the data has other classes than checkpoint") as raised:
+        evaluate(compose(f"checkpoint='{checkpoint}'", config_name="evaluate"))
+    assert f"checkpoint (10): {', '.join(load_trained(checkpoint).classes)}\n" in str(raised.value)
+    assert f"data ({len(names)}): {', '.join(names)}\n" in str(raised.value)
+
+
+def test_class_names_are_compared_after_unicode_normalization(compose, checkpoint, tmp_path, monkeypatch):
+    composed, decomposed = ("caf\N{LATIN SMALL LETTER E WITH ACUTE}", "cafe\N{COMBINING ACUTE ACCENT}")
+    content = torch.load(checkpoint, weights_only=True)
+    content["cifar_tl"]["facts"]["classes"][0] = decomposed
+    torch.save(content, tmp_path / "best.ckpt")
+    monkeypatch.setattr(Synthetic, "classes", (composed, *Synthetic.classes[1:]))
+    assert "test/acc" in evaluate(compose(f"checkpoint='{tmp_path}/best.ckpt'", config_name="evaluate"))
+
+
+def test_all_test_images_after_a_limited_run(compose, tiny_checkpoint, tmp_path):
+    content = torch.load(tiny_checkpoint, weights_only=True)
+    content["cifar_tl"]["config"]["data"]["limit"] = 10
+    torch.save(content, tmp_path / "best.ckpt")
+
+    def images(*overrides):
+        result = evaluate(compose(f"checkpoint='{tmp_path}'", *overrides, config_name="evaluate"))
+        return sum(map(sum, result["test/confusion"]))
+
+    assert (images(), images("data.limit=all"), images("data.limit=15")) == (10, 20, 15)
+
+
+def test_the_test_folder_alone_is_enough(compose, tiny_checkpoint, tmp_path):
+    images, targets = Synthetic(60, 20).test()
+    for number, (image, target) in enumerate(zip(images, targets.tolist(), strict=True)):
+        path = tmp_path / "data" / "test" / Synthetic.classes[target] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    content = torch.load(tiny_checkpoint, weights_only=True)
+    content["cifar_tl"]["config"]["data"] |= {"name": "folder", "root": "nowhere", "workers": 0}
+    names = sorted(Synthetic.classes)
+    content["cifar_tl"]["facts"]["classes"] = names
+    torch.save(content, tmp_path / "best.ckpt")
+    overrides = (f"checkpoint='{tmp_path}'", f"data.root='{tmp_path}/data'")
+    confusion = evaluate(compose(*overrides, config_name="evaluate"))["test/confusion"]
+    assert [sum(row) for row in confusion] == [2] * 10
+    with pytest.raises(UserError, match="has no folder train"):
+        evaluate(compose(*overrides, "temperature=true", config_name="evaluate"))
+
+
 @pytest.fixture(scope="module")
 def cifar_checkpoint(checkpoint, tmp_path_factory):
     """The same with the classes of CIFAR-10."""
     path = tmp_path_factory.mktemp("cifar") / "best.ckpt"
     content = torch.load(checkpoint, weights_only=True)
-    content["cifar_tl"]["facts"]["classes"] = list(Cifar10.classes)
+    facts = content["cifar_tl"]["facts"]
+    facts["classes"] = list(Cifar10.classes)
+    datamodule = build_datamodule(load_trained(checkpoint).config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Synthetic, "classes", Cifar10.classes)
+        datamodule.setup("validate")
+    facts["split_sha256"] = datamodule.split_sha256
     torch.save(content, path)
     return path
 
 
 @pytest.fixture
-def root(tmp_path):
-    """Tiny CIFAR-10.1 and CIFAR-10-C."""
+def root(tmp_path, monkeypatch):
+    """Tiny CIFAR-10.1 and CIFAR-10-C; what is generated has CIFAR-10's classes, too."""
+    monkeypatch.setattr(Synthetic, "classes", Cifar10.classes)
     rng = np.random.default_rng(0)
     for version, examples in (("v4", 21), ("v6", 20)):
         np.save(tmp_path / f"cifar10.1_{version}_data.npy", rng.integers(0, 256, (examples, 32, 32, 3), dtype=np.uint8))
@@ -214,6 +281,8 @@ def command(cifar_checkpoint, root, monkeypatch, capsys):
     [
         (["cifar10_1=v5"], None, "cifar10_1=v5 is not allowed: choose v4, v6"),
         (["cifar10_c=fogg"], None, "Did you mean fog?"),
+        (["data.limit=al"], None, "data.limit=al is not allowed: give a whole number"),
+        (["data.root=[a,b]"], None, "data.root=['a', 'b'] is not allowed: give one path."),
         (["tta=maybe"], None, "tta=maybe is not allowed: give true or false"),
         (["temprature=true"], None, "Did you mean temperature?"),
         (["cifar10_1=v6"], ("cifar10.1_v6_labels.npy", None), "modestyachts/CIFAR-10.1"),

@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import cifar_tl
 from cifar_tl import cli
 from cifar_tl.checkpoints import load_trained
 from cifar_tl.data.synthetic import Synthetic
@@ -20,7 +23,7 @@ FORMATS = list(EXPORTERS)
 IMAGES = Synthetic(10, 12).test()[0]
 
 
-INPUT = {"onnx": "uint8", "torchscript": "float", "torch_export": "uint8"}
+INPUT = {"onnx": "uint8", "torch_export": "float"}
 
 
 @pytest.fixture(scope="session")
@@ -40,9 +43,8 @@ def onnx(tiny_checkpoint, tmp_path_factory):
 def exported(compose, onnx, tiny_checkpoint, tmp_path_factory):
     """For each format a file, for each input at least one."""
     files = {"onnx": onnx[0]}
-    for format in ("torchscript", "torch_export"):
-        overrides = (f"checkpoint='{tiny_checkpoint}'", f"format={format}", f"input={INPUT[format]}")
-        files[format] = export(compose(*overrides, config_name="export"), tmp_path_factory.mktemp("export"))
+    overrides = (f"checkpoint='{tiny_checkpoint}'", "format=torch_export", f"input={INPUT['torch_export']}")
+    files["torch_export"] = export(compose(*overrides, config_name="export"), tmp_path_factory.mktemp("export"))
     return files
 
 
@@ -106,19 +108,62 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("torch", "cif
     assert np.abs(np.load(tmp_path / "logits.npy") - expected.numpy()).max() < 1e-4
 
 
-def test_torchscript_needs_nothing_of_this_program(exported, expected, tmp_path):
+def test_torch_export_needs_nothing_of_this_program(exported, expected, tmp_path):
     torch.save((IMAGES / 255, expected), tmp_path / "images.pt")
     code = """
-import sys, warnings
-warnings.simplefilter("ignore")
+import sys
 import torch
 images, expected = torch.load("images.pt")
-assert (torch.jit.load(sys.argv[1])(images) - expected).abs().max() < 1e-4
+with torch.no_grad():
+    logits = torch.export.load(sys.argv[1]).module()(images)
+assert (logits - expected).abs().max() < 1e-4
 assert not [name for name in sys.modules if name.split(".")[0] in ("cifar_tl", "lightning", "torchvision")]
 """
-    command = [sys.executable, "-c", code, str(exported["torchscript"])]
+    command = [sys.executable, "-c", code, str(exported["torch_export"])]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_version_of_onnxs_operators_can_be_chosen(compose, tiny_checkpoint, tmp_path):
+    import onnx
+
+    export(compose(f"checkpoint='{tiny_checkpoint}'", "opset=21", config_name="export"), tmp_path)
+    assert [entry.version for entry in onnx.load(tmp_path / "best.onnx").opset_import if not entry.domain] == [21]
+
+
+@pytest.fixture
+def somebodys(tiny_checkpoint, tmp_path):
+    """The checkpoint as if its run had had absolute paths."""
+    checkpoint = torch.load(tiny_checkpoint, weights_only=True)
+    checkpoint["cifar_tl"]["config"]["model"]["weights"] = "/home/somebody/weights/mine.pth"
+    checkpoint["cifar_tl"]["config"]["finetune"]["features_folder"] = "C:\\Users\\somebody\\features"
+    torch.save(checkpoint, tmp_path / "somebodys.ckpt")
+    return tmp_path / "somebodys.ckpt"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_no_absolute_path_travels_in_the_file(compose, somebodys, tmp_path, format):
+    path = export(compose(f"checkpoint='{somebodys}'", f"format={format}", config_name="export"), tmp_path / "exported")
+    parts = [path.read_bytes()]
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            parts = [archive.read(name) for name in archive.namelist()]
+    here = Path(cifar_tl.__file__).parents[1]
+    for private in (b"somebody/", b"Users", str(here).encode(), str(Path(torch.__file__).parent).encode()):
+        assert not any(private in part for part in parts), private
+    with quiet():
+        _, found = EXPORTERS[format].load(path)
+    config = json.loads(found["provenance"])["config"]
+    assert (config["model"]["weights"], config["finetune"]["features_folder"]) == ("mine.pth", "features")
+
+
+def test_images_that_are_not_the_runs_are_said_to_be_others(compose, tiny_checkpoint, tmp_path, caplog):
+    checkpoint = torch.load(tiny_checkpoint, weights_only=True)
+    checkpoint["cifar_tl"]["config"]["data"]["split_seed"] = 1
+    torch.save(checkpoint, tmp_path / "best.ckpt")
+    with caplog.at_level("INFO"):
+        export(compose(f"checkpoint='{tmp_path}'", "format=torch_export", config_name="export"), tmp_path)
+    assert "validation images that are not the run's" in caplog.text
 
 
 @pytest.mark.parametrize("bug", ["normalization", "nan"])
@@ -129,7 +174,7 @@ def test_no_file_is_left_when_its_logits_differ(compose, tiny_checkpoint, tmp_pa
         return self.head(self.backbone(images.float() * self.scale))
 
     monkeypatch.setattr(ImageClassifier, "forward", forward)
-    cfg = compose(f"checkpoint='{tiny_checkpoint}'", "format=torchscript", config_name="export")
+    cfg = compose(f"checkpoint='{tiny_checkpoint}'", "format=torch_export", config_name="export")
     with pytest.raises(UserError, match=r"not exported: logits .* more than tolerance=0\.0001"):
         export(cfg, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -137,12 +182,12 @@ def test_no_file_is_left_when_its_logits_differ(compose, tiny_checkpoint, tmp_pa
 
 def test_an_earlier_file_survives_a_refused_export(compose, tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("cifar_tl.export.compare", lambda *arguments: (1.0, 0))
-    path = tmp_path / "model.pt"
+    path = tmp_path / "model.pt2"
     path.write_text("earlier")
-    overrides = (f"checkpoint='{tiny_checkpoint}'", "format=torchscript", f"output='{path}'")
+    overrides = (f"checkpoint='{tiny_checkpoint}'", "format=torch_export", f"output='{path}'")
     with pytest.raises(UserError, match="not exported"):
         export(compose(*overrides, config_name="export"), tmp_path)
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("model.pt", "earlier")]
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("model.pt2", "earlier")]
 
 
 def test_no_image_of_the_data_travels_in_the_file(exported):
@@ -155,7 +200,7 @@ def test_without_the_data_random_images_are_compared_and_it_is_said(compose, tin
     checkpoint = torch.load(tiny_checkpoint, weights_only=True)
     checkpoint["cifar_tl"]["config"]["data"] |= {"name": "cifar10", "root": "nowhere", "download": True}
     torch.save(checkpoint, tmp_path / "best.ckpt")
-    cfg = compose(f"checkpoint='{tmp_path}/best.ckpt'", "format=torchscript", "parity_images=7", config_name="export")
+    cfg = compose(f"checkpoint='{tmp_path}/best.ckpt'", "format=torch_export", "parity_images=7", config_name="export")
     with caplog.at_level("INFO"):
         export(cfg, tmp_path)
     assert "same class for 7 of 7: 7 random images: the run's data is not at nowhere" in caplog.text
@@ -164,11 +209,14 @@ def test_without_the_data_random_images_are_compared_and_it_is_said(compose, tin
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["format=onxn"], "format=onxn is not allowed: choose onnx, torchscript, torch_export. Did you mean onnx?"),
+        (["format=onxn"], "format=onxn is not allowed: choose onnx, torch_export. Did you mean onnx?"),
         (["input=float32"], "input=float32 is not allowed: choose uint8, float. Did you mean float?"),
-        (["output=model.onnx", "format=torchscript"], "output=model.onnx should end in .pt"),
+        (["output=model.onnx", "format=torch_export"], "output=model.onnx should end in .pt2"),
         (["output=/dev/null/model.onnx"], "output=/dev/null/model.onnx cannot be written: /dev/null is no folder"),
         (["tolerance=-1"], "tolerance=-1 is not allowed"),
+        (["opset=17"], "opset=17 is not allowed: torch writes 18 to 25."),
+        (["opset=18", "format=torch_export"], "opset=18 is for format=onnx; format=torch_export has none."),
+        (["format=torchscript"], "format=torchscript is not allowed: choose onnx, torch_export."),
         (["parity_images=0"], "parity_images=0 is not allowed"),
         (["checkpoint=nowhere.ckpt"], "checkpoint nowhere.ckpt: no such file"),
     ],

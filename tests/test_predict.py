@@ -84,12 +84,11 @@ BAD = {
     "text.png": (b"just text", "no image: its content is none of PNG, JPEG"),
     "text.txt": (b"just text", "no image: its content is none of PNG, JPEG"),
     "postscript.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image"),
-    "float.tiff": (encoded(Image.fromarray(np.zeros((9, 9), np.float32)), "TIFF"), "32 bits per pixel"),
+    "float.tiff": (encoded(Image.fromarray(np.zeros((9, 9), np.float32)), "TIFF"), "floating-point pixels"),
 }
 LINKS = {
     "loop.png": ("loop.png", "cannot be read: Too many levels of symbolic links"),
     "dangling.png": ("nowhere", "cannot be read: No such file or directory"),
-    "folder loop": (".", "a link to a folder: not followed"),
 }
 
 
@@ -102,9 +101,11 @@ def hostile(tmp_path_factory):
         (folder / name).symlink_to(target)
     Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png")).write_bytes(PNG)
     os.mkfifo(folder / "pipe.png")
+    (folder / "folder loop").symlink_to(".")
     (folder / "sub").mkdir()
     (folder / "sub" / "deep.png").write_bytes(PNG)
     (folder / ".hidden.png").write_bytes(PNG)
+    (folder / "desktop.ini").write_text("[.ShellClassInfo]")
     return folder
 
 
@@ -142,8 +143,27 @@ def test_a_file_that_is_no_readable_image_gets_a_row_with_the_reason(rows, name)
     assert row["class_1"] == row["probability_1"] == ""
 
 
-def test_a_named_pipe_does_not_block(rows):
-    assert rows["pipe.png"]["error"] == "not a regular file"
+def test_what_is_hidden_or_of_the_system_or_no_regular_file_is_skipped_and_counted(command, hostile):
+    code, out, _ = command(f"input='{hostile}'")
+    assert code == 0
+    assert (
+        "skipped     4 entries: hidden 1, link to a folder met before 1, no regular file 1, of the system 1\n"
+    ) in out
+
+
+def test_a_named_pipe_that_is_the_input_does_not_block(run, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(UserError, match="no image that can be read"):
+        run(tmp_path / "pipe.png")
+
+
+def test_a_linked_folder_is_read(run, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "1.png").write_bytes(PNG)
+    (tmp_path / "input").mkdir()
+    (tmp_path / "input" / "link").symlink_to(tmp_path / "elsewhere")
+    (row,) = run(tmp_path / "input")
+    assert (row["path"], row["error"]) == (f"{tmp_path}/input/link/1.png", "")
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux")
@@ -159,9 +179,10 @@ def test_a_name_that_is_not_utf8_is_written_escaped(rows):
 
 def test_every_file_has_a_row_in_sorted_order_hidden_ones_none(hostile, run, rows):
     found = list(rows)
-    assert len(found) == len(GOOD) + len(BAD) + len(LINKS) + 3
+    assert len(found) == len(GOOD) + len(BAD) + len(LINKS) + 2
     assert "sub/deep.png" in found
-    names = sorted(path.name for path in hostile.iterdir() if not path.name.startswith(".") and path.name != "sub")
+    without = {".hidden.png", "desktop.ini", "folder loop", "pipe.png", "sub"}
+    names = sorted({path.name for path in hostile.iterdir()} - without)
     assert [name.replace("\udce9", "\\xe9") for name in names] == [name for name in found if "/" not in name]
     assert [*run(hostile, "batch_size=4", "threads=7")] == [*rows.values()]
 
@@ -253,6 +274,33 @@ def test_an_archive_gives_what_its_files_give_sorted_by_path(run, rows, tmp_path
     assert sorted(tmp_path.iterdir()) == [path]  # nothing was extracted
 
 
+@pytest.mark.parametrize("source", ["@list.txt", "@-"])
+@pytest.mark.parametrize("separator", [b"\n", b"\r\n", b"\0"])
+def test_a_list_of_paths_from_a_file_or_from_standard_input(command, tmp_path, monkeypatch, source, separator):
+    (tmp_path / "text" / "my photo (1).png").write_bytes(PNG)
+    paths = (b"image.png", b"text", b"nowhere.png")
+    (tmp_path / "list.txt").write_bytes(separator.join(paths) + separator)
+    with (tmp_path / "list.txt").open() as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert command(f"input={source}", "output=table.csv")[0] == 0
+    with (tmp_path / "table.csv").open(newline="") as file:
+        errors = {row["path"]: row["error"] for row in csv.DictReader(file)}
+    assert list(errors) == ["image.png", "nowhere.png", "text/my photo (1).png", "text/readme.txt"]
+    assert errors["image.png"] == errors["text/my photo (1).png"] == ""
+    assert errors["nowhere.png"] == "cannot be read: No such file or directory"
+
+
+def test_a_zip_from_windows_and_one_from_macos(run, tmp_path):
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        for name, content in (
+            *(("folder\\", b""), ("folder\\1.png", PNG), ("folder\\.hidden.png", PNG), ("folder\\Thumbs.db", b"")),
+            *(("__MACOSX/folder/._1.png", b"\0\5\x16\7"), ("__MACOSX/folder/1.png", b"\0\5\x16\7")),
+        ):
+            archive.writestr(name, content)
+    (row,) = run(tmp_path / "photos.zip")
+    assert (row["path"], row["error"]) == (f"{tmp_path}/photos.zip/folder/1.png", "")
+
+
 def test_names_that_would_leave_a_folder_leave_nothing(run, tmp_path):
     with zipfile.ZipFile(tmp_path / "slip.zip", "w") as archive:
         archive.writestr("../../evil.png", PNG)
@@ -342,6 +390,15 @@ def command(tmp_path, monkeypatch, capsys, tiny_checkpoint):
     ("arguments", "said"),
     [
         (["input=nowhere"], "input=nowhere: no such file or folder"),
+        (["input=2024"], "input=2024: no such file or folder"),
+        (["input=2024_05"], "input=2024_05: no such file or folder"),
+        (["input=[a,b]"], "input=['a', 'b'] is not allowed: give one path."),
+        (["input=null"], "input=null is not allowed: give one path."),
+        (["input=~/nowhere"], f"input={Path.home()}/nowhere: no such file or folder"),
+        (["input=@nowhere"], "input=@nowhere: the list nowhere cannot be read: No such file or directory"),
+        (["input=image.png", "checkpoint=5"], "checkpoint 5: no such file"),
+        (["input=image.png", "output=7"], "output=7 does not end in .csv, .json, .parquet"),
+        (["input=image.png", "checkpoint=text"], "checkpoint text: there is no best.ckpt in this folder"),
         (["input=empty"], "input=empty has no images"),
         (["input=empty.zip"], "input=empty.zip has no images"),
         (["input=empty.tar"], "input=empty.tar has no images"),
@@ -357,8 +414,9 @@ def command(tmp_path, monkeypatch, capsys, tiny_checkpoint):
         (["input=image.png", "top_k=11"], "top_k=11 is not allowed"),
         (["input=image.png", "batch_size=0"], "batch_size=0 is not allowed"),
         (["input=image.png", "checkpoint=nowhere.ckpt"], "checkpoint nowhere.ckpt: no such file"),
-        (["input=my (1).png"], "input=my (1).png cannot be parsed: quote values"),
-        (["inptu=image.png"], "inptu is no key of this program. Did you mean input?"),
+        (["input=my (1).png"], "input=my (1).png: no such file or folder"),
+        (["top_k=my (1)"], "top_k=my (1) cannot be parsed: quote values"),
+        (["inptu=image.png"], "Unknown config key inptu. Did you mean input?"),
         ([], "Missing mandatory value: input"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

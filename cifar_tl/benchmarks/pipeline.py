@@ -22,7 +22,7 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
     config = setting.config()
     source = build_source(config.data)
     source.prepare()
-    images, targets = source.train()
+    images, targets = source.read(["train"])["train"]
     assert isinstance(images, torch.Tensor)
     at_most = max(512, setting.limit or len(images))  # some batches, at least
     few, many = slice(0, min(IMAGES, at_most)), slice(0, min(10 * IMAGES, at_most))

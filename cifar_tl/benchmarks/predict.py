@@ -17,10 +17,11 @@ from PIL import Image
 from cifar_tl.build import build_module
 from cifar_tl.cli import conf_folder
 from cifar_tl.data.batch import IMAGENET_MEAN, IMAGENET_STD
-from cifar_tl.data.inputs import input_files
+from cifar_tl.data.decode import default_threads
+from cifar_tl.data.inputs import open_inputs
 from cifar_tl.data.synthetic import Synthetic
 from cifar_tl.hardware import device_name, resolve_accelerator
-from cifar_tl.predict import attempts, default_threads, predict
+from cifar_tl.predict import attempts, predict
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cfg = compose("predict", *overrides, f"trainer.accelerator={options.accelerator}")
 
         def decode_all() -> None:
-            with input_files(pngs) as (_, files):
-                for _ in attempts(files, threads):
+            with open_inputs(pngs) as inputs:
+                for _ in attempts(inputs.files, threads):
                     pass
 
         print(f"device      {device_name(device)}; threads: {torch.get_num_threads()} compute, {threads} decode")

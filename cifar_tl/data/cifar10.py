@@ -1,6 +1,7 @@
 """CIFAR-10 as two pairs of tensors, checked byte for byte against the official MD5s."""
 
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -63,6 +64,14 @@ class Cifar10:
             UserError: the file is missing or not the official one.
         """
         return self._load(["test_batch"])
+
+    def read(self, splits: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return `train`, `test` or both, by name."""
+        return {split: self.train() if split == "train" else self.test() for split in splits}
+
+    def name(self, split: str, index: int) -> str:
+        """Return what people call an image."""
+        return f"{split} image {index}"
 
     def _load(self, names: list[str]) -> tuple[Tensor, Tensor]:
         images, labels = [], []

@@ -1,7 +1,8 @@
 """The LightningDataModule: a source of images, split and batched."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import lightning as L
 import torch
@@ -11,8 +12,21 @@ from cifar_tl.data.augment import Augment
 from cifar_tl.data.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
 from cifar_tl.data.lazy import LazyImages
 from cifar_tl.data.loader import ArrayLoader
-from cifar_tl.data.splits import limited, split_hash, split_train_val
+from cifar_tl.data.splits import (
+    check_every_class_trains,
+    content_hash,
+    first_copies,
+    image_digest,
+    limited,
+    split_hash,
+    split_train_val,
+)
 from cifar_tl.errors import UserError, check_int
+
+log = logging.getLogger(__name__)
+
+Split = tuple[Tensor | LazyImages, Tensor]
+"""Images (examples, 3, 32, 32), uint8, and targets (examples,), int64."""
 
 
 class Source(Protocol):
@@ -23,19 +37,20 @@ class Source(Protocol):
         """Class names, in the order of their indices."""
 
     def prepare(self) -> None:
-        """Make sure that everything `train` and `test` need is there and intact."""
+        """Fetch what has to be fetched."""
 
-    def train(self) -> tuple[Tensor | LazyImages, Tensor]:
-        """Return images (examples, 3, 32, 32), uint8, and targets (examples,), int64."""
+    def read(self, splits: Sequence[str]) -> Mapping[str, Split]:
+        """Return `train`, `test` or both, by name; raise one UserError for all that is wrong with them."""
 
-    def test(self) -> tuple[Tensor | LazyImages, Tensor]:
-        """Return images (examples, 3, 32, 32), uint8, and targets (examples,), int64."""
+    def name(self, split: str, index: int) -> str:
+        """Return what people call an image of a split that has been read."""
 
 
 class CIFAR10DataModule(L.LightningDataModule):
     """CIFAR-10 at 32x32, never resized, or a stand-in.
 
-    Validation is cut from the training set; the test set is loaded when testing starts, not before.
+    Validation is cut from the training set. The test set is read before training, so that what is wrong with it does
+    not come out hours later; until testing starts it is only compared with the training images, pixel for pixel.
 
     Args:
         source: Where images come from.
@@ -50,6 +65,10 @@ class CIFAR10DataModule(L.LightningDataModule):
 
     Attributes:
         features: What `train` and `val` batches have instead of images, (views, examples, length); empty for images.
+        test_limit: As `limit`, for the test alone.
+        split_sha256: Of the training and the validation split: their indices, images, targets and class names.
+        test_sha256: The same of the test set.
+        duplicates: Images that are in two splits, see `count_duplicates`; empty before `setup("fit")`.
     """
 
     mean = IMAGENET_MEAN
@@ -73,6 +92,7 @@ class CIFAR10DataModule(L.LightningDataModule):
         self.eval_batch_size = check_int("data.eval_batch_size", eval_batch_size, 1)
         self.val_size = check_int("data.val_size", val_size, 1)
         self.limit = None if limit is None else check_int("data.limit", limit, len(source.classes))
+        self.test_limit = self.limit
         self.split_seed = check_int("data.split_seed", split_seed, 0)
         self.one_hot = one_hot
         self.augment = augment
@@ -84,6 +104,9 @@ class CIFAR10DataModule(L.LightningDataModule):
         self.indices: dict[str, Tensor] = {}
         """Of each loaded split, which images of the official training set (train, val) or test set it has; sorted."""
         self.split_sha256 = ""
+        self.test_sha256 = ""
+        self.duplicates: dict[str, Any] = {}
+        self._test: Split | None = None
 
     @property
     def classes(self) -> Sequence[str]:
@@ -121,19 +144,92 @@ class CIFAR10DataModule(L.LightningDataModule):
             self.source.prepare()
 
     def setup(self, stage: str) -> None:
-        """Load what a stage needs: `fit` and `validate` the training set and its split, `test` the test set."""
+        """Load what a stage needs: `fit` both sets, `validate` the training set, `test` the test set.
+
+        Raises:
+            UserError: What is wrong with the files, or a class would have nothing to train on.
+        """
         if stage in ("fit", "validate") and "train" not in self.splits:
-            images, targets = self.source.train()
+            fitting = stage == "fit"
+            sets = self.source.read(["train", "test"] if fitting and "test" not in self.splits else ["train"])
+            images, targets = sets["train"]
             train, val = split_train_val(targets, self.val_size, self.limit, self.split_seed)
-            self.split_sha256 = split_hash(train, val)
+            if fitting:
+                self._check_classes(targets, train, val)
             self.indices |= {"train": train, "val": val}
             self.splits["train"] = images[train], targets[train]
             self.splits["val"] = images[val], targets[val]
+            digests = {split: _digests(self.splits[split][0]) for split in ("train", "val")}
+            self.split_sha256 = content_hash(
+                self.classes, *((self.indices[split], digests[split], self.targets(split)) for split in digests)
+            )
+            if "test" in sets:
+                self._test = sets["test"]
+                self._compare_with_test(digests["train"], digests["val"])
         if stage == "test" and "test" not in self.splits:
-            images, targets = self.source.test()
-            chosen = limited(torch.arange(len(targets)), targets, self.limit, self.split_seed)
+            images, targets = self._test or self.source.read(["test"])["test"]
+            self._test = None
+            chosen = self._chosen_for_test(targets)
             self.indices["test"] = chosen
             self.splits["test"] = images[chosen], targets[chosen]
+            if not self.test_sha256:
+                self.test_sha256 = content_hash(
+                    self.classes, (chosen, _digests(self.splits["test"][0]), self.targets("test"))
+                )
+
+    @property
+    def indices_sha256(self) -> str:
+        """Of the indices of training and validation alone, which is what checkpoints without a format number have."""
+        return split_hash(self.indices["train"], self.indices["val"])
+
+    def _chosen_for_test(self, targets: Tensor) -> Tensor:
+        return limited(torch.arange(len(targets)), targets, self.test_limit, self.split_seed)
+
+    def _check_classes(self, targets: Tensor, train: Tensor, val: Tensor) -> None:
+        missing = check_every_class_trains(self.classes, targets, train, val, self.val_size, self.limit)
+        if missing:
+            log.warning(
+                "warning: data.val_size=%d leaves no validation image of %s: validation says nothing about %s.",
+                len(val),
+                ", ".join(missing),
+                "it" if len(missing) == 1 else "them",
+            )
+
+    def _compare_with_test(self, train: list[bytes], val: list[bytes]) -> None:
+        """Hash the test images and count those of two splits."""
+        assert self._test is not None
+        images, targets = self._test
+        chosen = self._chosen_for_test(targets)
+        test = _digests(images[chosen])
+        self.test_sha256 = content_hash(self.classes, (chosen, test, targets[chosen]))
+        in_training = first_copies(test, [*train, *val])
+        places = torch.cat([self.indices["train"], self.indices["val"]])
+        self.duplicates = {
+            "test": len(in_training),
+            "val": len(first_copies(val, train)),
+            "example": None,
+        }
+        if in_training:
+            at, original = min(in_training.items())
+            copy, original_name = (
+                self.source.name("test", int(chosen[at])),
+                self.source.name("train", int(places[original])),
+            )
+            self.duplicates["example"] = [copy, original_name]
+            log.warning(
+                "warning: %s of %s test images are training or validation images, too, pixel for pixel at 32x32 (%s is "
+                "%s): the test says too much good of the model. Remove them from one of the two.",
+                f"{len(in_training):,}",
+                f"{len(test):,}",
+                copy,
+                original_name,
+            )
+        if self.duplicates["val"]:
+            log.warning(
+                "warning: %s of %s validation images are training images, too, pixel for pixel at 32x32.",
+                f"{self.duplicates['val']:,}",
+                f"{len(val):,}",
+            )
 
     def train_dataloader(self) -> ArrayLoader:
         """Return shuffled, augmented batches; a function of the seed and the trainer's epoch."""
@@ -191,3 +287,10 @@ class CIFAR10DataModule(L.LightningDataModule):
             rank=trainer.global_rank if trainer else 0,
             world_size=world_size,
         )
+
+
+def _digests(images: Tensor | LazyImages) -> list[bytes]:
+    """Return a digest per image; equal images have equal ones."""
+    if isinstance(images, LazyImages):
+        return images.digests
+    return [image_digest(image) for image in images.cpu().numpy()]

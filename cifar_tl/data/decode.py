@@ -1,35 +1,48 @@
 """One image file, of whatever kind and size, as 32x32 RGB: the same for training on folders and for predicting."""
 
+import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 SIZE = 32
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF")
+FORMATS = (
+    *("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF"),
+    *(("AVIF",) if find_spec("PIL.AvifImagePlugin") else ()),  # Pillow 11.3 and later
+)
 """What is decoded, told by content, never by name. Not all that PIL knows: its EPS, for one, starts Ghostscript."""
+
+SUFFIXES = {
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".gif", ".webp", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".avif"),
+}
+"""Endings of files that claim to be one of FORMATS: one that is none is broken, not just something else."""
 
 MAX_PIXELS = 89_478_485
 """An image with more is not decoded; PIL warns from here on, and a decoded one takes 270 MB."""
 
-ORIENTATION = 0x0112
-"""EXIF's tag; its values with what turns the image upright."""
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+TIFF_BITS_PER_SAMPLE, TIFF_MAX_SAMPLE_VALUE = 258, 281
 
 
 class UnreadableImage(Exception):
     """A file that cannot be turned into an image; its text says why, in words that do not depend on the file's name."""
+
+
+class NoImage(UnreadableImage):
+    """A file whose content is nothing that is decoded here.
+
+    Attributes:
+        kind: What it is, where it can be named, such as `HEIC`; empty otherwise.
+    """
+
+    def __init__(self, text: str, kind: str = "") -> None:
+        super().__init__(text)
+        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -56,13 +69,14 @@ def decode(file: Path | BinaryIO) -> Decoded:
     """Decode an image and bring it to 32x32 RGB.
 
     Resizing is bicubic and antialiased; the aspect ratio is not kept. Transparency is laid over white, EXIF's
-    orientation is applied, 16-bit grey is scaled to 8 bits, and of an animation the first frame is taken.
+    orientation is applied, grey of more than 8 bits is scaled to 8, and of an animation the first frame is taken.
 
     Args:
         file: A path, or the file's content as a seekable stream.
 
     Raises:
-        UnreadableImage: It is no image, broken, too large, or of a kind without a natural 8-bit form.
+        NoImage: Its content is none of FORMATS.
+        UnreadableImage: It is broken, too large, or of a kind without a natural 8-bit form.
     """
     try:
         with Image.open(file, formats=FORMATS) as image:
@@ -77,7 +91,7 @@ def decode(file: Path | BinaryIO) -> Decoded:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadableImage(_too_large("as its header has it")) from error  # PIL does not give the size
     except UnidentifiedImageError as error:
-        raise UnreadableImage(f"no image: its content is none of {', '.join(FORMATS)}") from error
+        raise _no_image(file) from error
     except Exception as error:  # hostile files make decoders raise nearly anything: struct.error, SyntaxError, ...
         text = (str(error) or type(error).__name__).splitlines()[0]
         raise UnreadableImage(f"broken image: {text}") from error
@@ -88,25 +102,60 @@ def _too_large(size: str) -> str:
     return f"too large: {size}, more than {MAX_PIXELS:,} pixels (a decompression bomb?)"
 
 
-def _orientation(image: Image.Image) -> int:
+def _no_image(file: Path | BinaryIO) -> NoImage:
+    """Say what a file is that PIL does not know, or may not open."""
     try:
-        return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # a good image with broken EXIF data
-        return 1
+        if isinstance(file, Path):
+            with file.open("rb") as stream:
+                start = stream.read(512)
+        else:
+            file.seek(0)
+            start = file.read(512)
+    except OSError:
+        start = b""
+    kind = _kind(start)
+    if kind in ("HEIC", "AVIF", "JPEG XL"):
+        return NoImage(f"{kind}, which cannot be decoded here: convert it to JPEG or PNG", kind)
+    if kind:
+        return NoImage(f"{kind}, no image: its content is none of {', '.join(FORMATS)}", kind)
+    return NoImage(f"no image: its content is none of {', '.join(FORMATS)}" if start else "empty: 0 bytes")
+
+
+def _kind(start: bytes) -> str:
+    """Name what a file is, by its first bytes, as far as people keep it among their photos; empty for the rest."""
+    if start[4:8] == b"ftyp":  # ISO base media: the brand tells a photo from a film
+        brand = start[8:12]
+        if brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"):
+            return "AVIF" if b"avif" in start[16:64] else "HEIC"
+        return "AVIF" if brand in (b"avif", b"avis") else "video"
+    if start.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
+        return "JPEG XL"
+    if start.startswith(b"%PDF"):
+        return "PDF"
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    return "SVG" if text.startswith((b"<svg", b"<?xml")) and b"<svg" in text else ""
+
+
+def _upright(image: Image.Image) -> tuple[Image.Image, list[str]]:
+    """Turn an image as its EXIF data says."""
+    try:
+        if image.getexif().get(ExifTags.Base.Orientation, 1) not in range(2, 9):
+            return image, []
+        return ImageOps.exif_transpose(image), ["turned as its EXIF says"]
+    except Exception:  # a good image with broken EXIF data; which kind of error says nothing
+        return image, ["EXIF data broken, not turned"]
 
 
 def _rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
     """Return an 8-bit RGB image of any size, and notes about what was done."""
     notes = ["first frame of several"] if getattr(image, "is_animated", False) else []
     image.load()
-    if turn := UPRIGHT.get(_orientation(image)):
-        image = image.transpose(turn)
-        notes.append("turned as its EXIF says")
-    if image.mode.startswith("I;16"):  # convert() would clip at 255 instead of scaling
-        grey = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB"), [*notes, "16-bit grey scaled to 8 bits"]
-    if image.mode in ("I", "F"):
-        raise UnreadableImage(f"32 bits per pixel (PIL mode {image.mode}): its range is unknown, convert it to 8 bits")
+    highest, how = _highest_value(image)
+    image, turned = _upright(image)
+    notes += turned
+    if highest:  # convert() would clip at 255 instead of scaling
+        grey = (np.asarray(image).astype(np.float32) * (255 / highest)).round().clip(0, 255).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB"), [*notes, how]
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -114,3 +163,39 @@ def _rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
     if image.mode == "CMYK":
         notes.append("CMYK converted without its colour profile")
     return image.convert("RGB"), notes
+
+
+def _highest_value(image: Image.Image) -> tuple[int, str]:
+    """Return which value of a grey image of more than 8 bits is white, and a note; 0 for other images.
+
+    PNG's values fill 16 bits, and PIL has scaled PGM's to them. A TIFF says how many bits its values have room for,
+    rarely how many they use: 10, 12 and 14 bits of cameras, microscopes and scanners come in 16.
+
+    Raises:
+        UnreadableImage: Nothing says what white is.
+    """
+    if image.mode == "F":
+        raise UnreadableImage("floating-point pixels: what is white is unknown, convert it to 8 bits")
+    tags = getattr(image, "tag_v2", {})
+    bits = max(np.atleast_1d(tags.get(TIFF_BITS_PER_SAMPLE, 8)))
+    if image.mode == "RGB" and bits > 8 and np.asarray(image).max() < 64:  # PIL has kept the upper 8 of 16 bits
+        raise UnreadableImage("16-bit colours of which fewer bits are used, or all but black: convert it to 8 bits")
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):
+        raise UnreadableImage("signed or 32-bit integers as pixels: what is white is unknown, convert it to 8 bits")
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return 0, ""
+    if image.format != "TIFF":
+        return 65535, "16-bit grey scaled to 8 bits"
+    stated = int(max(np.atleast_1d(tags.get(TIFF_MAX_SAMPLE_VALUE, 0))))
+    used = int(np.asarray(image).max())
+    if used <= stated <= 65535:
+        return stated, f"grey of 0 to {stated}, as its tags say, scaled to 8 bits"
+    if bits == 16:
+        bits = next(bits for bits in (8, 10, 12, 14, 16) if used < 2**bits)
+    words = f"{bits}-bit grey" if bits == 16 else f"grey of at most {used} taken for {bits}-bit,"
+    return 2**bits - 1, f"{words} scaled to 8 bits"
+
+
+def default_threads() -> int:
+    """Return how many threads decode: PIL decodes outside Python's lock, but small images spend most time inside."""
+    return min(4, os.cpu_count() or 1)

@@ -1,6 +1,14 @@
 """Class folders of images, `train/CLASS/*` and `test/CLASS/*`, brought to 32x32."""
 
 import logging
+import os
+import time
+import unicodedata
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -8,89 +16,274 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cifar_tl.data.decode import SIZE, Decoded, UnreadableImage, decode
-from cifar_tl.data.lazy import LazyImages
+from cifar_tl.data.decode import SIZE, SUFFIXES, NoImage, UnreadableImage, decode, default_threads
+from cifar_tl.data.lazy import LazyImages, in_workers
+from cifar_tl.data.splits import image_digest
+from cifar_tl.data.walk import counts_text, skipped_by_name, skipped_text, walk
 from cifar_tl.errors import UserError, check_int
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"}
+SPLITS = ("train", "test")
+SHOWN_PROBLEMS = 100
+CHECKED_AT_ONCE = 64
+"""Files per task of a worker process."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What became of a file.
+
+    Attributes:
+        pixels: (3, 32, 32), uint8; None where they are not kept, or there are none.
+        digest: Of the pixels; empty if the file has no image.
+        resized: Whether the image was of another size.
+        left_out: What a file is that does not claim to be an image, such as `.txt` or `HEIC`; empty for images.
+        problem: Why there are no pixels; empty if there are, or if the file is left out.
+    """
+
+    pixels: NDArray[np.uint8] | None = None
+    digest: bytes = b""
+    resized: bool = False
+    left_out: str = ""
+    problem: str = ""
 
 
 class ImageFolders:
     """A folder of images in torchvision's ImageFolder layout, once for training and once for testing.
 
-    Images that are not 32x32 are resized to it (bicubic), and how many is logged.
+    Which files are images is told by their content. Images that are not 32x32 are resized to it (bicubic). What is
+    skipped, left out and resized is logged. One of the two splits may be missing as long as nobody reads it.
 
     Args:
-        root: Has `train` and `test`, each with one folder per class.
-        workers: 0 reads all images into memory (3 KB each); otherwise so many processes decode them in every epoch.
+        root: Has `train` and `test`, each with one folder per class; their names are compared after Unicode's NFC.
+        workers: 0 reads all images into memory (3 KB each); otherwise so many processes decode them in every epoch,
+            and once before, to find broken files.
+
+    Raises:
+        UserError: No such layout there, or the splits have different classes.
     """
 
     def __init__(self, root: str | Path, workers: int) -> None:
         self.root = Path(root)
         self.workers = check_int("data.workers", workers, 0)
-        self.classes = self._classes("train")
-        if (test := self._classes("test")) != self.classes:
-            differing = sorted(set(test) ^ set(self.classes))
-            raise UserError(f"{self.root}: train and test have different classes: {', '.join(differing)}.")
+        self._folders = {split: self._class_folders(split) for split in SPLITS if (self.root / split).is_dir()}
+        if not self._folders:
+            raise UserError(f"data.root={self.root}{self._what_is_there()}{self._layout()}")
+        first, *others = self._folders.values()
+        for other in others:
+            if first.keys() != other.keys():
+                raise UserError(self._difference())
+        self.classes = tuple(sorted(first))
+        self._files: dict[str, list[Path]] = {}
 
-    def _classes(self, split: str) -> tuple[str, ...]:
-        folder = self.root / split
-        names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-        if len(names) < 2:
+    def _class_folders(self, split: str) -> dict[str, Path]:
+        """Return the folders of a split's classes by their names in NFC."""
+        folders: dict[str, Path] = {}
+        for path in sorted((self.root / split).iterdir()):
+            name = unicodedata.normalize("NFC", path.name)
+            if skipped_by_name(path.name) or not path.is_dir():
+                continue
+            if name in folders:
+                raise UserError(f"{path.parent} has the class {name} twice, spelt in two ways of Unicode. Join them.")
+            folders[name] = path
+        if len(folders) < 2:
+            has = f"has {len(folders)}" + (f" ({', '.join(folders)})" if folders else "")
             raise UserError(
-                f"data=folder data.root={self.root}: {folder} needs at least two class folders of images, "
-                f"has {len(names)}. Lay images out as {self.root}/train/CLASS/*.png and {self.root}/test/CLASS/*.png."
+                f"data.root={self.root}: {self.root / split} needs at least two class folders of images, {has}."
+                f"{self._layout()}"
             )
-        return tuple(names)
+        return folders
+
+    def _layout(self) -> str:
+        return (
+            f" Lay images out as {self.root}/train/CLASS/* and {self.root}/test/CLASS/*, with at least two class "
+            f"folders in each."
+        )
+
+    def _what_is_there(self) -> str:
+        """Say what a root without `train` and `test` is."""
+        if not self.root.is_dir():
+            return ": no such folder."
+        absolute = self.root.resolve()
+        for levels, above in (("one level", absolute.parent), ("two levels", absolute.parent.parent)):
+            if all((above / split).is_dir() for split in SPLITS) and absolute.relative_to(above).parts[0] in SPLITS:
+                return f" is {levels} too deep: give data.root={above}."
+        inside = [path for path in sorted(absolute.iterdir()) if all((path / split).is_dir() for split in SPLITS)]
+        if inside:
+            return f" is one level too high: give data.root={inside[0]}."
+        return f" has no folder train and no folder test.{self._folders_there()}"
+
+    def _folders_there(self) -> str:
+        names = [path.name for path in sorted(self.root.iterdir()) if path.is_dir() and not skipped_by_name(path.name)]
+        return f" Its folders are: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}." if names else ""
+
+    def _difference(self) -> str:
+        train, test = (set(self._folders[split]) for split in SPLITS)
+        lines = []
+        for one, names in (("train", train - test), ("test", test - train)):
+            if names:
+                lines.append(f"only in {one}: {', '.join(sorted(names))}")
+        return (
+            f"data.root={self.root}: train and test have different classes; {'; '.join(lines)}. Each class needs a "
+            f"folder of the same name in both (names are compared with upper and lower case)."
+        )
 
     def prepare(self) -> None:
-        """Do nothing: files are read when the split is."""
+        """Do nothing: files are read when the splits are."""
 
     def train(self) -> tuple[Tensor | LazyImages, Tensor]:
         """Return images (examples, 3, 32, 32), uint8, and targets (examples,), int64."""
-        return self._read("train")
+        return self.read(["train"])["train"]
 
     def test(self) -> tuple[Tensor | LazyImages, Tensor]:
         """Return images (examples, 3, 32, 32), uint8, and targets (examples,), int64."""
-        return self._read("test")
+        return self.read(["test"])["test"]
 
-    def _read(self, split: str) -> tuple[Tensor | LazyImages, Tensor]:
-        files: list[Path] = []
-        targets: list[int] = []
-        for label, name in enumerate(self.classes):
-            folder = self.root / split / name
-            found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-            if not found:
-                raise UserError(f"{folder} has no images ({', '.join(sorted(SUFFIXES))}). Add some or remove it.")
-            files += found
-            targets += [label] * len(found)
+    def read(self, splits: Sequence[str]) -> dict[str, tuple[Tensor | LazyImages, Tensor]]:
+        """Decode every image of some splits and return them by split; one error names all that cannot be used.
+
+        Raises:
+            UserError: A split is not there, a class has no image, or a file is no readable image.
+        """
+        if missing := [split for split in splits if split not in self._folders]:
+            raise UserError(f"data.root={self.root} has no folder {missing[0]}.{self._folders_there()}{self._layout()}")
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of a file's faults is said here
         if self.workers:
-            return LazyImages(files, read_pixels, self.workers), torch.tensor(targets)
-        images = np.empty((len(files), 3, SIZE, SIZE), dtype=np.uint8)
-        resized = 0
-        for image, path in zip(images, files, strict=True):
-            decoded = read(path)
-            image[:] = decoded.pixels
-            resized += decoded.resized
-        if resized:
-            log.info("%s: %d of %d images resized to %dx%d", self.root / split, resized, len(images), SIZE, SIZE)
-        return torch.from_numpy(images), torch.tensor(targets)
+            log.info("data.workers=%d: every image is decoded once now, to find what is broken", self.workers)
+        problems: dict[Path, str] = {}
+        skipped: Counter[str] = Counter()
+        left_out: Counter[str] = Counter()
+        result = {split: self._read(split, problems, skipped, left_out) for split in splits}
+        if skipped:
+            log.info("skipped    %s", skipped_text(skipped))
+        if left_out:
+            log.info("left out   %s that are no images: %s", _files(left_out.total()), counts_text(left_out))
+        if problems:
+            raise UserError(self._problems_text(problems))
+        return result
+
+    def name(self, split: str, index: int) -> str:
+        """Return the path of an image of a split that has been read, from the root."""
+        return str(self._files[split][index].relative_to(self.root))
+
+    def _read(
+        self, split: str, problems: dict[Path, str], skipped: Counter[str], left_out: Counter[str]
+    ) -> tuple[Tensor | LazyImages, Tensor]:
+        """Read a split; add what is wrong, skipped and left out to what is given."""
+        start = time.perf_counter()
+        candidates: list[Path] = []
+        labels: list[int] = []
+        for entry in os.scandir(self.root / split):
+            if reason := skipped_by_name(entry.name):
+                skipped[reason] += 1
+            elif not Path(entry.path).is_dir():
+                left_out["beside the class folders"] += 1
+        for label, name in enumerate(self.classes):
+            found = walk(self._folders[split][name])
+            skipped.update(found.skipped)
+            problems |= {folder: f"folder cannot be listed: {reason}" for folder, reason in found.unlisted.items()}
+            candidates += found.files
+            labels += [label] * len(found.files)
+
+        readings = list(_read_in_workers(candidates, self.workers) if self.workers else _read_all(candidates))
+        kept = [at for at, reading in enumerate(readings) if reading.digest]
+        others: dict[int, Counter[str]] = {label: Counter() for label in range(len(self.classes))}
+        for path, label, reading in zip(candidates, labels, readings, strict=True):
+            if reading.left_out:
+                others[label][reading.left_out] += 1
+            if reading.problem:
+                problems[path] = reading.problem
+        targets = torch.tensor([labels[at] for at in kept], dtype=torch.int64)
+        for label, name in enumerate(self.classes):
+            left_out.update(others[label])
+            if labels.count(label) == others[label].total():
+                instead = f" ({counts_text(others[label])})" if others[label] else ""
+                problems[self._folders[split][name]] = f"no images in it{instead}"
+
+        self._files[split] = files = [candidates[at] for at in kept]
+        if not files:
+            return torch.empty(0, 3, SIZE, SIZE, dtype=torch.uint8), targets
+        resized = sum(reading.resized for reading in readings)
+        log.info(
+            "read       %s: %s images, %s resized to %dx%d, %.1f s",
+            self.root / split,
+            f"{len(files):,}",
+            f"{resized:,}",
+            SIZE,
+            SIZE,
+            time.perf_counter() - start,
+        )
+        if self.workers:
+            return LazyImages(files, read_pixels, self.workers, [readings[at].digest for at in kept]), targets
+        pixels = [reading.pixels for reading in readings if reading.pixels is not None]
+        return torch.from_numpy(np.stack(pixels)), targets
+
+    def _problems_text(self, problems: dict[Path, str]) -> str:
+        lines = [f"  {path.relative_to(self.root)}: {why}" for path, why in sorted(problems.items())]
+        if len(lines) > SHOWN_PROBLEMS:
+            lines[SHOWN_PROBLEMS:] = [f"  and {len(lines) - SHOWN_PROBLEMS:,} more"]
+        return "\n".join(
+            [
+                f"data.root={self.root} cannot be used as it is:",
+                *lines,
+                "Replace or remove the files; fill an empty class folder, or remove it from train and test alike.",
+            ]
+        )
 
 
-def read(path: Path) -> Decoded:
-    """Decode an image file.
+def _files(count: int) -> str:
+    return f"{count:,} {'file' if count == 1 else 'files'}"
 
-    Raises:
-        UserError: It is no image, or a broken one.
-    """
+
+def _read_all(files: Sequence[Path]) -> Iterator[Reading]:
+    """Decode files in a pool of threads, keeping the pixels."""
+    with ThreadPoolExecutor(default_threads()) as pool:
+        yield from pool.map(read, files)
+
+
+def _read_in_workers(files: Sequence[Path], workers: int) -> Iterator[Reading]:
+    """Decode files in worker processes, keeping only what is to be known of the pixels."""
+    batches = [
+        list(range(start, min(start + CHECKED_AT_ONCE, len(files)))) for start in range(0, len(files), CHECKED_AT_ONCE)
+    ]
+    for readings in in_workers(_read_without_pixels, files, batches, workers):
+        yield from readings
+
+
+def _read_without_pixels(files: Sequence[Path]) -> list[Reading]:
+    return [Reading(None, r.digest, r.resized, r.left_out, r.problem) for r in map(read, files)]
+
+
+def read(path: Path) -> Reading:
+    """Decode a file, or say what is wrong with it; a file that is no image and does not claim to be one is left out."""
     try:
-        return decode(path)
+        with path.open("rb") as file:
+            decoded = decode(file)
+    except NoImage as error:
+        suffix = path.suffix.lower()
+        if suffix in SUFFIXES:
+            return Reading(problem=str(error))
+        return Reading(left_out=error.kind or suffix or "no ending")
     except UnreadableImage as error:
-        raise UserError(f"{path} is not a readable image ({error}). Replace or remove it.") from error
+        return Reading(problem=str(error))
+    except MemoryError:
+        return Reading(problem="too large for the memory of this machine")
+    except OSError as error:
+        return Reading(problem=f"cannot be read: {error.strerror or error}")
+    return Reading(decoded.pixels, image_digest(decoded.pixels), decoded.resized)
 
 
 def read_pixels(path: Path) -> NDArray[np.uint8]:
-    """Return the image of a file, (3, 32, 32), uint8."""
-    return read(path).pixels
+    """Return the image of a file, (3, 32, 32), uint8.
+
+    Raises:
+        UserError: It is not readable any more.
+    """
+    reading = read(path)
+    if reading.pixels is None:
+        raise UserError(
+            f"{path} was a readable image when the run began, and is none now: {reading.problem or 'no image'}. "
+            f"Put it back, and go on with resume=last."
+        )
+    return reading.pixels

@@ -3,9 +3,11 @@
 import lzma
 import os
 import stat
+import sys
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from cifar_tl.data.walk import IRREGULAR, counts_text, skipped_by_name, walk
 from cifar_tl.errors import UserError
 
 Archive = TypeVar("Archive", zipfile.ZipFile, tarfile.TarFile)
@@ -48,45 +51,92 @@ class InputFile:
     read: Callable[[], bytes]
 
 
-@contextmanager
-def input_files(source: Path) -> Iterator[tuple[int | None, Iterator[InputFile]]]:
-    """Open an input and give its files.
+@dataclass
+class Inputs:
+    """What an input has.
 
-    Files whose name, or that of a folder around them, begins with a dot are left out. Links to folders are not
-    followed, so that a loop of links ends. Files of a folder and of a zip come sorted by path; those of a tar as they
-    lie in it, because a compressed tar can only be read from its beginning to its end.
+    Attributes:
+        total: How many files; None if that is not known beforehand.
+        files: Each once. Those of a folder and of a zip sorted by path; those of a tar as they lie in it, because a
+            compressed tar can only be read from its beginning to its end; those of a list in its order.
+        skipped: How many entries were skipped, by the reason (see `cifar_tl.data.walk`); complete once `files` is read.
+    """
+
+    total: int | None
+    files: Iterator[InputFile]
+    skipped: Counter[str]
+
+
+@contextmanager
+def open_inputs(source: Path) -> Iterator[Inputs]:
+    """Open an input.
+
+    What is hidden, belongs to the system or is no regular file is skipped, in archives, too. Links to folders are
+    followed, but no folder is entered twice.
 
     Args:
-        source: A file, a folder, or an archive (told by its ending).
+        source: A file, a folder, an archive (told by its ending), `@LIST` for a text file with a path per line, or `@-`
+            for such a list from standard input.
 
     Yields:
-        How many files there are, None if that is not known beforehand, and the files.
+        Its files.
 
     Raises:
         UserError: Nothing is there, the archive cannot be opened, or there are no files in it.
     """
     name = source.name.lower()
+    skipped: Counter[str] = Counter()
     if not os.path.lexists(source):
-        raise UserError(f"input={source}: no such file or folder.")
-    if source.is_dir():
-        files = sorted(_folder_files(source), key=lambda file: file.path)
-        _refuse_empty(source, len(files))
-        yield len(files), iter(files)
-    elif name.endswith(ZIP_ENDINGS):
+        if not str(source).startswith("@"):
+            raise UserError(f"input={source}: no such file or folder.")
+        files = [file for path in _listed(source) for file in _path_files(path, skipped)]
+        _refuse_empty(source, len(files), skipped)
+        yield Inputs(len(files), iter(files), skipped)
+    elif name.endswith(ZIP_ENDINGS) and not source.is_dir():
         with _opened(source, lambda: zipfile.ZipFile(source)) as archive:
-            files = list(_zip_files(source, archive))
-            _refuse_empty(source, len(files))
-            yield len(files), iter(files)
-    elif name.endswith(TAR_ENDINGS):
+            files = list(_zip_files(source, archive, skipped))
+            _refuse_empty(source, len(files), skipped)
+            yield Inputs(len(files), iter(files), skipped)
+    elif name.endswith(TAR_ENDINGS) and not source.is_dir():
         with _opened(source, lambda: tarfile.open(source, "r|*", tarinfo=_LimitedTarInfo)) as archive:
-            yield None, _tar_files(source, archive)
+            yield Inputs(None, _tar_files(source, archive, skipped), skipped)
     else:
-        yield 1, iter([InputFile(str(source), lambda: _read_path(source))])
+        files = list(_path_files(source, skipped))
+        _refuse_empty(source, len(files), skipped)
+        yield Inputs(len(files), iter(files), skipped)
 
 
-def _refuse_empty(source: Path, files: int) -> None:
+def _refuse_empty(source: Path, files: int, skipped: Counter[str]) -> None:
     if files == 0:
-        raise UserError(f"input={source} has no images: there is no file in it, names with a leading dot aside.")
+        aside = f", apart from what is skipped ({counts_text(skipped)})" if skipped else ""
+        raise UserError(f"input={source} has no images: there is no file in it{aside}.")
+
+
+def _listed(source: Path) -> list[Path]:
+    """Return the paths of a list: one per line, or separated by NUL bytes, as `find -print0` writes them."""
+    path = str(source)[1:]
+    try:
+        content = sys.stdin.buffer.read() if path == "-" else Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"input={source}: the list {path} cannot be read: {error.strerror or error}. It should be a text file with "
+            f"a path per line, or - for standard input."
+        ) from error
+    lines = content.split(b"\0") if b"\0" in content else content.splitlines()
+    return [Path(os.fsdecode(line)) for line in lines if line.strip()]
+
+
+def _path_files(path: Path, skipped: Counter[str]) -> Iterator[InputFile]:
+    """Return the files of a folder, or a file itself."""
+    if not path.is_dir():
+        yield InputFile(str(path), partial(_read_path, path))
+        return
+    found = walk(path)
+    skipped.update(found.skipped)
+    files = [InputFile(str(file), partial(_read_path, file)) for file in found.files]
+    for folder, reason in found.unlisted.items():
+        files.append(InputFile(str(folder), _failing(f"folder cannot be listed: {reason}")))
+    yield from sorted(files, key=lambda file: file.path)
 
 
 def _opened(source: Path, open_archive: Callable[[], Archive]) -> Archive:
@@ -99,26 +149,6 @@ def _opened(source: Path, open_archive: Callable[[], Archive]) -> Archive:
         ) from error
 
 
-def _hidden(path: str) -> bool:
-    return any(part.startswith(".") and part not in (".", "..") for part in path.split("/"))
-
-
-def _folder_files(root: Path) -> Iterator[InputFile]:
-    unlisted: list[OSError] = []
-    for folder, subfolders, names in os.walk(root, onerror=unlisted.append):
-        for name in subfolders:
-            path = Path(folder, name)
-            if path.is_symlink() and not name.startswith("."):
-                yield InputFile(str(path), _failing("a link to a folder: not followed"))
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in names:
-            if not name.startswith("."):
-                path = Path(folder, name)
-                yield InputFile(str(path), partial(_read_path, path))
-    for error in unlisted:
-        yield InputFile(str(error.filename), _failing(f"folder cannot be listed: {error.strerror}"))
-
-
 def _read_path(path: Path) -> bytes:
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would wait for ever
@@ -129,18 +159,30 @@ def _read_path(path: Path) -> bytes:
         raise UnreadableFile(f"cannot be read: {error.strerror or error}") from error
 
 
-def _zip_files(source: Path, archive: zipfile.ZipFile) -> Iterator[InputFile]:
-    total = 0
-    members = sorted((m for m in archive.infolist() if not m.is_dir()), key=lambda member: member.filename)
-    for number, member in enumerate(m for m in members if not _hidden(m.filename)):
-        path = f"{source}/{member.filename}"
-        total += member.file_size
-        if total > MAX_ARCHIVE_BYTES or number >= MAX_MEMBERS:
+def _zip_files(source: Path, archive: zipfile.ZipFile, skipped: Counter[str]) -> Iterator[InputFile]:
+    total = number = 0
+    # programs on Windows write `\\` between folders, which the format does not allow
+    members = sorted((member.filename.replace("\\", "/"), at, member) for at, member in enumerate(archive.infolist()))
+    for name, _, member in members:
+        if name.endswith("/"):
+            continue  # a folder
+        if reason := skipped_by_name(name) or _irregular(member):
+            skipped[reason] += 1
+            continue
+        path = f"{source}/{name}"
+        total, number = total + member.file_size, number + 1
+        if total > MAX_ARCHIVE_BYTES or number > MAX_MEMBERS:
             yield InputFile(path, _failing(_beyond_limits()))
         elif member.file_size > MAX_FILE_BYTES:
             yield InputFile(path, _failing(_too_large(member.file_size)))
         else:
             yield InputFile(path, partial(_read_zip, archive, member))
+
+
+def _irregular(member: zipfile.ZipInfo) -> str | None:
+    """Return IRREGULAR for a link or a device that a Unix program has stored."""
+    kind = stat.S_IFMT(member.external_attr >> 16)
+    return IRREGULAR if kind not in (0, stat.S_IFREG) else None
 
 
 def _read_zip(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
@@ -153,20 +195,21 @@ def _read_zip(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
         raise UnreadableFile(f"broken in the archive: {_first_line(error)}") from error
 
 
-def _tar_files(source: Path, archive: tarfile.TarFile) -> Iterator[InputFile]:
+def _tar_files(source: Path, archive: tarfile.TarFile, skipped: Counter[str]) -> Iterator[InputFile]:
     total = number = 0
     try:
         for member in archive:
-            if member.isdir() or _hidden(member.name):
+            if member.isdir():
+                continue
+            if reason := skipped_by_name(member.name) or (None if member.isfile() else IRREGULAR):
+                skipped[reason] += 1
                 continue
             path = f"{source}/{member.name}"
             total, number = total + member.size, number + 1
             if total > MAX_ARCHIVE_BYTES or number > MAX_MEMBERS:
                 yield InputFile(path, _failing(f"{_beyond_limits()}; nor is what follows"))
                 return
-            if not member.isfile():
-                yield InputFile(path, _failing("a link or a device, not a file"))
-            elif member.size > MAX_FILE_BYTES:
+            if member.size > MAX_FILE_BYTES:
                 yield InputFile(path, _failing(_too_large(member.size)))
             else:
                 content = archive.extractfile(member)
@@ -176,7 +219,7 @@ def _tar_files(source: Path, archive: tarfile.TarFile) -> Iterator[InputFile]:
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         number += 1
         yield InputFile(str(source), _failing(f"the archive is broken from here on: {_first_line(error)}"))
-    _refuse_empty(source, number)
+    _refuse_empty(source, number, skipped)
 
 
 class _LimitedTarInfo(tarfile.TarInfo):

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
+from cifar_tl.errors import UserError
 
 
 class LazyImages:
@@ -16,39 +19,72 @@ class LazyImages:
         files: One per image.
         decode: Returns the image of a file, (3, height, width), uint8; runs in worker processes.
         workers: Processes that decode, at least 1.
+        digests: One per image, see `image_digests`; they are known from when the files were checked.
     """
 
-    def __init__(self, files: Sequence[Path], decode: Callable[[Path], np.ndarray], workers: int) -> None:
+    def __init__(
+        self, files: Sequence[Path], decode: Callable[[Path], np.ndarray], workers: int, digests: Sequence[bytes]
+    ) -> None:
         self.files = list(files)
         self.decode = decode
         self.workers = workers
+        self.digests = list(digests)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, indices: Tensor) -> "LazyImages":
         """Return a subset, as indexing a tensor of images would."""
-        return LazyImages([self.files[i] for i in indices.tolist()], self.decode, self.workers)
+        chosen = indices.tolist()
+        files, digests = ([values[i] for i in chosen] for values in (self.files, self.digests))
+        return LazyImages(files, self.decode, self.workers, digests)
 
     def read(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Yield the images of each batch of indices, (batch, 3, height, width), uint8, in order."""
-        return iter(
-            DataLoader(
-                _Batches(self.files, self.decode),
-                sampler=[indices.tolist() for indices in batches],
-                batch_size=None,
-                num_workers=self.workers,
-                pin_memory=torch.cuda.is_available(),
-            )
+        """Yield the images of each batch of indices, (batch, 3, height, width), uint8, in order.
+
+        Raises:
+            UserError: A file cannot be decoded any more.
+        """
+        for images in in_workers(self._stack, self.files, [indices.tolist() for indices in batches], self.workers):
+            if isinstance(images, str):
+                raise UserError(images)
+            yield images
+
+    def _stack(self, files: Sequence[Path]) -> Tensor | str:
+        try:
+            return torch.from_numpy(np.stack([self.decode(file) for file in files]))
+        except UserError as error:  # as a value: an exception would come out of a worker with two tracebacks
+            return str(error)
+
+
+def in_workers(
+    task: Callable[[Sequence[Path]], Any], files: Sequence[Path], batches: Sequence[list[int]], workers: int
+) -> Iterator[Any]:
+    """Yield what a task returns for each batch of files, in order; it runs in worker processes.
+
+    Args:
+        task: Gets the files of a batch.
+        files: All files.
+        batches: Indices into `files`.
+        workers: Processes, at least 1.
+    """
+    return iter(
+        DataLoader(
+            _Batches(files, task),
+            sampler=batches,
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
         )
+    )
 
 
-class _Batches(Dataset[Tensor]):
-    """Decodes the files of a list of indices; a loader's worker has nothing else to do."""
+class _Batches(Dataset[Any]):
+    """Carries out a task for a list of indices; a loader's worker has nothing else to do."""
 
-    def __init__(self, files: list[Path], decode: Callable[[Path], np.ndarray]) -> None:
+    def __init__(self, files: Sequence[Path], task: Callable[[Sequence[Path]], Any]) -> None:
         self.files = files
-        self.decode = decode
+        self.task = task
 
-    def __getitem__(self, indices: list[int]) -> Tensor:
-        return torch.from_numpy(np.stack([self.decode(self.files[i]) for i in indices]))
+    def __getitem__(self, indices: list[int]) -> Any:
+        return self.task([self.files[i] for i in indices])

@@ -1,9 +1,12 @@
 """Seeded, stratified splits and subsets of a set of targets, and seeds that are a function of where a run stands."""
 
 import hashlib
+import unicodedata
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cifar_tl.errors import UserError
@@ -78,9 +81,94 @@ def limited(indices: Tensor, targets: Tensor, limit: int | None, seed: int) -> T
     return indices[stratified_subset(targets[indices], limit, seed)]
 
 
-def split_hash(train: Tensor, val: Tensor) -> str:
-    """Return the SHA-256 that names a split: runs with the same hash trained and validated on the same examples."""
+def split_hash(*splits: Tensor) -> str:
+    """Return the SHA-256 of the indices of some splits, (examples,) each.
+
+    Checkpoints without a format number have it. It says nothing about the images; see `content_hash`.
+    """
     digest = hashlib.sha256()
-    for indices in (train, val):
-        digest.update(len(indices).to_bytes(8, "little") + indices.numpy().astype("<i8").tobytes())
+    for indices in splits:
+        _add_numbers(digest, indices)
     return digest.hexdigest()
+
+
+def content_hash(classes: Sequence[str], *splits: tuple[Tensor, Sequence[bytes], Tensor]) -> str:
+    """Return the SHA-256 of all that makes up some splits: equal hashes mean the same images with the same classes.
+
+    Args:
+        classes: Names, in the order of their indices; equal after Unicode's NFC is equal.
+        splits: Of each its indices, (examples,), the digests of its images and its targets, (examples,).
+    """
+    digest = hashlib.sha256()
+    for name in classes:
+        encoded = unicodedata.normalize("NFC", name).encode("utf-8", "surrogateescape")
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    for indices, images, targets in splits:
+        _add_numbers(digest, indices)
+        for image in images:
+            digest.update(image)
+        _add_numbers(digest, targets)
+    return digest.hexdigest()
+
+
+def _add_numbers(digest: "hashlib._Hash", numbers: Tensor) -> None:
+    digest.update(len(numbers).to_bytes(8, "little") + numbers.cpu().numpy().astype("<i8").tobytes())
+
+
+def image_digest(pixels: NDArray[np.uint8]) -> bytes:
+    """Return the SHA-256 of an image's pixels: equal for equal images."""
+    return hashlib.sha256(pixels.tobytes()).digest()
+
+
+def first_copies(images: Sequence[bytes], among: Sequence[bytes]) -> dict[int, int]:
+    """Find exact copies.
+
+    Args:
+        images: Digests of the images to look for.
+        among: Digests of the images to look among.
+
+    Returns:
+        For each of `images` that is there, by its position, the position of the first one like it in `among`.
+    """
+    first: dict[bytes, int] = {}
+    for at, image in enumerate(among):
+        first.setdefault(image, at)
+    return {at: first[image] for at, image in enumerate(images) if image in first}
+
+
+def check_every_class_trains(
+    classes: Sequence[str], targets: Tensor, train: Tensor, val: Tensor, val_size: int, limit: int | None
+) -> list[str]:
+    """Refuse a split that leaves a class without training images.
+
+    Args:
+        classes: Names, in the order of their indices.
+        targets: (examples,), class indices of the official training set.
+        train: Indices of the training images.
+        val: Indices of the validation images.
+        val_size: As asked for, for the error.
+        limit: Likewise.
+
+    Returns:
+        The classes without validation images: their validation metrics mean nothing.
+
+    Raises:
+        UserError: A class has no training image; with names and counts.
+    """
+    there, left, held_out = (torch.bincount(t, minlength=len(classes)) for t in (targets, targets[train], targets[val]))
+    if starved := [
+        f"{name} (0 of {there[label]}, {held_out[label]} in validation)"
+        for label, name in enumerate(classes)
+        if not left[label]
+    ]:
+        keys = f"data.val_size={val_size}" + (f" with data.limit={limit}" if limit is not None else "")
+        advice = "Lower data.val_size" + (", raise data.limit" if limit is not None else "")
+        raise UserError(
+            f"{keys} leaves nothing to train on for {len(starved)} of {len(classes)} classes: {_some(starved)}; "
+            f"training images in all: {len(train)}. {advice}, or add images of these classes."
+        )
+    return [name for label, name in enumerate(classes) if not held_out[label]]
+
+
+def _some(items: Sequence[str], shown: int = 20) -> str:
+    return ", ".join(items[:shown]) + (f" and {len(items) - shown} more" if len(items) > shown else "")

@@ -1,5 +1,7 @@
 """Generated images of ten classes: learnable, offline, in a second. For the demo and the tests."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,6 +33,14 @@ class Synthetic:
     def test(self) -> tuple[Tensor, Tensor]:
         """Return images (test_size, 3, 32, 32), uint8, and targets (test_size,), int64."""
         return self._generate(self.test_size, seed=1)
+
+    def read(self, splits: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return `train`, `test` or both, by name."""
+        return {split: self.train() if split == "train" else self.test() for split in splits}
+
+    def name(self, split: str, index: int) -> str:
+        """Return what people call an image."""
+        return f"{split} image {index}"
 
     def _generate(self, size: int, seed: int) -> tuple[Tensor, Tensor]:
         rng = np.random.default_rng(seed)

@@ -30,7 +30,8 @@ CONVENTIONS = ("torch", "keras")
 class ResNet50Classifier(L.LightningModule):
     """Backbone, head, loss, metrics and optimizer. Which part trains, and how fast, is BackboneUnfreeze's business.
 
-    The backbone starts random; `weights.load_weights` or a checkpoint fills it.
+    The backbone starts random; `weights.load_weights` or a checkpoint fills it. The defaults are for checkpoints older
+    than an argument: what the model did before it had it. A run gets every value from its config.
 
     Args:
         classes: Class names, in the order of their indices.
@@ -48,13 +49,13 @@ class ResNet50Classifier(L.LightningModule):
     def __init__(
         self,
         classes: Sequence[str],
-        upscale: int,
-        head: Sequence[int],
-        dropout: float,
-        optimizer: str,
-        momentum: float,
-        weight_decay: float,
-        label_smoothing: float,
+        upscale: int = 1,
+        head: Sequence[int] = (128, 64),
+        dropout: float = 0.0,
+        optimizer: str = "adamw",
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        label_smoothing: float = 0.0,
         muon_dtype: str = "float32",
         conventions: str = "torch",
     ) -> None:

@@ -41,10 +41,10 @@ def load_weights(backbone: nn.Module, weights: str, filter_rms: float | None) ->
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # about anything, for a file that is no state dict
         raise UserError(
             f"model.weights={weights}: {path} is not a readable state dict: it is truncated, or it is something else "
-            f"than torch.save(model.state_dict()). ({_first_line(error)})"
+            f"than torch.save(model.state_dict()). ({_reason(error)})"
         ) from error
     _check_layout(backbone, state, weights)
     backbone.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
@@ -127,6 +127,13 @@ def _check_layout(backbone: nn.Module, state: object, weights: str) -> None:
             f"model.weights={weights} is not a ResNet-50 in torchvision's layout: {problem}. "
             f"Give the state_dict() of torchvision.models.resnet50, saved with torch.save."
         )
+
+
+def _reason(error: Exception) -> str:
+    """Return what torch.load has to say, without its advice of weights_only=False, which runs code from the file."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "It is not loaded if it holds more than tensors and plain values: that could run code."
+    return _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,4 +1,8 @@
 import logging
+import os
+import re
+import shutil
+import unicodedata
 
 import numpy as np
 import pytest
@@ -12,9 +16,9 @@ from cifar_tl.data.loader import ArrayLoader
 from cifar_tl.errors import UserError
 
 
-def save(path, size=(32, 32), color=(10, 20, 30)):
+def save(path, size=(32, 32), color=(10, 20, 30), format=None):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, color).save(path)
+    Image.new("RGB", size, color).save(path, format)
 
 
 @pytest.fixture
@@ -39,21 +43,144 @@ def test_other_sizes_are_brought_to_32_and_counted(root, caplog):
     with caplog.at_level(logging.INFO):
         images, _ = ImageFolders(root, workers=0).train()
     assert images.shape == (3, 3, 32, 32)
-    assert "1 of 3 images resized to 32x32" in caplog.text
+    assert "train: 3 images, 1 resized to 32x32" in caplog.text
 
 
-def test_a_broken_image_is_named(root):
-    (root / "train" / "cat" / "broken.png").write_bytes(b"not an image")
-    with pytest.raises(UserError, match=r"broken\.png is not a readable image"):
-        ImageFolders(root, workers=0).train()
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_hidden_or_of_the_system_or_no_regular_file_is_skipped_and_counted(root, caplog, workers):
+    save(root / "train" / ".ipynb_checkpoints" / "1-checkpoint.png")
+    save(root / "train" / "__MACOSX" / "1.png")
+    (root / "train" / "cat" / "._1.png").write_bytes(b"\0\5\x16\7" + bytes(80))  # a resource fork of macOS
+    (root / "train" / "cat" / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
+    os.mkfifo(root / "train" / "dog" / "pipe.png")
+    save(root / "train" / "dog" / "folder.png" / "2.png")  # a folder named like an image
+    with caplog.at_level(logging.INFO):
+        source = ImageFolders(root, workers)
+        _, targets = source.train()
+    assert source.classes == ("cat", "dog")
+    assert targets.tolist() == [0, 1, 1]
+    assert source.name("train", 2) == "train/dog/folder.png/2.png"
+    assert "skipped    5 entries: hidden 2, of the system 2, no regular file 1" in caplog.text
 
 
-def test_missing_folders_and_different_classes_are_refused(root, tmp_path):
-    with pytest.raises(UserError, match="at least two class folders"):
+def test_images_are_told_by_content_and_what_is_none_is_left_out_and_counted(root, caplog):
+    for name, format in (("x.jfif", "JPEG"), ("no ending", "PNG"), ("y.pgm", "PPM"), ("notes.jpg.txt", "GIF")):
+        save(root / "train" / "dog" / name, format=format)
+    (root / "train" / "dog" / "labels.txt").write_text("dog")
+    (root / "train" / "cat" / "list.txt").write_text("cat")
+    (root / "train" / "cat" / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(30))
+    (root / "train" / "classes.csv").write_text("cat,dog")
+    with caplog.at_level(logging.INFO):
+        _, targets = ImageFolders(root, workers=0).train()
+    assert targets.tolist() == [0, 1, 1, 1, 1, 1]
+    assert "left out   4 files that are no images: .txt 2, HEIC 1, beside the class folders 1" in caplog.text
+
+
+def test_links_are_followed_and_loops_end(root, caplog):
+    save(root / "elsewhere" / "2.png")
+    (root / "train" / "dog" / "linked").symlink_to(root / "elsewhere")
+    (root / "elsewhere" / "back").symlink_to(root / "train" / "dog")
+    (root / "train" / "dog" / "3.png").symlink_to(root / "elsewhere" / "2.png")
+    with caplog.at_level(logging.INFO):
+        source = ImageFolders(root, workers=0)
+        _, targets = source.train()
+    assert targets.tolist() == [0, 1, 1, 1]
+    assert [source.name("train", at) for at in (1, 2, 3)] == [
+        f"train/dog/{n}" for n in ("1.png", "3.png", "linked/2.png")
+    ]
+    assert "skipped    1 entry: link to a folder met before 1" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_everything_wrong_with_both_splits_is_named_at_once(root, workers):
+    save(root / "train" / "owl" / "1.png")
+    (root / "train" / "cat" / "text.png").write_text("no image")
+    (root / "train" / "cat" / "empty.jpg").write_bytes(b"")
+    (root / "train" / "cat" / "dangling.png").symlink_to(root / "nowhere")
+    (root / "test" / "owl").mkdir()
+    (root / "test" / "owl" / "notes.txt").write_text("nothing yet")
+    save(root / "test" / "dog" / "cut.png", size=(200, 200))
+    (root / "test" / "dog" / "cut.png").write_bytes((root / "test" / "dog" / "cut.png").read_bytes()[:120])
+    with pytest.raises(UserError) as raised:
+        ImageFolders(root, workers).read(["train", "test"])
+    first, *lines, advice = str(raised.value).splitlines()
+    assert first.endswith("cannot be used as it is:")
+    assert [line.split(":")[0] for line in lines] == [
+        f"  {path}"
+        for path in (
+            *("test/dog/cut.png", "test/owl"),
+            *("train/cat/dangling.png", "train/cat/empty.jpg", "train/cat/text.png"),
+        )
+    ]
+    assert lines[1].endswith("no images in it (.txt 1)")
+    assert lines[2].endswith("cannot be read: No such file or directory")
+    assert lines[3].endswith("empty: 0 bytes")
+    assert "no image: its content is none of PNG, JPEG" in lines[4]
+    assert advice.startswith("Replace or remove")
+
+
+def test_missing_folders_are_refused(root, tmp_path):
+    with pytest.raises(UserError, match=r"nowhere: no such folder\. .*at least two class folders"):
         ImageFolders(tmp_path / "nowhere", workers=0)
+    (tmp_path / "other" / "images").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"has no folder train and no folder test\. Its folders are: images\."):
+        ImageFolders(tmp_path / "other", workers=0)
+    save(tmp_path / "one" / "train" / "cat" / "1.png")
+    with pytest.raises(UserError, match=r"needs at least two class folders of images, has 1 \(cat\)"):
+        ImageFolders(tmp_path / "one", workers=0)
+
+
+def test_different_classes_are_refused_with_what_is_where(root):
     save(root / "test" / "bird" / "1.png")
-    with pytest.raises(UserError, match="different classes: bird"):
+    save(root / "train" / "Bird" / "1.png")
+    with pytest.raises(
+        UserError, match="train and test have different classes; only in train: Bird; only in test: bird"
+    ):
         ImageFolders(root, workers=0)
+
+
+def test_class_names_are_compared_after_unicode_normalization(root):
+    composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    assert composed != decomposed
+    save(root / "train" / decomposed / "1.png")
+    save(root / "test" / composed / "1.png")
+    source = ImageFolders(root, workers=0)
+    assert source.classes == (composed, "cat", "dog")
+    assert len(source.train()[1]) == len(source.test()[1]) == 3
+    save(root / "train" / composed / "2.png")
+    with pytest.raises(UserError, match="has the class café twice"):
+        ImageFolders(root, workers=0)
+
+
+def test_a_split_may_be_missing_until_it_is_read(root):
+    shutil.rmtree(root / "train")
+    source = ImageFolders(root, workers=0)
+    assert source.classes == ("cat", "dog")
+    assert len(source.test()[1]) == 2
+    with pytest.raises(UserError, match=r"has no folder train\. Its folders are: test\."):
+        source.read(["train", "test"])
+
+
+def test_a_root_at_the_wrong_level_is_recognized(root):
+    for folder, said in (
+        (root / "train", f"is one level too deep: give data.root={root}."),
+        (root / "train" / "cat", f"is two levels too deep: give data.root={root}."),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)):
+            ImageFolders(folder, workers=0)
+    (root / "above").mkdir()
+    for split in ("train", "test"):
+        (root / split).rename(root / "above" / split)
+    with pytest.raises(UserError, match=re.escape(f"is one level too high: give data.root={root / 'above'}.")):
+        ImageFolders(root, workers=0)
+
+
+def test_an_image_that_breaks_during_a_run_is_named_without_a_traceback(root):
+    images, _ = ImageFolders(root, workers=1).train()
+    (root / "train" / "dog" / "1.png").write_bytes(b"broken meanwhile")
+    with pytest.raises(UserError, match=r"dog/1\.png was a readable image when the run began") as raised:
+        next(images.read([torch.tensor([0, 1])]))
+    assert "Traceback" not in str(raised.value)
 
 
 def test_worker_processes_give_the_same_batches_as_memory(root):

@@ -1,0 +1,102 @@
+"""What setup() refuses, warns of and records before anything is trained."""
+
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cifar_tl.build import build_datamodule
+from cifar_tl.errors import UserError
+
+DRAW = np.random.default_rng(0)
+
+
+def write(root, train, test):
+    """Class folders with so many images of each class; no two are alike."""
+    for split, counts in (("train", train), ("test", test)):
+        for name, count in counts.items():
+            folder = root / split / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                Image.fromarray(DRAW.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.fixture
+def fitted(compose):
+    """Set up the data of a folder for training."""
+
+    def fitted(root, *overrides):
+        cfg = compose("data=folder", f"data.root='{root}'", "data.val_size=3", *overrides)
+        datamodule = build_datamodule(cfg)
+        datamodule.setup("fit")
+        return datamodule
+
+    return fitted
+
+
+def test_a_class_without_training_images_is_refused_with_names_and_counts(fitted, tmp_path):
+    root = write(tmp_path, {"big": 60, "rare1": 1, "rare2": 2}, {"big": 2, "rare1": 1, "rare2": 1})
+    with pytest.raises(
+        UserError, match=r"data.val_size=32 leaves nothing to train on for 1 of 3 classes: rare1 \(0 of"
+    ):
+        fitted(root, "data.val_size=32")
+    with pytest.raises(UserError, match=r"for 2 of 3 classes: .*; training images in all: 1\. Lower data\.val_size"):
+        fitted(root, "data.val_size=62")
+    with pytest.raises(
+        UserError, match=r"data.val_size=9 with data.limit=5 .*rare1 \(0 of 1, 0 in validation.*data\.limit"
+    ):
+        fitted(root, "data.val_size=9", "data.limit=5")
+
+
+def test_a_class_without_validation_images_is_warned_of(fitted, tmp_path, caplog):
+    root = write(tmp_path, {"big": 60, "rare1": 1, "rare2": 2}, {"big": 2, "rare1": 1, "rare2": 1})
+    fitted(root, "data.val_size=9")
+    assert "warning: data.val_size=9 leaves no validation image of rare1, rare2" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_test_images_that_are_training_images_are_counted_with_an_example(fitted, tmp_path, caplog, workers):
+    root = write(tmp_path, {"cat": 6, "dog": 6}, {"cat": 3, "dog": 3})
+    assert fitted(root).duplicates == {"test": 0, "val": 0, "example": None}
+    assert "warning" not in caplog.text
+    for name in ("cat", "dog"):
+        for number in range(2):
+            content = (root / "train" / name / f"{number}.png").read_bytes()
+            (root / "test" / name / f"copy{number}.png").write_bytes(content)
+    with caplog.at_level(logging.INFO):
+        datamodule = fitted(root, f"data.workers={workers}")
+    assert datamodule.duplicates == {"test": 4, "val": 0, "example": ["test/cat/copy0.png", "train/cat/0.png"]}
+    assert "warning: 4 of 10 test images are training or validation images, too, pixel for pixel" in caplog.text
+    assert "(test/cat/copy0.png is train/cat/0.png)" in caplog.text
+
+
+def test_the_splits_hash_covers_images_targets_and_class_names(fitted, tmp_path):
+    root = write(tmp_path / "root", {"cat": 6, "dog": 6}, {"cat": 3, "dog": 3})
+    first, again, lazy = fitted(root), fitted(root), fitted(root, "data.workers=1")
+    assert first.split_sha256 == again.split_sha256 == lazy.split_sha256
+    assert first.test_sha256 == again.test_sha256 == lazy.test_sha256
+    for split in ("train", "test"):
+        (root / split / "dog").rename(root / split / "elk")
+    renamed = fitted(root)
+    assert renamed.indices_sha256 == first.indices_sha256
+    assert renamed.split_sha256 != first.split_sha256
+    assert renamed.test_sha256 != first.test_sha256
+    Image.new("RGB", (32, 32)).save(root / "test" / "cat" / "0.png")
+    other_test = fitted(root)
+    assert other_test.split_sha256 == renamed.split_sha256
+    assert other_test.test_sha256 != renamed.test_sha256
+    Image.new("RGB", (32, 32), "red").save(root / "train" / "cat" / "0.png")
+    assert fitted(root).split_sha256 != renamed.split_sha256
+
+
+def test_the_test_set_is_read_once_and_given_out_only_for_testing(fitted, tmp_path):
+    datamodule = fitted(write(tmp_path, {"cat": 6, "dog": 6}, {"cat": 3, "dog": 3}))
+    assert "test" not in datamodule.splits
+    before = datamodule.test_sha256
+    for path in (tmp_path / "test").rglob("*.png"):
+        path.unlink()
+    datamodule.setup("test")
+    assert datamodule.sizes == {"train": 9, "val": 3, "test": 6}
+    assert datamodule.test_sha256 == before

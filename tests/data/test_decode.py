@@ -1,0 +1,111 @@
+"""One image of every kind, as 32x32 RGB."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cifar_tl.data.decode import FORMATS, NoImage, UnreadableImage, decode
+
+ROWS, COLUMNS = np.mgrid[0:60, 0:100]
+UPRIGHT = Image.fromarray(np.stack([COLUMNS * 2.5, ROWS * 4, 200 - COLUMNS], -1).astype(np.uint8))
+RAMP = (COLUMNS * 655).astype(np.uint16)
+"""0 to 64,845 from left to right."""
+
+
+def encoded(image, format, **options):
+    stream = io.BytesIO()
+    image.save(stream, format, **options)
+    stream.seek(0)
+    return stream
+
+
+def pgm(values, highest):
+    return io.BytesIO(b"P5 100 60 %d\n" % highest + values.astype(">u2").tobytes())
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_every_orientation_of_exif_shows_the_same_picture(orientation):
+    turn = Image.Transpose
+    stored = {
+        **{2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM, 5: turn.TRANSPOSE},
+        **{6: turn.ROTATE_90, 7: turn.TRANSVERSE, 8: turn.ROTATE_270},
+    }
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = decode(encoded(UPRIGHT.transpose(stored[orientation]), "PNG", exif=exif))
+    assert np.array_equal(image.pixels, decode(encoded(UPRIGHT, "PNG")).pixels)
+    assert image.notes == ("turned as its EXIF says",)
+
+
+def test_an_image_with_broken_exif_is_taken_as_it_is():
+    stream = encoded(UPRIGHT, "PNG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12")
+    assert np.array_equal(decode(stream).pixels, decode(encoded(UPRIGHT, "PNG")).pixels)
+
+
+@pytest.mark.parametrize(
+    ("stream", "note"),
+    [
+        (encoded(Image.fromarray(RAMP), "PNG"), "16-bit grey scaled to 8 bits"),
+        (encoded(Image.fromarray(RAMP), "TIFF"), "16-bit grey scaled to 8 bits"),
+        (encoded(Image.fromarray(RAMP >> 2), "TIFF"), "grey of at most 16211 taken for 14-bit, scaled to 8 bits"),
+        (encoded(Image.fromarray(RAMP >> 4), "TIFF"), "grey of at most 4052 taken for 12-bit, scaled to 8 bits"),
+        (
+            encoded(Image.fromarray(RAMP // 13), "TIFF", tiffinfo={281: 5041}),
+            "grey of 0 to 5041, as its tags say, scaled to 8 bits",
+        ),
+        (pgm(RAMP, 65535), "16-bit grey scaled to 8 bits"),
+        (pgm(RAMP >> 4, 4095), "16-bit grey scaled to 8 bits"),
+    ],
+    ids=["PNG", "TIFF", "14 bits", "12 bits", "a stated range", "PGM", "12-bit PGM"],
+)
+def test_grey_of_more_than_8_bits_is_scaled_by_its_true_range(stream, note):
+    image = decode(stream)
+    expected = decode(encoded(Image.fromarray((RAMP / 257).round().astype(np.uint8)), "PNG"))
+    assert abs(image.pixels.astype(int) - expected.pixels).max() <= 1
+    assert image.notes == (note,)
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        (Image.fromarray(RAMP.astype(np.int32)), "signed or 32-bit integers as pixels"),
+        (Image.fromarray(RAMP.astype(np.float32)), "floating-point pixels"),
+    ],
+    ids=["integers", "floats"],
+)
+def test_pixels_of_unknown_range_are_refused_in_true_words(image, said):
+    with pytest.raises(UnreadableImage, match=f"{said}.*convert it to 8 bits"):
+        decode(encoded(image, "TIFF"))
+
+
+@pytest.mark.skipif("AVIF" not in FORMATS, reason="this Pillow reads no AVIF")
+def test_avif_is_read():
+    image = decode(encoded(UPRIGHT, "AVIF", quality=100))
+    assert abs(image.pixels.astype(int) - decode(encoded(UPRIGHT, "PNG")).pixels).mean() < 3
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "said"),
+    [
+        (
+            b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+            "HEIC",
+            "HEIC, which cannot be decoded here: convert it to JPEG or PNG",
+        ),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIC", "HEIC, which cannot be decoded here"),
+        (b"\xff\x0a\xfa\x7f", "JPEG XL", "JPEG XL, which cannot be decoded here"),
+        (b"\0\0\0\x18ftypisom\0\0\2\0isomiso2", "video", "video, no image"),
+        (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG", "SVG, no image"),
+        (b"%PDF-1.7", "PDF", "PDF, no image"),
+        (b"just text", "", "no image: its content is none of PNG, JPEG"),
+        (b"", "", "empty: 0 bytes"),
+    ],
+    ids=["HEIC", "HEIC as mif1", "JPEG XL", "video", "SVG", "PDF", "text", "empty"],
+)
+def test_what_is_no_image_of_ours_is_named(content, kind, said):
+    with pytest.raises(NoImage) as raised:
+        decode(io.BytesIO(content))
+    assert raised.value.kind == kind
+    assert str(raised.value).startswith(said)
