@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -52,3 +55,13 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(slow_disk, tmp_path, monkey
         slow_disk.flush()
     assert stored(path) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_loading_a_checkpoint_takes_no_callback_and_no_report():
+    """Nor matplotlib, for which lint-imports has a contract: torchmetrics imports it wherever it is installed."""
+    code = "import sys, cifar_tl.checkpoints; print('\\n'.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    loaded = done.stdout.split()
+    assert "cifar_tl.model.module" in loaded
+    rooms = ("cifar_tl.callbacks", "cifar_tl.reports", "cifar_tl.build")
+    assert [name for name in loaded if name.startswith(rooms)] == []
