@@ -1,0 +1,148 @@
+"""BackboneUnfreeze and FreezeGuard in somebody else's module, beside Lightning's BackboneFinetuning."""
+
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import BackboneFinetuning
+from torch.utils.data import DataLoader, TensorDataset
+
+from cifar_tl import callbacks
+from cifar_tl.callbacks import BackboneUnfreeze, FreezeGuard
+from cifar_tl.errors import UserError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # Lightning's, of DataLoaders without workers and short epochs
+    pytest.mark.filterwarnings("ignore:.*backbone.*lr"),
+]
+
+
+README = (Path(callbacks.__file__).parent / "README.md").read_text(encoding="utf-8")
+SHOWN: dict = {}
+exec(README.partition("```python\n")[2].partition("\ntrainer = ")[0], SHOWN)
+TheirModule = SHOWN["YourModule"]
+"""The LightningModule that the README of the callbacks shows."""
+
+
+class WithoutTheBackbone(TheirModule):
+    """What BackboneFinetuning wants: the backbone's parameters join the optimizer at the unfreeze."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.head.parameters(), lr=0.1)
+
+
+def loader():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(32, 3, 8, 8, generator=generator) + 1
+    return DataLoader(TensorDataset(images, (images.mean(dim=(1, 2, 3)) > 1).long()), batch_size=8)
+
+
+def fit(module, callback, epochs, folder, resume=None):
+    trainer = L.Trainer(
+        max_epochs=epochs,
+        callbacks=callback,
+        default_root_dir=folder,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(module, loader(), ckpt_path=resume, weights_only=resume is not None or None)
+    return trainer
+
+
+def ours():
+    return [BackboneUnfreeze(unfreeze_at_epoch=2, head_lr=0.1, backbone_lr=0.01), FreezeGuard(unfreeze_at_epoch=2)]
+
+
+def lightnings():
+    return [BackboneFinetuning(unfreeze_backbone_at_epoch=2, backbone_initial_lr=0.01)]
+
+
+def moved(module, before):
+    """The names of the backbone's tensors that are not what they were."""
+    return {n for n, t in module.backbone.state_dict().items() if not torch.equal(t, before[n])}
+
+
+def clone(module):
+    return {name: tensor.clone() for name, tensor in module.backbone.state_dict().items()}
+
+
+def frozen_and_moved(module, callbacks, folder):
+    """Return how many tensors of the backbone change in two frozen epochs."""
+    before = clone(module)
+    fit(module, callbacks, 2, folder)
+    return len(moved(module, before))
+
+
+def trains_after_resume(make_module, callbacks, folder):
+    """Return whether the backbone trains in a run that is resumed after the unfreeze."""
+    fit(make_module(), callbacks(), 3, folder).save_checkpoint(folder / "c.ckpt")
+    saved = make_module()
+    saved.load_state_dict(torch.load(folder / "c.ckpt", weights_only=True)["state_dict"])
+    resumed = make_module()
+    fit(resumed, callbacks(), 4, folder, folder / "c.ckpt")
+    return "yes" if "0.weight" in moved(resumed, clone(saved)) else "no, without a warning"
+
+
+def groups(module, callbacks, epochs, folder):
+    return fit(module, callbacks, epochs, folder).optimizers[0].param_groups
+
+
+def test_the_table_beside_lightnings_backbone_finetuning_is_the_readmes(tmp_path):
+    rows = [
+        (
+            "tensors of the backbone that change while it is frozen, of 7",
+            frozen_and_moved(TheirModule(), [BackboneUnfreeze(None, head_lr=0.1, backbone_lr=0.01)], tmp_path),
+            frozen_and_moved(WithoutTheBackbone(), [BackboneFinetuning(unfreeze_backbone_at_epoch=9)], tmp_path),
+        ),
+        (
+            "the backbone trains in a run resumed after the unfreeze",
+            trains_after_resume(TheirModule, ours, tmp_path),
+            trains_after_resume(WithoutTheBackbone, lightnings, tmp_path),
+        ),
+        (
+            "parameter groups before and after the unfreeze",
+            " and ".join(str(len(groups(TheirModule(), ours(), epochs, tmp_path))) for epochs in (3, 4)),
+            " and ".join(str(len(groups(WithoutTheBackbone(), lightnings(), epochs, tmp_path))) for epochs in (2, 3)),
+        ),
+    ]
+    text = "| | BackboneUnfreeze | Lightning's BackboneFinetuning |\n|---|---|---|\n"
+    text += "".join(f"| {what} | {mine} | {theirs} |\n" for what, mine, theirs in rows)
+    assert text in README, text
+
+
+def test_the_module_of_the_readme_trains_both_parts(tmp_path):
+    module = TheirModule()
+    before = clone(module)
+    fit(module, ours(), 4, tmp_path)
+    assert {"0.weight", "0.bias", "1.weight"} <= moved(module, before)
+
+
+def test_one_group_for_everything_is_refused_with_the_way_out(tmp_path):
+    class OneGroup(TheirModule):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    with pytest.raises(UserError, match="groups of their own for head and backbone"):
+        fit(OneGroup(), ours(), 3, tmp_path)
+
+
+def test_a_scheduler_beside_it_is_refused(tmp_path):
+    class Scheduled(TheirModule):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+    with pytest.raises(UserError, match="owns the learning rates"):
+        fit(Scheduled(), ours(), 3, tmp_path)
+
+
+def test_a_module_without_a_head_is_refused(tmp_path):
+    module = TheirModule()
+    module.classifier = module.head
+    del module.head
+    with pytest.raises(UserError, match="has no module named head"):
+        fit(module, ours(), 3, tmp_path)

@@ -1,0 +1,103 @@
+"""Muon gives timm's steps, for kernels of all shapes; what it computes differently is only how."""
+
+import pytest
+import torch
+from timm.optim.muon import Muon as TimmMuon
+from timm.optim.muon import zeropower_via_newtonschulz
+from torch import nn
+
+from cifar_tl.model.muon import COEFFICIENTS, Muon, orthogonalized
+
+SHAPES = [(16, 8, 3, 3), (16, 8, 3, 3), (32, 4, 1, 1), (8, 64, 1, 1), (12, 12, 1, 1)]
+
+
+def parameters(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    kernels = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+    return kernels, [nn.Parameter(torch.randn(16, generator=generator))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(64, 147), (32, 32), (128, 32), (16, 144)])
+def test_newton_schulz_on_gram_matrices_is_newton_schulz(shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(2, *shape, generator=generator)
+    matrix[0] += 10 * torch.randn(shape[0], 1, generator=generator) * torch.randn(1, shape[1], generator=generator)
+    expected = zeropower_via_newtonschulz(matrix.double(), 3, [COEFFICIENTS], dtype=torch.float64)
+    got = orthogonalized(matrix, 3, dtype)
+    assert got.dtype == dtype
+    allowed = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.08}[dtype]
+    assert (got - expected).norm() < allowed * expected.norm()
+
+
+def test_steps_are_timms():
+    ours, theirs = parameters(), parameters()
+    muon = Muon(
+        [
+            {"params": ours[0], "weight_decay": 0.1, "muon": True},
+            {"params": ours[1], "weight_decay": 0.0, "muon": False},
+        ],
+        momentum=0.9,
+        iterations=3,
+        dtype=torch.bfloat16,
+    )
+    options = {"nesterov": True, "momentum": 0.9, "ns_coefficients": "original", "ns_steps": 3}
+    timm = TimmMuon(
+        [
+            {"params": theirs[0], "weight_decay": 0.1, **options},
+            {"params": theirs[1], "weight_decay": 0.0, "use_fallback": True, "betas": (0.9, 0.999), "eps": 1e-8},
+        ]
+    )
+    start = [p.detach().clone() for p in ours[0]]
+    generator = torch.Generator().manual_seed(1)
+    for step in range(3):
+        for mine, others in zip(ours[0] + ours[1], theirs[0] + theirs[1], strict=True):
+            mine.grad = torch.randn(mine.shape, generator=generator)
+            others.grad = mine.grad.clone()
+        for optimizer in (muon, timm):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01 * (step + 1)
+            optimizer.step()
+    for before, mine, others in zip(start, ours[0], theirs[0], strict=True):
+        assert (mine - others).norm() < 0.05 * (others - before).norm()  # bfloat16 on both sides
+    torch.testing.assert_close(ours[1], theirs[1])
+
+
+def test_a_parameter_without_a_gradient_stays_as_it_is():
+    kernels, vectors = parameters()
+    before = [p.detach().clone() for p in kernels]
+    optimizer = Muon(
+        [{"params": kernels, "weight_decay": 0.1, "muon": True}, {"params": vectors}], 0.9, 3, torch.float32
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    kernels[0].grad = torch.ones_like(kernels[0])
+    optimizer.step()
+    assert not torch.equal(kernels[0], before[0])
+    assert all(torch.equal(p, q) for p, q in zip(kernels[1:], before[1:], strict=True))
+
+
+def test_its_state_survives_a_checkpoint():
+    def steps(optimizer, kernels, count, generator):
+        for _ in range(count):
+            for p in kernels:
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+
+    def make():
+        kernels = parameters()[0]
+        optimizer = Muon([{"params": kernels, "muon": True, "weight_decay": 0.1, "lr": 0.01}], 0.9, 3, torch.float32)
+        return optimizer, kernels
+
+    straight, kernels = make()
+    steps(straight, kernels, 4, torch.Generator().manual_seed(0))
+    first, before = make()
+    generator = torch.Generator().manual_seed(0)
+    steps(first, before, 2, generator)
+    second, after = make()
+    second.load_state_dict(first.state_dict())
+    with torch.no_grad():
+        for p, q in zip(after, before, strict=True):
+            p.copy_(q)
+    steps(second, after, 2, generator)
+    assert all(torch.equal(p, q) for p, q in zip(kernels, after, strict=True))
