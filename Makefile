@@ -3,6 +3,8 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 DONE := $(VENV)/.installed
 DEVICE := cpu
+# Versions that are known to work; CONSTRAINTS=/dev/null takes the newest.
+CONSTRAINTS ?= .ci/constraints.txt
 # The folder with real data and weights that some tests use; they are skipped without it.
 export CIFAR_TL_SHARED ?= $(if $(wildcard ../shared/data),$(abspath ../shared))
 
@@ -13,7 +15,7 @@ help:  ## list the targets
 
 $(DONE): pyproject.toml .ci/constraints.txt
 	python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint .ci/constraints.txt
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint $(CONSTRAINTS)
 	touch $(DONE)
 
 setup: $(DONE)  ## make .venv and install everything into it (5 GB, some minutes)

@@ -57,6 +57,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(slow_disk, tmp_path, monkey
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
+@pytest.mark.slow
 def test_loading_a_checkpoint_takes_no_callback_and_no_report():
     """Nor matplotlib, for which lint-imports has a contract: torchmetrics imports it wherever it is installed."""
     code = "import sys, cifar_tl.checkpoints; print('\\n'.join(sys.modules))"

@@ -50,6 +50,7 @@ def test_evaluate_gives_the_runs_test_numbers(run, compose):
     assert {key: metrics[key] for key in evaluate(cfg)} == evaluate(cfg)
 
 
+@pytest.mark.slow
 def test_same_seed_same_run_other_seed_other_run(run, compose, tmp_path):
     expected = json.loads((run / "metrics.json").read_text())
     assert train(compose(*TINY), tmp_path / "same", "demo")["train/loss"] == expected["train/loss"]
@@ -57,6 +58,7 @@ def test_same_seed_same_run_other_seed_other_run(run, compose, tmp_path):
 
 
 @pytest.mark.resnet50
+@pytest.mark.slow
 def test_real_data_and_real_weights(compose, shared, tmp_path):
     overrides = (
         f"data.root='{shared / 'data'}'",
@@ -81,6 +83,7 @@ def test_interval_is_wilsons():
     assert high - low == pytest.approx(2 * 0.0059, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_train_loss_is_the_mean_over_the_epochs_images(compose, tmp_path, monkeypatch):
     losses, sizes, step = [], [], ResNet50Classifier.training_step
 

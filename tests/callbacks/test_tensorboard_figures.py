@@ -37,7 +37,7 @@ def run(compose, tmp_path_factory):
 
 
 def test_tags_are_those_of_the_readme(run):
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "cifar_tl" / "runs" / "README.md").read_text()
     table = readme.partition("| tag | what |")[2].partition("\n\n")[0]
     promised = {tag for line in table.splitlines() for tag in re.findall(r"`([^`]+)`", line.partition(" | ")[0])}
     promised |= {tag.replace("val/", "test/") for tag in promised if tag.startswith("val/") and "CLASS" in tag}
@@ -111,6 +111,7 @@ def test_images_are_those_of_the_test_set(run):
         np.testing.assert_array_equal(image, images[index].permute(1, 2, 0).numpy())
 
 
+@pytest.mark.slow
 def test_looking_changes_nothing(run, compose, tmp_path):
     blind = train(compose(*TINY, "model.dropout=0.2"), tmp_path, "demo")
     seen = json.loads((run / "metrics.json").read_text())
@@ -125,6 +126,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 def test_a_resumed_run_shows_everything_once(run, compose, tmp_path, monkeypatch):
     step = ResNet50Classifier.training_step
 
@@ -161,6 +163,7 @@ def test_a_resumed_run_shows_everything_once(run, compose, tmp_path, monkeypatch
     ],
     ids=["linear_probe", "gradual"],
 )
+@pytest.mark.slow
 def test_other_plans(compose, tmp_path, monkeypatch, caplog, overrides, validated, projected):
     monkeypatch.setattr(inspection.figures, "pixels", lambda figure: np.zeros((2, 2, 3), dtype=np.uint8))  # fast
     few = ("data.train_size=40", "data.batch_size=20", "logger=tensorboard")
@@ -171,6 +174,7 @@ def test_other_plans(compose, tmp_path, monkeypatch, caplog, overrides, validate
     assert [name for name in ("before", "after") if f'"features/{name}"' in config] == projected
 
 
+@pytest.mark.slow
 def test_a_picture_that_cannot_be_drawn_does_not_cost_the_run(compose, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(inspection.figures, "confusion", lambda *_: 1 / 0)
     monkeypatch.setattr(inspection.figures, "pixels", lambda figure: np.zeros((2, 2, 3), dtype=np.uint8))  # fast

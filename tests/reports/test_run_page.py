@@ -197,6 +197,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, monkeypatch, capsys, folde
     assert "error: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_reports_import_no_torch_and_help_no_matplotlib(tmp_path):
     code = (
         "import sys, cifar_tl.reports.__main__; assert 'matplotlib' not in sys.modules; "

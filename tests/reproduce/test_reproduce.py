@@ -265,6 +265,7 @@ def test_what_is_to_come_is_said_before_the_first_job(tmp_path, monkeypatch, cap
     assert "Ctrl-C stops" in printed[0]
 
 
+@pytest.mark.slow
 def test_a_commands_exit_code_decides(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert reproduce.command("cifar_tl.train", ["--help"])
