@@ -46,11 +46,11 @@ def write_tables(jobs: Sequence[Job], folder: Path) -> list[Path]:
         curves = {group.label: _curve(group.runs[0]) for those in groups.values() for group in those}
         drawn = {label: curve for label, curve in curves.items() if curve is not None}
         if part == "results" and drawn:
-            said = "; ".join(f"{label} {points(v[at] - v[at - 1], 1)} points" for label, (_, v, at) in drawn.items())
+            alt_text = "; ".join(f"{label} {points(v[at] - v[at - 1], 1)} points" for label, (_, v, at) in drawn.items())
             figure = figures.cliff("Validation accuracy around the unfreeze", drawn)
-            svg.save(figure, folder, CLIFF, f"Validation accuracy per epoch. One epoch after the unfreeze: {said}.")
+            svg.save(figure, folder, CLIFF, f"Validation accuracy per epoch. One epoch after the unfreeze: {alt_text}.")
             written += [folder / f"{CLIFF}.{ending}" for ending in ("svg", "png")]
-            texts.append(f"![Validation accuracy around the unfreeze: {said}]({CLIFF}.png)")
+            texts.append(f"![Validation accuracy around the unfreeze: {alt_text}]({CLIFF}.png)")
     written[0].write_text("\n\n".join(texts) + "\n")
     return written
 
@@ -105,14 +105,14 @@ def ladder(groups: dict[str, list[Group]]) -> Table:
     recipes = [label for label in means[first] if all(label in means[scale] for scale in others)]
     recipes.sort(key=lambda label: -means[first][label])
     rows = [[label, *(f"{100 * means[scale][label]:.2f}" for scale in means)] for label in recipes]
-    said = [
+    agreement = [
         f"Spearman's rank correlation of {first} and {scale}: "
         f"{spearman([means[first][label] for label in recipes], [means[scale][label] for label in recipes]):.2f} "
         f"(n = {len(recipes)} recipes)."
         for scale in others
         if len(recipes) > 1
     ]
-    note = " ".join(["Best validation accuracy in %, mean over the seeds, of recipes run on every scale.", *said])
+    note = " ".join(["Best validation accuracy in %, mean over the seeds, of recipes run on every scale.", *agreement])
     return Table("Ladder", ["recipe", *means], rows, note)
 
 

@@ -235,7 +235,7 @@ def test_the_report_of_a_sweep_over_ablations_has_their_table(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("argument", "said"),
+    ("argument", "message"),
     [
         ("publish=yes_please", "publish=yes_please is not allowed: give true or false."),
         ("only=[result]", "Did you mean results?"),
@@ -248,10 +248,10 @@ def test_the_report_of_a_sweep_over_ablations_has_their_table(tmp_path):
         ("results.recipes.best32=['ablate=no_flipp']", "no_flip"),
     ],
 )
-def test_a_mistake_gets_a_readable_error_before_anything_is_run(command, argument, said):
+def test_a_mistake_gets_a_readable_error_before_anything_is_run(command, argument, message):
     code, _, err = command(argument)
     assert (code, command.called) == (1, [])
-    assert said in err
+    assert message in err
     assert "Traceback" not in err
 
 
