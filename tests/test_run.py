@@ -7,9 +7,13 @@ import pytest
 import torch
 from conftest import TINY
 
+from cifar_tl.checkpoints import load_trained
+from cifar_tl.errors import UserError
 from cifar_tl.evaluate import evaluate
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.runs.metrics import wilson_interval
+from cifar_tl.runs.record import collapse_warnings
+from cifar_tl.schedule import FinetuneSchedule
 from cifar_tl.train import train
 
 
@@ -98,3 +102,79 @@ def test_train_loss_is_the_mean_over_the_epochs_images(compose, tmp_path, monkey
     assert sizes == [16, 16, 8] * 4
     expected = [np.average(losses[i : i + 3], weights=sizes[i : i + 3]) for i in range(0, 12, 3)]
     assert metrics["train/loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_early_stopping_by_config_alone_ends_the_run_early_and_it_is_tested(compose, tmp_path):
+    stopping = ("callbacks=early_stopping", "callbacks.early_stopping.patience=1", "finetune.unfreeze_at_epoch=null")
+    metrics = train(compose(*TINY, *stopping, "finetune.head_lr=0", "trainer.max_epochs=9"), tmp_path, "demo")
+    assert metrics["epoch"] == [0, 1]
+    assert metrics["status"] == "finished"
+    assert "test/acc" in metrics
+
+
+@pytest.mark.filterwarnings("ignore")  # of MLflow's own dependencies
+def test_mlflow_by_config_alone(compose, tmp_path):
+    pytest.importorskip("mlflow", reason="needs pip install cifar_tl[mlflow]")
+    from mlflow import MlflowClient
+
+    database = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    metrics = train(compose(*TINY, "logger=mlflow", f"logger.mlflow.tracking_uri={database}"), tmp_path / "run", "demo")
+    client = MlflowClient(database)
+    (experiment,) = (e for e in client.search_experiments() if e.name == "cifar_tl")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["val/acc"] == pytest.approx(metrics["val/acc"][-1])
+    assert run.data.metrics["test/acc"] == pytest.approx(metrics["test/acc"])
+    assert run.data.params["finetune/optimizer"] == "adamw"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("+callbacks.mine.patience=3", r"callbacks\.mine has no _target_"),
+        ("+callbacks.mine._target_=nowhere.Callback", r"callbacks\.mine: nowhere\.Callback cannot be built"),
+        ("logger.csv._target_=lightning.pytorch.loggers.CSV", r"logger\.csv: .* cannot be built"),
+    ],
+)
+def test_a_callback_or_logger_that_cannot_be_built_is_named(compose, tmp_path, override, said):
+    with pytest.raises(UserError, match=said):
+        train(compose(*TINY, override), tmp_path, "demo")
+
+
+def test_lightning_loads_a_checkpoint_by_itself(tiny_run, tiny_checkpoint):
+    module = ResNet50Classifier.load_from_checkpoint(tiny_checkpoint, weights_only=True).eval()
+    trained = load_trained(tiny_checkpoint)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(module(images), trained.module(images), rtol=0, atol=0)
+    assert module.hparams["classes"] == json.loads((tiny_run / "metrics.json").read_text())["classes"]
+
+
+def test_a_training_that_collapses_says_so(compose, tmp_path, caplog):
+    healthy = train(compose(*TINY), tmp_path / "healthy", "demo")
+    assert healthy["warnings"] == []
+    planted = ("finetune.optimizer=sgd", "finetune.backbone_lr=1e6", "finetune.head_lr_unfrozen=1e6")
+    metrics = train(compose(*TINY, *planted), tmp_path / "planted", "demo")
+    (warning,) = [w for w in metrics["warnings"] if "not a finite number" in w]
+    assert "from epoch 2 on" in warning
+    assert "finetune.backbone_lr=1e+06" in warning
+    assert f"warning: {warning}" in caplog.text
+    text = (tmp_path / "planted" / "metrics.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert metrics["train/loss"][2] is None
+    assert metrics["status"] == "finished"
+
+
+def test_validation_that_falls_at_the_unfreeze_is_a_collapse():
+    schedule = FinetuneSchedule(max_epochs=4, unfreeze_at_epoch=2, head_lr=1e-3, backbone_lr=1e-2)
+
+    def warnings(after):
+        accuracies = [0.5, 0.6, after, 0.7]
+        losses = {"train/loss": 1.0, "val/loss": 1.0}
+        return collapse_warnings([{"epoch": e, "val/acc": a, **losses} for e, a in enumerate(accuracies)], schedule)
+
+    assert warnings(after=0.56) == []
+    (warning,) = warnings(after=0.54)
+    assert "fell from 60.00% to 54.00%" in warning
+    assert "finetune.backbone_lr=0.01" in warning
+    assert "model.filter_rms" in warning
