@@ -24,6 +24,7 @@ def run(compose, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_metrics_json_has_everything_to_judge_and_repeat_a_run(run):
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["status"] == "finished"
@@ -41,12 +42,14 @@ def test_metrics_json_has_everything_to_judge_and_repeat_a_run(run):
         assert key in metrics, key
 
 
+@pytest.mark.slow
 def test_loggers_write_where_they_should(run):
     assert list((run / "tensorboard").glob("events.*"))
     header = (run / "csv" / "version_0" / "metrics.csv").read_text().splitlines()[0]
     assert {"val/acc", "lr/head", "lr/backbone", "val/f1/0 degrees"} <= set(header.split(","))
 
 
+@pytest.mark.slow
 def test_evaluate_gives_the_runs_test_numbers(run, compose):
     checkpoint = run / "checkpoints" / "best.ckpt"
     cfg = compose(f"checkpoint='{checkpoint}'", "trainer.accelerator=cpu", config_name="evaluate")
@@ -104,6 +107,7 @@ def test_train_loss_is_the_mean_over_the_epochs_images(compose, tmp_path, monkey
     assert metrics["train/loss"] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_early_stopping_by_config_alone_ends_the_run_early_and_it_is_tested(compose, tmp_path):
     stopping = ("callbacks=early_stopping", "callbacks.early_stopping.patience=1", "finetune.unfreeze_at_epoch=null")
     metrics = train(compose(*TINY, *stopping, "finetune.head_lr=0", "trainer.max_epochs=9"), tmp_path, "demo")
@@ -113,6 +117,7 @@ def test_early_stopping_by_config_alone_ends_the_run_early_and_it_is_tested(comp
 
 
 @pytest.mark.filterwarnings("ignore")  # of MLflow's own dependencies
+@pytest.mark.slow
 def test_mlflow_by_config_alone(compose, tmp_path):
     pytest.importorskip("mlflow", reason="needs pip install cifar_tl[mlflow]")
     from mlflow import MlflowClient
@@ -150,6 +155,7 @@ def test_lightning_loads_a_checkpoint_by_itself(tiny_run, tiny_checkpoint):
     assert module.hparams["classes"] == json.loads((tiny_run / "metrics.json").read_text())["classes"]
 
 
+@pytest.mark.slow
 def test_a_training_that_collapses_says_so(compose, tmp_path, caplog):
     healthy = train(compose(*TINY), tmp_path / "healthy", "demo")
     assert healthy["warnings"] == []

@@ -46,11 +46,11 @@ def write_tables(jobs: Sequence[Job], folder: Path) -> list[Path]:
         curves = {group.label: _curve(group.runs[0]) for those in groups.values() for group in those}
         drawn = {label: curve for label, curve in curves.items() if curve is not None}
         if part == "results" and drawn:
-            alt_text = "; ".join(f"{label} {points(v[at] - v[at - 1], 1)} points" for label, (_, v, at) in drawn.items())
+            jumps = "; ".join(f"{label} {points(v[at] - v[at - 1], 1)} points" for label, (_, v, at) in drawn.items())
             figure = figures.cliff("Validation accuracy around the unfreeze", drawn)
-            svg.save(figure, folder, CLIFF, f"Validation accuracy per epoch. One epoch after the unfreeze: {alt_text}.")
+            svg.save(figure, folder, CLIFF, f"Validation accuracy per epoch. One epoch after the unfreeze: {jumps}.")
             written += [folder / f"{CLIFF}.{ending}" for ending in ("svg", "png")]
-            texts.append(f"![Validation accuracy around the unfreeze: {alt_text}]({CLIFF}.png)")
+            texts.append(f"![Validation accuracy around the unfreeze: {jumps}]({CLIFF}.png)")
     written[0].write_text("\n\n".join(texts) + "\n")
     return written
 

@@ -60,6 +60,7 @@ def test_guard_catches_batchnorm_left_training(compose, tmp_path, monkeypatch):
         train_with_bug(compose, tmp_path)
 
 
+@pytest.mark.slow
 def test_guard_catches_a_group_missing_from_the_optimizer(compose, tmp_path, monkeypatch):
     groups = optim.parameter_groups
     monkeypatch.setattr(

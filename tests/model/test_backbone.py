@@ -12,6 +12,7 @@ from cifar_tl.model.weights import load_weights
 pytestmark = pytest.mark.resnet50
 
 
+@pytest.mark.slow
 def test_backbone_is_torchvisions_resnet50_up_to_its_pooling(tmp_path):
     original = resnet50().eval()
     path = tmp_path / "weights.pth"

@@ -47,6 +47,7 @@ def gradients(backbone, images):
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.slow
 def test_files_of_one_network_become_one_whatever_the_scale_of_their_filters(seed):
     images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     backbone = pretrained(seed)

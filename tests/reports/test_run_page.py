@@ -120,6 +120,7 @@ def test_plan_and_what_happened(drawn):
     assert "0123abcd" in drawn[1]
 
 
+@pytest.mark.slow
 def test_same_files_same_page(drawn):
     before = {path.name: path.read_bytes() for path in (drawn[0] / "figures").iterdir()}
     assert main([str(drawn[0])]) == 0

@@ -223,6 +223,7 @@ def test_an_ablation_changes_the_recipe_and_says_how(name):
     assert lines[2].startswith("# Removes ")
 
 
+@pytest.mark.slow
 def test_the_report_of_a_sweep_over_ablations_has_their_table(tmp_path):
     accuracies = {("none", 0): 0.6, ("none", 1): 0.7, ("no_flip", 0): 0.55, ("no_flip", 1): 0.69}
     for job, ((name, seed), accuracy) in enumerate(accuracies.items()):
