@@ -27,11 +27,14 @@ class PacedCheckpointIO(TorchCheckpointIO):
 
     What is not written yet is held in the host's memory. `teardown` writes it: at the end of a run, after an error and
     after Ctrl-C. So a run with long epochs writes after each, one with epochs of a second writes every few seconds, and
-    only a killed process loses the seconds since the last write.
+    only a killed process loses what came since the last write: the epoch it was in, or LONGEST seconds. The checkpoints
+    of one epoch are written together: the one to resume from is never older than the best one.
     """
 
     SHARE = 0.02
     """Of a run's time, at most, spent on writing."""
+    LONGEST = 60.0
+    """Seconds between two writes, at most, whatever they take."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,10 +42,9 @@ class PacedCheckpointIO(TorchCheckpointIO):
         self._due = 0.0
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Hold a copy of a checkpoint, and write whatever is held if that is due."""
-        self._pending.pop(str(path), None)  # the newest comes last: best.ckpt is never newer than last.ckpt on disk
+        """Hold a copy of a checkpoint; with an epoch's last one, write whatever is held if that is due."""
         self._pending[str(path)] = _copy_to_host(checkpoint)
-        if time.monotonic() >= self._due:
+        if Path(path).name != BEST and time.monotonic() >= self._due:
             self.flush()
 
     def flush(self) -> None:
@@ -52,11 +54,11 @@ class PacedCheckpointIO(TorchCheckpointIO):
             OSError: It cannot be written; the checkpoint that was there before is then still whole.
         """
         start = time.monotonic()
-        for path in list(self._pending):
+        for path in sorted(self._pending, key=lambda path: Path(path).name == BEST):  # the one to resume from first
             _write(self._pending[path], Path(path))
             del self._pending[path]
         end = time.monotonic()
-        self._due = end + (end - start) / self.SHARE
+        self._due = end + min((end - start) / self.SHARE, self.LONGEST)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint as it was saved last."""
@@ -93,6 +95,20 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
         raise OSError(errno.ENOSPC, "cannot be written, probably because the disk is full", str(path)) from error
 
 
+class BestCheckpoint(ModelCheckpoint):
+    """Lightning's, but it remembers its best score in a folder that was moved or copied (Lightning issue 15705)."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the state with its paths as they are now."""
+
+        def here(path: str) -> str:
+            return str(Path(self.dirpath or "") / Path(path).name) if path else path
+
+        paths = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        best = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath})
+
+
 def checkpoint_callbacks(folder: Path) -> list[ModelCheckpoint]:
     """Return the callbacks that keep the best epoch's weights and the state to resume from, in this order.
 
@@ -101,10 +117,10 @@ def checkpoint_callbacks(folder: Path) -> list[ModelCheckpoint]:
             resumed run needs, after every epoch).
     """
     common: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False, "save_on_train_epoch_end": True}
-    best = ModelCheckpoint(
+    best = BestCheckpoint(
         filename=Path(BEST).stem, monitor="val/acc", mode="max", save_top_k=1, save_weights_only=True, **common
     )
-    return [best, ModelCheckpoint(filename=Path(LAST).stem, save_top_k=1, **common)]
+    return [best, BestCheckpoint(filename=Path(LAST).stem, save_top_k=1, **common)]
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

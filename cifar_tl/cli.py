@@ -4,18 +4,27 @@ import errno
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from cifar_tl.errors import Interrupted, UserError, suggest
 from cifar_tl.runs.resume import with_overrides_of_resumed_run
+
+log = logging.getLogger(__name__)
+
+DISK_ERRORS = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST, errno.EDQUOT)
 
 
 class StdoutHandler(logging.Handler):
@@ -29,8 +38,25 @@ class StdoutHandler(logging.Handler):
         super().__init__()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a record."""
-        print(self.format(record), flush=True)
+        """Print a record; a console that is gone, or has no such letters, never ends a run."""
+        text = self.format(record)
+        try:
+            print(text, flush=True)
+        except UnicodeEncodeError as error:
+            print(text.encode(error.encoding, "backslashreplace").decode(error.encoding), flush=True)
+        except BrokenPipeError:
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115  # for the rest of the process
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a job returns instead of its result: Hydra notes it, and the sweep goes on.
+
+    Attributes:
+        message: What was wrong, for the person at the keyboard.
+    """
+
+    message: str
 
 
 def conf_folder() -> Path:
@@ -52,44 +78,91 @@ def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: li
         0; 1 after a mistake, whose explanation is then on stderr; 130 after Ctrl-C.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, and what to print is decided here
-    main = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(
-        _imported_when_called(task) if isinstance(task, str) else task
-    )
-    before = sys.argv
+    function = _imported_when_called(task) if isinstance(task, str) else task
+    failures: list[str] = []
+    jobs = 0
+
+    def job(cfg: DictConfig) -> Any:
+        nonlocal jobs
+        jobs += 1
+        multirun = HydraConfig.get().mode is RunMode.MULTIRUN
+        try:
+            return function(cfg)
+        except Exception as error:
+            if (message := _explained(error, config_name)) is None:
+                if not multirun:
+                    raise
+                log.exception("Unexpected error")  # the other jobs and the table are still worth having
+                message = f"{type(error).__name__}: {error}"
+            overrides = " ".join(HydraConfig.get().overrides.task)
+            failures.append(f"job {HydraConfig.get().job.num} ({overrides}): {message}" if multirun else message)
+            return Failure(message)
+
+    main = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(job)
+    before, handler = sys.argv, signal.getsignal(signal.SIGTERM)
     try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _interrupt)
         _refuse_added_keys(arguments)
-        sys.argv = [before[0], *with_overrides_of_resumed_run(arguments)]
+        sys.argv = [before[0], *_flags_first(with_overrides_of_resumed_run(arguments))]
         main()
-    except Interrupted as interrupted:
-        print(f"\n{interrupted}", file=sys.stderr)
+    except (Interrupted, KeyboardInterrupt) as interrupted:
+        print(f"\n{str(interrupted) or 'Interrupted.'}", file=sys.stderr)
+        if "--multirun" in sys.argv or "-m" in sys.argv:
+            _end_interrupted_sweep()
         return 130
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        return 130
-    except UserError as error:
-        return _fail(str(error))
-    except (HydraException, OmegaConfBaseException) as error:
-        return _fail(explain(error, config_name))
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST, errno.EDQUOT):
+    except Exception as error:
+        if (message := _explained(error, config_name)) is None:
             raise
-        return _fail(
+        failures.append(message)
+    finally:
+        sys.argv = before
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+    for message in failures:
+        print(f"error: {message}", file=sys.stderr)
+    if failures and jobs > 1:
+        print(f"{len(failures)} of {jobs} jobs failed", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    """End as Ctrl-C does: with what there is saved."""
+    raise KeyboardInterrupt
+
+
+def _end_interrupted_sweep() -> None:
+    """Leave the table and the page of a sweep that was interrupted, and say how to go on."""
+    from cifar_tl.reports.sweep_table import SweepTable
+
+    if (table := SweepTable.current) is not None:
+        table.finish()
+        print(f"Go on with the whole sweep: python -m cifar_tl.train -m {table.resume_argument()}", file=sys.stderr)
+
+
+def _flags_first(arguments: list[str]) -> list[str]:
+    """Return the arguments with flags that take no value before the overrides, where alone argparse expects them."""
+    flags = ("-m", "--multirun", "--resolve", "--info", "--help", "-h", "--hydra-help", "--version")
+    return [a for a in arguments if a in flags] + [a for a in arguments if a not in flags]
+
+
+def _explained(error: BaseException, config_name: str) -> str | None:
+    """Return what to tell the person about an error; None if it is none that they can put right."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return explain(error, config_name)
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return (
             f"{error.filename or 'output'}: {error.strerror}. Runs are written under ./outputs; "
             f"choose another place with hydra.run.dir=FOLDER (hydra.sweep.dir=FOLDER for -m), or make room there."
         )
-    finally:
-        sys.argv = before
-    return 0
+    return None
 
 
 def _imported_when_called(target: str) -> Callable[[DictConfig], Any]:
     module, _, function = target.partition(":")
     return lambda cfg: getattr(importlib.import_module(module), function)(cfg)
-
-
-def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 1
 
 
 def _refuse_added_keys(arguments: list[str]) -> None:

@@ -11,8 +11,11 @@ class UserError(Exception):
     """
 
 
-class Interrupted(Exception):
-    """The person pressed Ctrl-C; the text says what is saved and how to go on. Exit code 130."""
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM; the text says what is saved and how to go on. Exit code 130.
+
+    No Exception: Hydra would note it as a failure of one job and start the sweep's next one (Hydra issue 3078).
+    """
 
 
 def suggest(given: str, allowed: Iterable[str]) -> str:

@@ -11,12 +11,14 @@ import gc
 import logging
 import math
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from cifar_tl.build import (
@@ -39,7 +41,8 @@ from cifar_tl.model.optim import optimizer_text
 from cifar_tl.model.weights import load_weights
 from cifar_tl.reports.run_page import write_run_report
 from cifar_tl.runs.formatting import duration_text, percent, result_text
-from cifar_tl.runs.record import read_metrics
+from cifar_tl.runs.record import METRICS, read_metrics
+from cifar_tl.runs.resume import kept_result, resume_command, run_lock
 from cifar_tl.schedule import epochs_text, stages_text
 
 log = logging.getLogger(__name__)
@@ -49,7 +52,13 @@ def main(cfg: DictConfig) -> float:
     """Train, test, draw the run's page and return the best validation accuracy, for sweeps."""
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    metrics = train(cfg, folder, experiment=hydra.runtime.choices["experiment"])
+    if hydra.mode is RunMode.MULTIRUN and cfg.resume is not None:  # a sweep that goes on
+        if (result := kept_result(folder)) is not None:
+            log.info("%s is finished: kept", folder)
+            return result
+        cfg.resume = str(folder) if (folder / "checkpoints" / LAST).is_file() else None
+    with run_lock(folder):
+        metrics = train(cfg, folder, experiment=hydra.runtime.choices["experiment"])
     gc.collect()  # model and trainer refer to each other: the next job of a sweep would start beside them
     draw_report(folder)
     return float(metrics["best/val/acc"])
@@ -121,7 +130,13 @@ def test_best(
     trainer: L.Trainer, module: ResNet50Classifier, datamodule: CIFAR10DataModule, folder: Path
 ) -> dict[str, Any]:
     """Measure the best epoch's weights on the test set, the run's one look at it, and say what came out."""
-    module.load_state_dict(read_checkpoint(folder / "checkpoints" / BEST)["state_dict"])
+    best = read_checkpoint(folder / "checkpoints" / BEST)
+    if best["epoch"] != (recorded := read_metrics(folder).get("best/epoch")):
+        raise UserError(
+            f"{folder / 'checkpoints' / BEST} is of epoch {best['epoch']}, but the best one in {folder / METRICS} is "
+            f"{recorded}: one of them is of another run, and nothing was tested. Restore it, or train again."
+        )
+    module.load_state_dict(best["state_dict"])
     trainer.test(module, datamodule=datamodule, verbose=False)
     metrics = read_metrics(folder)
     log.info(
@@ -152,7 +167,7 @@ def draw_report(folder: Path) -> None:
             "The report was not drawn (%s: %s). Again: python -m cifar_tl.reports %s",
             type(error).__name__,
             error,
-            folder,
+            shlex.quote(str(folder)),
         )
 
 
@@ -190,5 +205,5 @@ def interrupted_text(folder: Path, last: Path) -> str:
     metrics = read_metrics(folder)
     return (
         f"Interrupted. {len(metrics['epoch'])} of {metrics['plan'][-1]['end']} epochs are saved in {last}. Continue "
-        f"with\n  python -m cifar_tl.train resume={folder}"
+        f"with\n  {resume_command(folder)}"
     )

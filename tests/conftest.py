@@ -1,4 +1,7 @@
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there: small networks gain nothing from more threads
+
 from collections.abc import Callable, Iterator
 from pathlib import Path
 

@@ -4,7 +4,7 @@ import csv
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
@@ -12,15 +12,25 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from cifar_tl.cli import Failure
+from cifar_tl.runs.resume import resume_command
+
 log = logging.getLogger(__name__)
 
 COLUMNS = ("job", "overrides", "best val/acc", "test/acc", "minutes", "state")
 
 
 class SweepTable(Callback):
-    """Collect the jobs of a multirun: sweep.csv after each job, in its folder; after the last, a table and a page."""
+    """Collect the jobs of a multirun: sweep.csv after each job, in its folder; after the last, a table and a page.
+
+    A job that failed, or was kept from an earlier start of the sweep, has its line, too.
+    """
+
+    current: ClassVar["SweepTable | None"] = None
+    """The one of this process, for the command line, which Hydra does not call after an interrupt."""
 
     def __init__(self) -> None:
+        SweepTable.current = self
         self._rows: list[dict[str, Any]] = []
         self._overrides: list[list[str]] = []
         self._folder = Path()
@@ -35,7 +45,8 @@ class SweepTable(Callback):
         self._folder = folder.parents[len(Path(hydra.sweep.subdir).parts) - 1]  # sweep.dir has the time of each look
         path = folder / "metrics.json"
         metrics = json.loads(path.read_text()) if path.is_file() else {}
-        done = job_return.status is JobStatus.COMPLETED
+        failure = job_return._return_value
+        done = job_return.status is JobStatus.COMPLETED and not isinstance(failure, Failure)
         self._overrides.append(list(job_return.overrides or []))
         self._rows.append(
             {
@@ -44,7 +55,7 @@ class SweepTable(Callback):
                 "best val/acc": metrics.get("best/val/acc"),
                 "test/acc": metrics.get("test/acc"),
                 "minutes": sum(metrics.get("seconds", [])) / 60,
-                "state": metrics.get("status", "?") if done else f"failed: {job_return._return_value}",
+                "state": metrics.get("status", "?") if done else f"failed: {getattr(failure, 'message', failure)}",
             }
         )
 
@@ -54,10 +65,17 @@ class SweepTable(Callback):
             writer.writerows(self._rows)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Print the table, without what all jobs share.
+        """Print the table and draw the page."""
+        self.finish()
 
-        Hydra does not get here if a job failed; sweep.csv has its line.
-        """
+    def resume_argument(self) -> str:
+        """Return the override that goes on with the sweep, as a shell takes it."""
+        return resume_command(self._folder).rpartition("cifar_tl.train ")[2]
+
+    def finish(self) -> None:
+        """Print the table of the jobs so far, without what all of them share, and draw the page."""
+        if not self._rows:
+            return
         table = Table(*COLUMNS, title=str(self._folder))
         shared = set.intersection(*(set(overrides) for overrides in self._overrides)) if len(self._rows) > 1 else set()
         for row, overrides in zip(self._rows, self._overrides, strict=True):

@@ -1,16 +1,31 @@
-"""Continuing a run: the same command in the same folder, from its last checkpoint."""
+"""Continuing a run or a sweep: the same command in the same folder, from its last checkpoint."""
 
+import fcntl
+import os
+import re
+import shlex
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
 
 from cifar_tl.errors import UserError
+from cifar_tl.runs.record import METRICS, read_metrics
 
 LAST = Path("checkpoints") / "last.ckpt"
+LOCK = ".lock"
+
+
+def resume_command(folder: Path) -> str:
+    """Return the command that continues a run, as a shell takes it."""
+    plain = re.fullmatch(r"[A-Za-z0-9/._-]+", str(folder))
+    return f"python -m cifar_tl.train {shlex.quote(f'resume={folder if plain else _quoted(folder)}')}"
 
 
 def with_overrides_of_resumed_run(arguments: list[str], outputs: Path = Path("outputs")) -> list[str]:
-    """Return the arguments that continue a run, if they say `resume=...`; as they are otherwise.
+    """Return the arguments that continue a run or a sweep, if they say `resume=...`; as they are otherwise.
 
     The run's own overrides come first and may be overridden again; its folder is kept.
 
@@ -19,24 +34,105 @@ def with_overrides_of_resumed_run(arguments: list[str], outputs: Path = Path("ou
         outputs: Where `resume=last` looks for the newest checkpoint.
 
     Raises:
-        UserError: No such run, nothing to resume in it, or a sweep.
+        UserError: No such run, nothing to resume in it, a sweep without -m, or a folder that holds another run.
     """
     given = [a.partition("=")[2] for a in arguments if a.startswith("resume=")]
+    multirun = bool({"-m", "--multirun"} & set(arguments))
     if not given or given[-1] in ("", "null"):
+        _refuse_used_folder(arguments, multirun)
         return arguments
-    if {"-m", "--multirun"} & set(arguments):
-        raise UserError("resume= continues one run and does not go with -m. Resume the jobs of a sweep one by one.")
-    folder = _newest_run(outputs) if given[-1] == "last" else Path(given[-1].strip("'\""))
+    if multirun:
+        return _sweep_arguments(arguments, _unquoted(given[-1]))
+    folder = _newest_run(outputs) if given[-1] == "last" else _unquoted(given[-1])
     saved = folder / ".hydra" / "overrides.yaml"
+    if (folder / "multirun.yaml").is_file():
+        raise UserError(f"resume={given[-1]}: {folder} is a sweep's folder. Add -m to go on with all its jobs.")
     if not saved.is_file():
         raise UserError(f"resume={given[-1]}: {folder} is no run's folder: it has no .hydra/overrides.yaml.")
     if not (folder / LAST).is_file():
         raise UserError(
             f"resume={given[-1]}: {folder} has no {LAST}: the run ended before its first epoch did. Start it anew."
         )
-    theirs = [a for a in yaml.safe_load(saved.read_text()) if not a.startswith("resume=")]
+    theirs = [a for a in yaml.safe_load(saved.read_text(encoding="utf-8")) if not a.startswith("resume=")]
     ours = [a for a in arguments if not a.startswith("resume=")]
-    return [*theirs, *ours, f"resume='{folder}'", f"hydra.run.dir='{folder}'"]
+    return [*theirs, *ours, f"resume={_quoted(folder)}", f"hydra.run.dir={_quoted(folder)}"]
+
+
+def _sweep_arguments(arguments: list[str], folder: Path) -> list[str]:
+    """Return the arguments that go on with a sweep: each job is kept, continued or run, as its folder says."""
+    saved = folder / "multirun.yaml"
+    if not saved.is_file():
+        raise UserError(f"-m resume={folder}: {folder} is no sweep's folder: it has no multirun.yaml.")
+    theirs = yaml.safe_load(saved.read_text(encoding="utf-8"))["hydra"]["overrides"]["task"]
+    theirs = [a for a in theirs if not a.startswith("resume=")]
+    ours = [a for a in arguments if not a.startswith("resume=")]
+    if changed := [a for a in ours if not a.startswith("-")]:
+        raise UserError(
+            f"-m resume={folder} goes on with the sweep as it was started; {' '.join(changed)} would make it another "
+            f"one. Start a new sweep for that."
+        )
+    return [*ours, *theirs, f"resume={_quoted(folder)}", f"hydra.sweep.dir={_quoted(folder)}"]
+
+
+def kept_result(folder: Path) -> float | None:
+    """Return the best validation accuracy of a finished run, None of one that is not."""
+    try:
+        metrics = read_metrics(folder)
+    except (OSError, ValueError):
+        return None
+    return float(metrics["best/val/acc"]) if metrics.get("status") == "finished" else None
+
+
+def _refuse_used_folder(arguments: list[str], multirun: bool) -> None:
+    """Refuse to start a run where another one is, before Hydra writes its config there."""
+    key = "hydra.sweep.dir=" if multirun else "hydra.run.dir="
+    given = [a.removeprefix(key) for a in arguments if a.startswith(key)]
+    if not given or "${" in given[-1]:
+        return
+    folder = _unquoted(given[-1])
+    if (folder / METRICS).is_file() or (folder / "multirun.yaml").is_file():
+        what = "a sweep" if multirun else "a run"
+        raise UserError(
+            f"{key}{given[-1]}: {folder} holds {what} already. Choose another folder, go on with it by "
+            f"{'-m ' if multirun else ''}resume={given[-1]}, or delete it first."
+        )
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold a run's folder: no other process trains in it. A process that dies lets go of it.
+
+    Raises:
+        UserError: Another process trains in it.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        yield  # one process of several that train together
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(f"{folder}: {holder} trains there now. Wait for it, or choose another folder.") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def _quoted(path: Path) -> str:
+    """Return a path as a quoted value of Hydra's override grammar."""
+    return "'" + str(path).replace("'", "\\'") + "'"
+
+
+def _unquoted(value: str) -> Path:
+    """Return a path given as the value of an override, with or without quotes."""
+    for quote in ("'", '"'):
+        if len(value) > 1 and value[0] == value[-1] == quote:
+            return Path(value[1:-1].replace(f"\\{quote}", quote)).expanduser()
+    return Path(value).expanduser()
 
 
 def _newest_run(outputs: Path) -> Path:

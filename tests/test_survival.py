@@ -1,0 +1,234 @@
+"""Interrupting, moving, repeating and continuing runs and sweeps: nothing is lost, and nothing is done twice."""
+
+import io
+import json
+import logging
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from cifar_tl import cli
+from cifar_tl.checkpoints import BestCheckpoint, PacedCheckpointIO
+from cifar_tl.errors import UserError
+from cifar_tl.model.module import ResNet50Classifier
+from cifar_tl.runs.resume import resume_command, run_lock, with_overrides_of_resumed_run
+from cifar_tl.train import train
+
+FAST = (*TINY, "data.train_size=40", "trainer.max_epochs=3", "finetune.features_folder=null")
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Run cifar_tl.train in an empty folder; return its exit code and what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments):
+        before = signal.getsignal(signal.SIGINT)
+        try:
+            code = cli.run("cifar_tl.train:main", "train", list(arguments))
+        finally:
+            signal.signal(signal.SIGINT, before)  # Lightning ignores it from its first Ctrl-C on
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return command
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Interrupt the training of one seed in its second epoch."""
+    step = ResNet50Classifier.training_step
+
+    def interrupt(seed, by):
+        def interrupted(self, batch, batch_idx):
+            if (self.current_epoch, batch_idx, self.provenance["facts"]["seed"]) == (1, 0, seed):
+                by()
+            return step(self, batch, batch_idx)
+
+        monkeypatch.setattr(ResNet50Classifier, "training_step", interrupted)
+        return lambda: monkeypatch.setattr(ResNet50Classifier, "training_step", step)
+
+    return interrupt
+
+
+def ctrl_c():
+    raise KeyboardInterrupt
+
+
+def sigterm():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("by", [ctrl_c, sigterm])
+def test_an_interrupted_sweep_stops_at_once_and_goes_on_without_doing_anything_twice(command, interrupt, tmp_path, by):
+    go_on = interrupt(1, by)
+    code, out, err = command("-m", "seed=0,1,2", *FAST, "hydra.sweep.dir=sweep")
+    assert code == 130
+    assert not (tmp_path / "sweep" / "2").exists()
+    assert json.loads((tmp_path / "sweep" / "1" / "metrics.json").read_text())["status"] == "interrupted"
+    assert "seed=0" in out[out.index("best val/acc") :]
+    assert (tmp_path / "sweep" / "sweep_report.html").is_file()
+    (said,) = [line for line in err.splitlines() if line.startswith("Go on with the whole sweep: ")]
+    assert "Traceback" not in err
+
+    go_on()
+    finished = (tmp_path / "sweep" / "0" / "metrics.json").read_bytes()
+    code, out, err = command(*shlex.split(said)[shlex.split(said).index("cifar_tl.train") + 1 :])
+    assert code == 0, err
+    assert (tmp_path / "sweep" / "0" / "metrics.json").read_bytes() == finished
+    metrics = [json.loads((tmp_path / "sweep" / job / "metrics.json").read_text()) for job in "012"]
+    assert [m["status"] for m in metrics] == ["finished"] * 3
+    assert [m["seed"] for m in metrics] == [0, 1, 2]
+    assert [m["epoch"] for m in metrics] == [[0, 1, 2]] * 3
+    assert len((tmp_path / "sweep" / "sweep.csv").read_text().splitlines()) == 4
+
+
+def test_a_sweep_goes_on_as_it_was_started(tmp_path):
+    (tmp_path / "multirun.yaml").write_text("hydra: {overrides: {task: ['seed=0,1']}}")
+    arguments = with_overrides_of_resumed_run(["-m", f"resume={tmp_path}"])
+    assert arguments == ["-m", "seed=0,1", f"resume='{tmp_path}'", f"hydra.sweep.dir='{tmp_path}'"]
+    with pytest.raises(UserError, match="seed=2 would make it another one"):
+        with_overrides_of_resumed_run(["-m", f"resume={tmp_path}", "seed=2"])
+    with pytest.raises(UserError, match="Add -m"):
+        with_overrides_of_resumed_run([f"resume={tmp_path}"])
+
+
+def test_failed_jobs_leave_the_table_the_page_and_every_reason(command, tmp_path):
+    code, out, err = command("-m", "data.eval_batch_size=0,500,-1", *FAST, "hydra.sweep.dir=sweep")
+    assert code == 1
+    assert "job 0" in err
+    assert "data.eval_batch_size=0 is not allowed" in err
+    assert "data.eval_batch_size=-1 is not allowed" in err
+    assert "2 of 3 jobs failed" in err
+    assert "Error executing job" not in err
+    assert "Traceback" not in err
+    rows = (tmp_path / "sweep" / "sweep.csv").read_text().splitlines()
+    assert ["failed" in row for row in rows[1:]] == [True, False, True]
+    assert (tmp_path / "sweep" / "sweep_report.html").is_file()
+    assert "best val/acc" in out
+
+
+def test_one_mistake_is_one_line(command):
+    code, _, err = command(*FAST, "data.batch_size=0")
+    assert code == 1
+    assert err.splitlines() == ["error: data.batch_size=0 is not allowed: give a whole number of at least 1."]
+
+
+def test_flags_may_stand_between_overrides(command, tmp_path):
+    code, _, err = command("experiment=demo", "-m", "seed=1,2", *FAST, "hydra.sweep.dir=sweep")
+    assert code == 0, err
+    assert len(list((tmp_path / "sweep").glob("*/metrics.json"))) == 2
+
+
+def test_the_best_epoch_survives_a_move(compose, tmp_path):
+    first = train(compose(*FAST), tmp_path / "run", "demo")
+    best = first["best/epoch"]
+    (tmp_path / "run").rename(tmp_path / "moved")
+    # learning rates of 0 from here on: no epoch can be better
+    still = ("finetune.head_lr_unfrozen=0", "finetune.backbone_lr=0", "finetune.batchnorm=frozen")
+    overrides = (*FAST, "trainer.max_epochs=5", *still, f"resume={tmp_path / 'moved'}")
+    metrics = train(compose(*overrides), tmp_path / "moved", "demo")
+    assert metrics["epoch"] == [0, 1, 2, 3, 4]
+    assert metrics["best/epoch"] == max(range(5), key=lambda e: metrics["val/acc"][e])
+    saved = torch.load(tmp_path / "moved" / "checkpoints" / "best.ckpt", weights_only=True)
+    assert saved["epoch"] == metrics["best/epoch"]
+    assert best in range(3)
+
+
+def test_a_moved_checkpoint_callback_keeps_its_best_score(tmp_path):
+    before = BestCheckpoint(dirpath=tmp_path / "before", monitor="val/acc", mode="max", filename="best")
+    state = {
+        **before.state_dict(),
+        "best_model_score": torch.tensor(0.9),
+        "best_model_path": str(tmp_path / "before" / "best.ckpt"),
+        "best_k_models": {str(tmp_path / "before" / "best.ckpt"): torch.tensor(0.9)},
+    }
+    after = BestCheckpoint(dirpath=tmp_path / "after", monitor="val/acc", mode="max", filename="best")
+    after.load_state_dict(state)
+    assert after.best_model_score == 0.9
+    assert after.best_model_path == str(tmp_path / "after" / "best.ckpt")
+    assert list(after.best_k_models) == [str(tmp_path / "after" / "best.ckpt")]
+
+
+def test_another_runs_best_checkpoint_is_not_tested_as_this_ones(compose, tmp_path):
+    train(compose(*FAST), tmp_path, "demo")
+    path = tmp_path / "checkpoints" / "best.ckpt"
+    torch.save({**torch.load(path, weights_only=True), "epoch": 7}, path)
+    with pytest.raises(UserError, match=r"is of epoch 7, but the best one .* nothing was tested"):
+        train(compose(*FAST, f"resume={tmp_path}"), tmp_path, "demo")
+
+
+def test_the_checkpoint_to_resume_from_is_never_older_than_the_best_one(tmp_path):
+    writer = PacedCheckpointIO()
+    best, last = tmp_path / "best.ckpt", tmp_path / "last.ckpt"
+    writer.save_checkpoint({"epoch": 0}, best)
+    assert not best.exists()
+    writer.save_checkpoint({"epoch": 0}, last)
+    assert best.exists()
+    assert last.exists()
+    writer._due = float("inf")  # writing was slow
+    writer.save_checkpoint({"epoch": 1}, best)
+    writer.save_checkpoint({"epoch": 1}, last)
+    assert [torch.load(path)["epoch"] for path in (best, last)] == [0, 0]
+    writer.teardown()
+    assert [torch.load(path)["epoch"] for path in (best, last)] == [1, 1]
+
+
+def test_writing_is_put_off_for_a_minute_at_most(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("cifar_tl.checkpoints.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("cifar_tl.checkpoints._write", lambda *_: now.__setitem__(0, now[0] + 30.0))  # a slow disk
+    writer = PacedCheckpointIO()
+    writer.save_checkpoint({}, tmp_path / "last.ckpt")
+    assert writer._due == 90.0
+
+
+def test_a_folder_that_holds_a_run_is_refused_before_anything_is_written(command, tmp_path):
+    assert command(*FAST, "hydra.run.dir=run")[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    code, _, err = command(*FAST, "seed=5", "hydra.run.dir=run")
+    assert code == 1
+    assert "run holds a run already" in err
+    assert "resume=run" in err
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    refused = pytest.raises(UserError, match=rf"process {os.getpid()} on .* trains there now")
+    with run_lock(tmp_path), refused, run_lock(tmp_path):
+        pass
+    with run_lock(tmp_path):  # and whoever held it has let go
+        pass
+
+
+@pytest.mark.parametrize("folder", ["outputs/x", "it's here/a b", 'say "hi"', "back\\slash", "grün/日本"])
+def test_the_printed_command_resumes_whatever_the_folder_is_called(folder):
+    argument = shlex.split(resume_command(Path(folder)))[-1]
+    value = OverridesParser.create().parse_override(argument).value()
+    assert str(getattr(value, "text", value)) == folder
+
+
+def record(text):
+    return logging.LogRecord("x", logging.INFO, "", 0, text, None, None)
+
+
+def test_a_console_that_is_closed_or_has_no_such_letters_ends_nothing(monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    cli.StdoutHandler().emit(record("one"))
+    cli.StdoutHandler().emit(record("two"))
+    sys.stdout.close()
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii", write_through=True))
+    cli.StdoutHandler().emit(record("Bär ⇄ 猫"))
+    assert raw.getvalue() == b"B\\xe4r \\u21c4 \\u732b\n"
