@@ -37,6 +37,7 @@ from cifar_tl.errors import UserError, check_choice
 from cifar_tl.hardware import environment, resolve_accelerator, resolve_precision
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.runs.record import config_sha256, git_state
+from cifar_tl.runs.resume import is_first_process
 from cifar_tl.schedule import FinetuneSchedule
 
 FROZEN_AUGMENT = ("none", "flip", "full")
@@ -256,6 +257,9 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 def quieten_lightning() -> None:
     """Silence what Lightning says about itself; its warnings stay, but for those that do not fit here."""
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`")  # Lightning 2.6 on torch 2.14
+    warnings.filterwarnings("ignore", message=r".*find_unused_parameters=True was specified")  # once all is unfrozen
     warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")  # a resumed run's
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    if not is_first_process():
+        logging.getLogger("cifar_tl").setLevel(logging.ERROR)  # the first one says it all

@@ -25,6 +25,8 @@ from cifar_tl.runs.resume import with_overrides_of_resumed_run
 
 log = logging.getLogger(__name__)
 
+OPEN = ("trainer.", "callbacks.", "logger.", "hydra.", "hydra/")
+"""Where `+key=value` may add keys."""
 DISK_ERRORS = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST, errno.EDQUOT)
 
 
@@ -186,10 +188,11 @@ def _refuse_added_keys(arguments: list[str]) -> None:
     """Refuse `+key=value` where nothing would read the key."""
     for argument in arguments:
         key = argument.lstrip("+").partition("=")[0]
-        if argument.startswith("+") and not key.startswith(("trainer.", "hydra.", "hydra/")):
+        if argument.startswith("+") and not key.startswith(OPEN):
             raise UserError(
                 f"{argument} adds a config key that nothing reads. Drop the + to set an existing key; "
-                f"+trainer.KEY=VALUE, for Lightning's Trainer, is the only place for additional ones."
+                f"additional ones go to Lightning's Trainer (+trainer.KEY=VALUE), callbacks and loggers "
+                f"(+callbacks.NAME._target_=CLASS)."
             )
 
 

@@ -239,7 +239,7 @@ class Evaluation:
 
 
 def scores(logits: Tensor, targets: Tensor) -> dict[str, Any]:
-    """Return accuracy with its 95 % interval, mean cross-entropy, and expected calibration error in 15 bins."""
+    """Return accuracy with its 95% interval, mean cross-entropy, and expected calibration error in 15 bins."""
     accuracy = float((logits.argmax(dim=1) == targets).double().mean())
     ece = multiclass_calibration_error(logits.softmax(dim=1), targets, num_classes=logits.shape[1], n_bins=15)
     return {

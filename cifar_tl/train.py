@@ -10,7 +10,6 @@ if __name__ == "__main__":  # before what takes seconds to import: --help, --cfg
 import gc
 import logging
 import math
-import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ from cifar_tl.model.weights import load_weights
 from cifar_tl.reports.run_page import write_run_report
 from cifar_tl.runs.formatting import duration_text, percent, result_text
 from cifar_tl.runs.record import METRICS, read_metrics
-from cifar_tl.runs.resume import kept_result, resume_command, run_lock
+from cifar_tl.runs.resume import is_first_process, kept_result, resume_command, run_lock
 from cifar_tl.schedule import epochs_text, stages_text
 
 log = logging.getLogger(__name__)
@@ -130,6 +129,7 @@ def test_best(
     trainer: L.Trainer, module: ResNet50Classifier, datamodule: CIFAR10DataModule, folder: Path
 ) -> dict[str, Any]:
     """Measure the best epoch's weights on the test set, the run's one look at it, and say what came out."""
+    trainer.strategy.barrier("best.ckpt")  # the first process has written it, and the others read it
     best = read_checkpoint(folder / "checkpoints" / BEST)
     if best["epoch"] != (recorded := read_metrics(folder).get("best/epoch")):
         raise UserError(
@@ -138,6 +138,7 @@ def test_best(
         )
     module.load_state_dict(best["state_dict"])
     trainer.test(module, datamodule=datamodule, verbose=False)
+    trainer.strategy.barrier("metrics.json")
     metrics = read_metrics(folder)
     log.info(
         "\n%s\n  best epoch  %d of 0..%d, validation accuracy %s\n  time        %s\n  results     %s\n"
@@ -158,8 +159,8 @@ def test_best(
 
 def draw_report(folder: Path) -> None:
     """Draw the run's page and say where it is; a run with its result written is worth more than the page."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        return  # one process of several draws
+    if not is_first_process():
+        return
     try:
         log.info("  report      %s", write_run_report(folder))
     except Exception as error:
@@ -186,12 +187,12 @@ def plan_text(cfg: DictConfig, datamodule: CIFAR10DataModule, facts: dict[str, A
         f"folder     {folder}",
     ]
     for phase in schedule.phases:
-        rates = schedule.peak_learning_rates(phase)
-        backbone = f", backbone {rates['backbone']:g}" if phase.stages else ""
+        learning_rates = schedule.peak_learning_rates(phase)
+        backbone = f", backbone {learning_rates['backbone']:g}" if phase.stages else ""
         optimizer = optimizer_text(cfg.finetune.optimizer, unfrozen=bool(phase.stages))
         lines.append(
             f"phase      {phase.name}, epochs {epochs_text(phase)}: {stages_text(phase.stages)}; "
-            f"{optimizer}, {schedule.schedule} learning rate, head {rates['head']:g}{backbone}"
+            f"{optimizer}, {schedule.schedule} learning rate, head {learning_rates['head']:g}{backbone}"
         )
     if cfg.resume is not None:
         lines.append(f"resuming   after the last finished epoch in {folder / 'checkpoints' / LAST}")

@@ -122,9 +122,11 @@ class BackboneUnfreeze(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
         """Set every group's learning rate for this step."""
-        rates = self.schedule.learning_rates(trainer.current_epoch, batch_idx, int(trainer.num_training_batches))
+        learning_rates = self.schedule.learning_rates(
+            trainer.current_epoch, batch_idx, int(trainer.num_training_batches)
+        )
         for optimizer, modules in zip(trainer.optimizers, self._modules, strict=True):
             for group, name in zip(optimizer.param_groups, modules, strict=True):
-                group["lr"] = rates[name]
+                group["lr"] = learning_rates[name]
         if batch_idx % trainer.log_every_n_steps == 0 or trainer.is_last_batch:  # type: ignore[attr-defined]  # Lightning adds it
-            pl_module.log_dict({f"lr/{name}": rate for name, rate in rates.items()})
+            pl_module.log_dict({f"lr/{name}": value for name, value in learning_rates.items()})

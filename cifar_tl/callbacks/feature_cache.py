@@ -36,7 +36,7 @@ class CacheDecision:
     Attributes:
         views: Views of each training image that are cached; 0 for no cache.
         size: Bytes that the features take.
-        text: What was decided and why, for people.
+        text: What was decided and why, formatted for the console.
     """
 
     views: int
@@ -87,7 +87,7 @@ def decide(
 
 
 def gigabytes(size: int) -> str:
-    """Return a number of bytes for people."""
+    """Return a number of bytes as text, `0.78 GB`."""
     return f"{size / 1e9:.2f} GB"
 
 

@@ -1,4 +1,4 @@
-"""A proof, early in every phase, that the frozen part is frozen and the unfrozen part moves."""
+"""A proof, early in every phase, that the backbone is frozen when it should be and moves when it should."""
 
 import lightning as L
 import torch
@@ -93,13 +93,13 @@ class FreezeGuard(L.Callback):
         changed = {n for n, t in pl_module.state_dict().items() if not torch.equal(t, before[n])}
         expected = self.expected_to_change(pl_module, epoch)
         parameters = {name for name, _ in pl_module.named_parameters()}
-        rates = {
+        learning_rates = {
             id(p): g["lr"] for optimizer in trainer.optimizers for g in optimizer.param_groups for p in g["params"]
         }
-        standing = {n for n, p in pl_module.named_parameters() if rates.get(id(p)) == 0}
+        standing = {n for n, p in pl_module.named_parameters() if learning_rates.get(id(p)) == 0}
         still = expected - changed - standing
         without_gradient = (expected & parameters) - self._had_gradient
-        orphans = {n for n, p in pl_module.named_parameters() if n in expected and id(p) not in rates}
+        orphans = {n for n, p in pl_module.named_parameters() if n in expected and id(p) not in learning_rates}
         where = f"epoch {epoch}, phase '{self.phases.at(epoch).name}', after {batch_idx + 1} steps"
         if moved := changed - expected:
             raise FreezeViolationError(

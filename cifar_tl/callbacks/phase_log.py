@@ -41,13 +41,13 @@ class PhaseLog(EpochTimer):
         """Log the phase's card, once the epoch's callbacks have put the module into the phase."""
         phase = self.schedule.phase(trainer.current_epoch)
         if batch_idx == 0 and trainer.current_epoch == phase.start and trainer.is_global_zero:
-            rates = self.schedule.peak_learning_rates(phase)
+            learning_rates = self.schedule.peak_learning_rates(phase)
             lines = [f"Phase '{phase.name}', epochs {epochs_text(phase)}: {stages_text(phase.stages)} train"]
             for group in trainer.optimizers[0].param_groups:
                 count = sum(p.numel() for p in group["params"] if p.requires_grad)
                 lines.append(
                     f"  {group['name']:<18} {count:>12,} parameters train   learning rate "
-                    f"{rates[group['module']]:<8g} weight decay {group['weight_decay']:g}"
+                    f"{learning_rates[group['module']]:<8g} weight decay {group['weight_decay']:g}"
                 )
             statistics = BATCHNORM_TEXT[self.batchnorm] if phase.stages else "statistics stay ImageNet's"
             lines.append(f"  BatchNorm          {self.batchnorm if phase.stages else 'frozen'}: {statistics}")

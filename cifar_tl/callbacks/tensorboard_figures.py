@@ -234,13 +234,13 @@ def plan_markdown(schedule: FinetuneSchedule) -> str:
     """Return the phases as a Markdown table."""
     rows = ["| phase | epochs | trains | head LR | backbone LR |", "|---|---|---|---|---|"]
     for phase in schedule.phases:
-        rates = schedule.peak_learning_rates(phase)
+        learning_rates = schedule.peak_learning_rates(phase)
         cells = [
             phase.name,
             epochs_text(phase),
             stages_text(phase.stages),
-            f"{rates['head']:g}",
-            f"{rates['backbone']:g}",
+            f"{learning_rates['head']:g}",
+            f"{learning_rates['backbone']:g}",
         ]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)

@@ -12,7 +12,7 @@ from cifar_tl.data.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
 from cifar_tl.data.lazy import LazyImages
 from cifar_tl.data.loader import ArrayLoader
 from cifar_tl.data.splits import limited, split_hash, split_train_val
-from cifar_tl.errors import check_int
+from cifar_tl.errors import UserError, check_int
 
 
 class Source(Protocol):
@@ -39,7 +39,7 @@ class CIFAR10DataModule(L.LightningDataModule):
 
     Args:
         source: Where images come from.
-        batch_size: Images per training step, per process.
+        batch_size: Images per training step, of all processes together: one setting is one training on any number.
         eval_batch_size: Images per step of validation and test; results do not depend on it.
         val_size: Images cut from the training set for validation, stratified.
         limit: At most so many images for each of training, validation and test, stratified; None for all.
@@ -166,13 +166,19 @@ class CIFAR10DataModule(L.LightningDataModule):
     ) -> ArrayLoader:
         assert split in self.splits, "setup() comes first"
         trainer = self.trainer
+        world_size = trainer.world_size if trainer else 1
+        if batch_size % world_size and augment is not None:
+            raise UserError(
+                f"data.batch_size={batch_size} cannot be shared by {world_size} processes: give a multiple of "
+                f"{world_size}. It is the number of images of a step of all processes together."
+            )
         images, targets = self.splits[split]
         if trainer is not None and isinstance(images, Tensor):
             device = trainer.strategy.root_device
             self.splits[split] = images.to(device), targets.to(device)
         return ArrayLoader(
             *self.splits[split],
-            batch_size=batch_size,
+            batch_size=max(1, batch_size // world_size),
             mean=self.mean,
             std=self.std,
             classes=len(self.classes),
@@ -183,5 +189,5 @@ class CIFAR10DataModule(L.LightningDataModule):
             epoch=epoch,
             device=trainer.strategy.root_device if trainer else "cpu",
             rank=trainer.global_rank if trainer else 0,
-            world_size=trainer.world_size if trainer else 1,
+            world_size=world_size,
         )

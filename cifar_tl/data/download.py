@@ -331,7 +331,7 @@ def _blocks(response: http.client.HTTPResponse, received: int, min_speed: float)
 
 @contextmanager
 def _progress(done: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function of the bytes received so far: a bar on a terminal, elsewhere a log line every 10 %."""
+    """Yield a function of the bytes received so far: a bar on a terminal, elsewhere a log line every 10%."""
     from rich import progress  # imported only for a download
     from rich.console import Console
 

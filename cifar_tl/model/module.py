@@ -147,7 +147,7 @@ class ResNet50Classifier(L.LightningModule):
     def _evaluate(self, batch: Batch, split: str, metrics: MetricCollection) -> Tensor:
         images, targets = batch
         logits: Tensor = self(images).float()
-        self.log(f"{split}/loss", cross_entropy(logits, targets), batch_size=len(images))
+        self.log(f"{split}/loss", cross_entropy(logits, targets), batch_size=len(images), sync_dist=True)
         metrics.update(logits.softmax(dim=1), class_indices(targets))
         return logits
 
@@ -166,11 +166,11 @@ class ResNet50Classifier(L.LightningModule):
         details: dict[str, list[float] | list[list[int]]] = {}
         for name, value in values.items():
             if value.ndim == 0:
-                self.log(name, value)
+                self.log(name, value, sync_dist=True)  # every process has the value of all
                 continue
             details[name] = value.tolist()
             if value.ndim == 1:
-                self.log_dict({f"{name}/{c}": v for c, v in zip(self.classes, value, strict=True)})
+                self.log_dict({f"{name}/{c}": v for c, v in zip(self.classes, value, strict=True)}, sync_dist=True)
         return details
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -67,7 +67,7 @@ def build_optimizer(
 
 
 def optimizer_text(name: str, unfrozen: bool) -> str:
-    """Return what trains while the backbone is frozen, or once it is unfrozen, for people."""
+    """Return what trains while the backbone is frozen, or once it is unfrozen, formatted for the console."""
     if name != "muon":
         return name
     return "muon for kernels, adamw for the rest" if unfrozen else "adamw"

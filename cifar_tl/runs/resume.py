@@ -18,6 +18,11 @@ LAST = Path("checkpoints") / "last.ckpt"
 LOCK = ".lock"
 
 
+def is_first_process() -> bool:
+    """Return whether this is the first, or the only, of the processes that train together."""
+    return all(os.environ.get(variable, "0") == "0" for variable in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
 def resume_command(folder: Path) -> str:
     """Return the command that continues a run, as a shell takes it."""
     plain = re.fullmatch(r"[A-Za-z0-9/._-]+", str(folder))
@@ -87,8 +92,8 @@ def _refuse_used_folder(arguments: list[str], multirun: bool) -> None:
     """Refuse to start a run where another one is, before Hydra writes its config there."""
     key = "hydra.sweep.dir=" if multirun else "hydra.run.dir="
     given = [a.removeprefix(key) for a in arguments if a.startswith(key)]
-    if not given or "${" in given[-1]:
-        return
+    if not given or "${" in given[-1] or not is_first_process():
+        return  # the processes of a run share its folder
     folder = _unquoted(given[-1])
     if (folder / METRICS).is_file() or (folder / "multirun.yaml").is_file():
         what = "a sweep" if multirun else "a run"
@@ -105,8 +110,8 @@ def run_lock(folder: Path) -> Iterator[None]:
     Raises:
         UserError: Another process trains in it.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        yield  # one process of several that train together
+    if not is_first_process():
+        yield
         return
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a+", encoding="utf-8") as file:

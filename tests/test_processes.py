@@ -1,0 +1,63 @@
+"""Several processes train as one does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ARGUMENTS = (
+    "data=synthetic",
+    "data.train_size=120",
+    "data.val_size=20",
+    "data.test_size=20",
+    "data.batch_size=10",
+    "data.eval_batch_size=10",
+    "trainer.accelerator=cpu",
+    "trainer.max_epochs=5",
+    "finetune.unfreeze_at_epoch=2",
+    "finetune.backbone_lr=1e-3",
+    "finetune.cache_features=false",
+    "finetune.frozen_augment=full",
+    "model.weights=null",
+    "logger=csv",
+)
+"""50 steps of 10 images, 20 of them with a frozen backbone."""
+
+
+def run(folder, *arguments):
+    command = [sys.executable, "-m", "cifar_tl.train", *ARGUMENTS, f"hydra.run.dir={folder}", *arguments]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder.parent)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((folder / "metrics.json").read_text())
+    weights = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    return metrics, weights, done
+
+
+@pytest.mark.timeout(600)
+def test_two_processes_train_as_one_does_across_the_unfreeze(tmp_path):
+    one, expected, _ = run(tmp_path / "one")
+    check = "+callbacks.ranks._target_=rank_check.RankCheck"
+    two, weights, done = run(tmp_path / "two", "trainer=ddp", "trainer.devices=2", check)
+    for key in ("train/loss", "val/loss"):
+        assert two[key] == pytest.approx(one[key], rel=1e-3), key
+    assert two["test/loss"] == pytest.approx(one["test/loss"], rel=1e-3)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-2, atol=1e-3, msg=name)
+    assert done.stdout.count("2 processes agree") == 10  # both say so after each epoch
+    assert done.stdout.count("Test accuracy") == 1  # only the first one tells of the run
+    assert "sync_dist" not in done.stderr
+    assert len(list((tmp_path / "two" / "csv").iterdir())) == 1
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(tmp_path):
+    command = [sys.executable, "-m", "cifar_tl.train", *ARGUMENTS, "data.batch_size=5", "trainer=ddp"]
+    done = subprocess.run(
+        [*command, "trainer.devices=2", f"hydra.run.dir={tmp_path / 'r'}"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 1
+    assert "data.batch_size=5 cannot be shared by 2 processes" in done.stderr
