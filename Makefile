@@ -3,17 +3,19 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 DONE := $(VENV)/.installed
 DEVICE := cpu
+# Versions that are known to work; CONSTRAINTS=/dev/null takes the newest.
+CONSTRAINTS ?= .ci/constraints.txt
 # The folder with real data and weights that some tests use; they are skipped without it.
 export CIFAR_TL_SHARED ?= $(if $(wildcard ../shared/data),$(abspath ../shared))
 
-.PHONY: help setup demo train reproduce test check bench tensorboard clean
+.PHONY: help setup demo train reproduce test test-fast check bench tensorboard clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-$(DONE): pyproject.toml
+$(DONE): pyproject.toml .ci/constraints.txt
 	python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint $(CONSTRAINTS)
 	touch $(DONE)
 
 setup: $(DONE)  ## make .venv and install everything into it (5 GB, some minutes)
@@ -24,16 +26,20 @@ demo: $(DONE)  ## both phases on generated images, offline, about a minute
 train: $(DONE)  ## the default run on CIFAR-10; ARGS="key=value ..." overrides
 	$(PYTHON) -m cifar_tl.train $(ARGS)
 
-reproduce: $(DONE)  ## the published tables from data and weights; says how long it takes; ARGS="data.root=..."
+reproduce: $(DONE)  ## the published tables from data and weights; ARGS="data.root=..."
 	$(PYTHON) -m cifar_tl.reproduce $(ARGS)
 
-test: $(DONE)  ## run the tests
+test: $(DONE)  ## all tests, as CI runs them
 	$(PYTHON) -m pytest $(ARGS)
 
-check: $(DONE)  ## lint, format and types
+test-fast: $(DONE)  ## the tests that take seconds, for the daily round
+	$(PYTHON) -m pytest -m "not slow" $(ARGS)
+
+check: $(DONE)  ## lint, format, types, and imports that go downward only
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
 
 bench: $(DONE)  ## measure side by side; DEVICE=cuda, ARGS="--data-root FOLDER --weights FILE --only step"
 	$(PYTHON) -m cifar_tl.benchmarks --device $(DEVICE) $(ARGS)
@@ -42,4 +48,4 @@ tensorboard: $(DONE)  ## open TensorBoard on all runs
 	$(VENV)/bin/tensorboard --logdir outputs
 
 clean:  ## remove .venv and caches, never outputs
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build dist

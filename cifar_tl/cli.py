@@ -11,12 +11,13 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -66,6 +67,24 @@ class Failure:
     """
 
     message: str
+
+
+class SweepCallback(Callback):
+    """What the command line asks of a sweep's callback, which Hydra does not call after an interrupt."""
+
+    current: ClassVar["SweepCallback | None"] = None
+    """The one of this process."""
+
+    def __init__(self) -> None:
+        SweepCallback.current = self
+
+    def finish(self) -> None:
+        """Leave what there is to see of the jobs so far."""
+        raise NotImplementedError
+
+    def resume_argument(self) -> str:
+        """Return the override that goes on with the sweep, as a shell takes it."""
+        raise NotImplementedError
 
 
 def conf_folder() -> Path:
@@ -142,11 +161,9 @@ def _interrupt(signum: int, frame: object) -> None:
 
 def _end_interrupted_sweep() -> None:
     """Leave the table and the page of a sweep that was interrupted, and say how to go on."""
-    from cifar_tl.reports.sweep_table import SweepTable
-
-    if (table := SweepTable.current) is not None:
-        table.finish()
-        print(f"Go on with the whole sweep: python -m cifar_tl.train -m {table.resume_argument()}", file=sys.stderr)
+    if (sweep := SweepCallback.current) is not None:
+        sweep.finish()
+        print(f"Go on with the whole sweep: python -m cifar_tl.train -m {sweep.resume_argument()}", file=sys.stderr)
 
 
 def _flags_first(arguments: list[str]) -> list[str]:

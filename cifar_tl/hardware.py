@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from cifar_tl.errors import UserError, check_choice
-from cifar_tl.model.module import ResNet50Classifier
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
-PACKAGES = ("torch", "torchvision", "lightning", "timm", "hydra-core", "torchmetrics")
+PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "torchmetrics")
 
 
 def resolve_accelerator(requested: str) -> str:
@@ -50,9 +50,15 @@ def resolve_precision(requested: str, accelerator: str) -> str:
     return "bf16-mixed" if accelerator == "cuda" and torch.cuda.get_device_capability() >= (8, 0) else "32-true"
 
 
-def prepare_for(accelerator: str, module: ResNet50Classifier) -> None:
-    """Choose what makes a model fast on a device and leaves its results the same but for rounding."""
-    module.backbone.tuned_for_cpu = accelerator == "cpu"
+def prepare_for(accelerator: str, module: nn.Module) -> None:
+    """Choose what makes a model fast on a device and leaves its results the same but for rounding.
+
+    Args:
+        accelerator: From `resolve_accelerator`.
+        module: Its `backbone` is a `cifar_tl.model.backbone.Backbone`.
+    """
+    backbone: Any = module.get_submodule("backbone")  # not by its class: the model's room is above this one
+    backbone.tuned_for_cpu = accelerator == "cpu"
     if not torch.cuda.is_available():
         # Lightning makes torch ask the driver's management library, which is not there: opened anew in every step of an
         # optimizer

@@ -1,9 +1,12 @@
 import json
 
+import pytest
+
 from cifar_tl.benchmarks.__main__ import main, table
 from cifar_tl.benchmarks.setting import summary, take_turns
 
 
+@pytest.mark.slow
 def test_every_benchmark_runs_and_leaves_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["--limit", "20", "--rounds", "1", "--batch-sizes", "256"]) == 0

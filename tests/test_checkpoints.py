@@ -1,4 +1,6 @@
 import argparse
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -145,3 +147,14 @@ def test_a_runs_folder_means_its_best_checkpoint(tiny_run, tmp_path):
     (tmp_path / "sweep" / "0").symlink_to(tiny_run)
     with pytest.raises(UserError, match=r"there is no best\.ckpt in this folder.* There is .*sweep/0/checkpoints/best"):
         load_trained(tmp_path / "sweep")
+
+
+@pytest.mark.slow
+def test_loading_a_checkpoint_takes_no_callback_and_no_report():
+    """Nor matplotlib, for which lint-imports has a contract: torchmetrics imports it wherever it is installed."""
+    code = "import sys, cifar_tl.checkpoints; print('\\n'.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    loaded = done.stdout.split()
+    assert "cifar_tl.model.module" in loaded
+    rooms = ("cifar_tl.callbacks", "cifar_tl.reports", "cifar_tl.build")
+    assert [name for name in loaded if name.startswith(rooms)] == []

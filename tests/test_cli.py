@@ -101,6 +101,7 @@ def test_missing_data_names_the_file_and_the_commands(command, tmp_path):
 
 
 @pytest.mark.parametrize(("damage", "said"), [(lambda b: b[:-5], "truncated"), (lambda b: b[:-1] + b"!", "MD5")])
+@pytest.mark.slow
 def test_a_damaged_data_file_is_named(command, tmp_path, shared, damage, said):
     real, copy = shared / "data" / download.FOLDER, tmp_path / "data" / download.FOLDER
     copy.mkdir(parents=True)
@@ -129,6 +130,7 @@ def test_somebody_elses_checkpoint_is_refused(command, tmp_path):
     assert "was not written by cifar_tl.train" in err
 
 
+@pytest.mark.slow
 def test_sweep_runs_four_jobs_in_four_folders_and_ends_with_a_table(command, tmp_path):
     code, out, err = command("-m", "model.dropout=0.0,0.2", "seed=1,2", *TINY, "trainer.max_epochs=3")
     assert code == 0, err
@@ -144,6 +146,7 @@ def test_sweep_runs_four_jobs_in_four_folders_and_ends_with_a_table(command, tmp
     assert "data.train_size" not in table  # what all jobs share
 
 
+@pytest.mark.slow
 def test_a_failing_job_leaves_the_others_and_their_record_alone(command, tmp_path):
     code, _, err = command("-m", "data.eval_batch_size=0,500", *TINY, "trainer.max_epochs=3")
     assert code == 1
@@ -154,6 +157,7 @@ def test_a_failing_job_leaves_the_others_and_their_record_alone(command, tmp_pat
     assert "finished" in rows[2]
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_what_is_saved_and_the_run_can_be_resumed(tmp_path):
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     arguments = [sys.executable, "-m", "cifar_tl.train", *TINY, "trainer.max_epochs=500", "hydra.run.dir=run"]
@@ -196,6 +200,7 @@ def test_ctrl_c_says_what_is_saved_and_the_run_can_be_resumed(tmp_path):
 
 @pytest.mark.parametrize("program", ["train", "evaluate", "predict", "export"])
 @pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["sed=1"]], ids=lambda arguments: arguments[0])
+@pytest.mark.slow
 def test_help_and_typos_do_not_wait_for_torch(tmp_path, program, arguments):
     command = [sys.executable, "-X", "importtime", "-m", f"cifar_tl.{program}", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

@@ -230,6 +230,7 @@ def root(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_cifar10_1(compose, cifar_checkpoint, root):
     overrides = (f"checkpoint='{cifar_checkpoint}'", f"data.root='{root}'", "trainer.accelerator=cpu", "tta=true")
     result = evaluate(compose(*overrides, "cifar10_1=v6", config_name="evaluate"))
@@ -245,6 +246,7 @@ def test_cifar10_1_has_two_versions(root):
     assert [len(robustness.cifar10_1(root, version)[0]) for version in ("v4", "v6")] == [21, 20]
 
 
+@pytest.mark.slow
 def test_cifar10_c_by_severity_and_mean(compose, cifar_checkpoint, root):
     overrides = (f"checkpoint='{cifar_checkpoint}'", f"data.root='{root}'", "trainer.accelerator=cpu")
     result = evaluate(compose(*overrides, "cifar10_c=[fog,saturate]", config_name="evaluate"))
@@ -315,6 +317,7 @@ def test_other_test_sets_are_refused_for_other_classes(command, tiny_checkpoint)
     assert "are for models with CIFAR-10's classes" in err
 
 
+@pytest.mark.slow
 def test_metrics_are_left_as_json(command, root, cifar_checkpoint):
     code, out, _ = command("hydra.run.dir=here", "temperature=true", "cifar10_1=v6", "cifar10_c=[fog]")
     assert code == 0

@@ -65,6 +65,7 @@ def expected(tiny_checkpoint):
 
 
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.slow
 def test_the_file_gives_the_checkpoints_logits_for_any_batch(loaded, expected, format):
     run, _ = loaded[format]
     images = IMAGES if INPUT[format] == "uint8" else IMAGES / 255
@@ -75,6 +76,7 @@ def test_the_file_gives_the_checkpoints_logits_for_any_batch(loaded, expected, f
 
 
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.slow
 def test_the_file_says_what_it_is(loaded, tiny_checkpoint, format):
     _, found = loaded[format]
     trained = load_trained(tiny_checkpoint)
@@ -88,6 +90,7 @@ def test_the_file_says_what_it_is(loaded, tiny_checkpoint, format):
     assert provenance["config"]["data"]["name"] == "synthetic"
 
 
+@pytest.mark.slow
 def test_onnx_runs_with_onnx_runtime_alone(exported, expected, tmp_path):
     np.save(tmp_path / "images.npy", IMAGES.numpy())
     code = """
@@ -108,6 +111,7 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("torch", "cif
     assert np.abs(np.load(tmp_path / "logits.npy") - expected.numpy()).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_torch_export_needs_nothing_of_this_program(exported, expected, tmp_path):
     torch.save((IMAGES / 255, expected), tmp_path / "images.pt")
     code = """
@@ -167,6 +171,7 @@ def test_images_that_are_not_the_runs_are_said_to_be_others(compose, tiny_checkp
 
 
 @pytest.mark.parametrize("bug", ["normalization", "nan"])
+@pytest.mark.slow
 def test_no_file_is_left_when_its_logits_differ(compose, tiny_checkpoint, tmp_path, monkeypatch, bug):
     def forward(self, images):
         if bug == "nan":
@@ -180,6 +185,7 @@ def test_no_file_is_left_when_its_logits_differ(compose, tiny_checkpoint, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_earlier_file_survives_a_refused_export(compose, tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("cifar_tl.export.compare", lambda *arguments: (1.0, 0))
     path = tmp_path / "model.pt2"
@@ -190,12 +196,14 @@ def test_an_earlier_file_survives_a_refused_export(compose, tiny_checkpoint, tmp
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("model.pt2", "earlier")]
 
 
+@pytest.mark.slow
 def test_no_image_of_the_data_travels_in_the_file(exported):
     # torch.export stores its example input, and with a slice of a larger tensor all of that
     content = exported["torch_export"].read_bytes()
     assert not any(image.numpy().tobytes() in content for image in Synthetic(60, 20).train()[0])
 
 
+@pytest.mark.slow
 def test_without_the_data_random_images_are_compared_and_it_is_said(compose, tiny_checkpoint, tmp_path, caplog):
     checkpoint = torch.load(tiny_checkpoint, weights_only=True)
     checkpoint["cifar_tl"]["config"]["data"] |= {"name": "cifar10", "root": "nowhere", "download": True}
@@ -236,6 +244,7 @@ def test_a_missing_package_is_named(compose, tmp_path, monkeypatch):
         export(compose("checkpoint=nowhere.ckpt", config_name="export"), tmp_path)
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_did_and_nothing_else(onnx):
     _, done = onnx
     assert (done.returncode, done.stderr) == (0, "")

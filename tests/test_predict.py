@@ -439,6 +439,7 @@ def test_what_it_says(command, tmp_path):
     assert not list(tmp_path.glob("**/*.partial*"))
 
 
+@pytest.mark.slow
 def test_the_benchmark_prints_its_figures(capsys):
     assert benchmark.main(["--images", "20", "--repeats", "1", "--accelerator", "cpu"]) == 0
     figures = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())

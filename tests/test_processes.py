@@ -39,6 +39,7 @@ def run(folder, *arguments):
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_two_processes_train_as_one_does_across_the_unfreeze(tmp_path):
     one, expected, _ = run(tmp_path / "one")
     check = "+callbacks.ranks._target_=rank_check.RankCheck"
@@ -54,6 +55,7 @@ def test_two_processes_train_as_one_does_across_the_unfreeze(tmp_path):
     assert len(list((tmp_path / "two" / "csv").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_batch_that_processes_cannot_share_is_refused(tmp_path):
     command = [sys.executable, "-m", "cifar_tl.train", *ARGUMENTS, "data.batch_size=5", "trainer=ddp"]
     done = subprocess.run(

@@ -31,6 +31,7 @@ def straight(compose, tmp_path_factory):
     [(1, 0), (2, 0), (3, 0), (2, 1)],
     ids=["before-the-unfreeze", "at-the-unfreeze", "after-the-unfreeze", "in-mid-epoch"],
 )
+@pytest.mark.slow
 def test_resumed_run_equals_straight_run(straight, compose, tmp_path, monkeypatch, epoch, batch):
     step = ResNet50Classifier.training_step
 

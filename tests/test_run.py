@@ -24,6 +24,7 @@ def run(compose, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_metrics_json_has_everything_to_judge_and_repeat_a_run(run):
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["status"] == "finished"
@@ -41,12 +42,14 @@ def test_metrics_json_has_everything_to_judge_and_repeat_a_run(run):
         assert key in metrics, key
 
 
+@pytest.mark.slow
 def test_loggers_write_where_they_should(run):
     assert list((run / "tensorboard").glob("events.*"))
     header = (run / "csv" / "version_0" / "metrics.csv").read_text().splitlines()[0]
     assert {"val/acc", "lr/head", "lr/backbone", "val/f1/0 degrees"} <= set(header.split(","))
 
 
+@pytest.mark.slow
 def test_evaluate_gives_the_runs_test_numbers(run, compose):
     checkpoint = run / "checkpoints" / "best.ckpt"
     cfg = compose(f"checkpoint='{checkpoint}'", "trainer.accelerator=cpu", config_name="evaluate")
@@ -54,6 +57,7 @@ def test_evaluate_gives_the_runs_test_numbers(run, compose):
     assert {key: metrics[key] for key in evaluate(cfg)} == evaluate(cfg)
 
 
+@pytest.mark.slow
 def test_same_seed_same_run_other_seed_other_run(run, compose, tmp_path):
     expected = json.loads((run / "metrics.json").read_text())
     assert train(compose(*TINY), tmp_path / "same", "demo")["train/loss"] == expected["train/loss"]
@@ -61,6 +65,7 @@ def test_same_seed_same_run_other_seed_other_run(run, compose, tmp_path):
 
 
 @pytest.mark.resnet50
+@pytest.mark.slow
 def test_real_data_and_real_weights(compose, shared, tmp_path):
     overrides = (
         f"data.root='{shared / 'data'}'",
@@ -85,6 +90,7 @@ def test_interval_is_wilsons():
     assert high - low == pytest.approx(2 * 0.0059, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_train_loss_is_the_mean_over_the_epochs_images(compose, tmp_path, monkeypatch):
     losses, sizes, step = [], [], ResNet50Classifier.training_step
 
@@ -101,6 +107,7 @@ def test_train_loss_is_the_mean_over_the_epochs_images(compose, tmp_path, monkey
     assert metrics["train/loss"] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_early_stopping_by_config_alone_ends_the_run_early_and_it_is_tested(compose, tmp_path):
     stopping = ("callbacks=early_stopping", "callbacks.early_stopping.patience=1", "finetune.unfreeze_at_epoch=null")
     metrics = train(compose(*TINY, *stopping, "finetune.head_lr=0", "trainer.max_epochs=9"), tmp_path, "demo")
@@ -110,6 +117,7 @@ def test_early_stopping_by_config_alone_ends_the_run_early_and_it_is_tested(comp
 
 
 @pytest.mark.filterwarnings("ignore")  # of MLflow's own dependencies
+@pytest.mark.slow
 def test_mlflow_by_config_alone(compose, tmp_path):
     pytest.importorskip("mlflow", reason="needs pip install cifar_tl[mlflow]")
     from mlflow import MlflowClient
@@ -147,6 +155,7 @@ def test_lightning_loads_a_checkpoint_by_itself(tiny_run, tiny_checkpoint):
     assert module.hparams["classes"] == json.loads((tiny_run / "metrics.json").read_text())["classes"]
 
 
+@pytest.mark.slow
 def test_a_training_that_collapses_says_so(compose, tmp_path, caplog):
     healthy = train(compose(*TINY), tmp_path / "healthy", "demo")
     assert healthy["warnings"] == []

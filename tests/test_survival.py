@@ -67,6 +67,7 @@ def sigterm():
 
 
 @pytest.mark.parametrize("by", [ctrl_c, sigterm])
+@pytest.mark.slow
 def test_an_interrupted_sweep_stops_at_once_and_goes_on_without_doing_anything_twice(command, interrupt, tmp_path, by):
     go_on = interrupt(1, by)
     code, out, err = command("-m", "seed=0,1,2", *FAST, "hydra.sweep.dir=sweep")
@@ -100,6 +101,7 @@ def test_a_sweep_goes_on_as_it_was_started(tmp_path):
         with_overrides_of_resumed_run([f"resume={tmp_path}"])
 
 
+@pytest.mark.slow
 def test_failed_jobs_leave_the_table_the_page_and_every_reason(command, tmp_path):
     code, out, err = command("-m", "data.eval_batch_size=0,500,-1", *FAST, "hydra.sweep.dir=sweep")
     assert code == 1
@@ -121,12 +123,14 @@ def test_one_mistake_is_one_line(command):
     assert err.splitlines() == ["error: data.batch_size=0 is not allowed: give a whole number of at least 1."]
 
 
+@pytest.mark.slow
 def test_flags_may_stand_between_overrides(command, tmp_path):
     code, _, err = command("experiment=demo", "-m", "seed=1,2", *FAST, "hydra.sweep.dir=sweep")
     assert code == 0, err
     assert len(list((tmp_path / "sweep").glob("*/metrics.json"))) == 2
 
 
+@pytest.mark.slow
 def test_the_best_epoch_survives_a_move(compose, tmp_path):
     first = train(compose(*FAST), tmp_path / "run", "demo")
     best = first["best/epoch"]
@@ -157,6 +161,7 @@ def test_a_moved_checkpoint_callback_keeps_its_best_score(tmp_path):
     assert list(after.best_k_models) == [str(tmp_path / "after" / "best.ckpt")]
 
 
+@pytest.mark.slow
 def test_another_runs_best_checkpoint_is_not_tested_as_this_ones(compose, tmp_path):
     train(compose(*FAST), tmp_path, "demo")
     path = tmp_path / "checkpoints" / "best.ckpt"
@@ -190,6 +195,7 @@ def test_writing_is_put_off_for_a_minute_at_most(tmp_path, monkeypatch):
     assert writer._due == 90.0
 
 
+@pytest.mark.slow
 def test_a_folder_that_holds_a_run_is_refused_before_anything_is_written(command, tmp_path):
     assert command(*FAST, "hydra.run.dir=run")[0] == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}

@@ -56,11 +56,11 @@ HPARAMS = (
 
 
 class TensorBoardFigures(PredictionsCollector):
-    """Write figures into TensorBoard's event files, if the run has a TensorBoardLogger; the README lists their tags.
+    """Write figures into TensorBoard's event files, if the run has a TensorBoardLogger.
 
-    They are drawn from what the run computes anyway, apart from the projector's features. No random numbers are drawn,
-    and the model stays as it is. A figure that cannot be drawn is a warning, never the end of a run. On a resumed run,
-    what the first start has written is not written again.
+    cifar_tl/runs/README.md lists their tags. They are drawn from what the run computes anyway, apart from the
+    projector's features. No random numbers are drawn, and the model stays as it is. A figure that cannot be drawn is a
+    warning, never the end of a run. On a resumed run, what the first start has written is not written again.
 
     Args:
         datamodule: Has the images.

@@ -2,15 +2,14 @@
 
 import logging
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from cifar_tl.cli import Failure
+from cifar_tl.cli import Failure, SweepCallback
 from cifar_tl.runs.record import faults, read_metrics
 from cifar_tl.runs.resume import resume_command
 from cifar_tl.runs.table import write_csv
@@ -20,17 +19,14 @@ log = logging.getLogger(__name__)
 COLUMNS = ("job", "overrides", "best val/acc", "test/acc", "minutes", "state")
 
 
-class SweepTable(Callback):
+class SweepTable(SweepCallback):
     """Collect the jobs of a multirun: sweep.csv after each job, in its folder; after the last, a table and a page.
 
     A job that failed, or was kept from an earlier start of the sweep, has its line, too.
     """
 
-    current: ClassVar["SweepTable | None"] = None
-    """The one of this process, for the command line, which Hydra does not call after an interrupt."""
-
     def __init__(self) -> None:
-        SweepTable.current = self
+        super().__init__()
         self._rows: list[dict[str, Any]] = []
         self._overrides: list[list[str]] = []
         self._folder = Path()

@@ -12,8 +12,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from cifar_tl import cli
-from cifar_tl.errors import Interrupted, UserError
+from cifar_tl.errors import Interrupted, UserError, check_flag
 from cifar_tl.reproduce.jobs import Job, plan_jobs, set_aside, state
+from cifar_tl.reproduce.publish import publish
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +51,15 @@ def reproduce(cfg: DictConfig, passed: Sequence[str], folder: Path) -> None:
         UserError: A mistake in the config, the data or the weights; or, at the end, that a run failed.
         Interrupted: Ctrl-C.
     """
+    publishing = check_flag("publish", cfg.publish)
     jobs = plan_jobs(cfg, passed, folder)
     failed = [] if cfg.tables_only else run_jobs(jobs)
     from cifar_tl.reproduce.tables import write_tables  # late: `--help` should not wait for matplotlib
 
-    for path in write_tables(jobs, folder):
+    written = write_tables(jobs, folder)
+    if publishing:
+        written += publish([path for path in written if path.suffix == ".csv"], cli.conf_folder().parent)
+    for path in written:
         log.info("%s", path)
     if failed:
         raise UserError(

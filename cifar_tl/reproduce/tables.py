@@ -5,7 +5,6 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from cifar_tl.reports import figures, svg
 from cifar_tl.reports.ablation import KEY, ablation
 from cifar_tl.reports.comparison import Group
 from cifar_tl.reproduce.jobs import Job, differences
+from cifar_tl.reproduce.publish import PROVENANCE, distinct
 from cifar_tl.runs.folder import Run, read_run
 from cifar_tl.runs.formatting import points
 from cifar_tl.runs.table import Table
@@ -39,18 +39,18 @@ def write_tables(jobs: Sequence[Job], folder: Path) -> list[Path]:
             for scale in sorted({scale for job in jobs for its, scale, _ in job.uses if its == part})
         }
         for name, table in _tables(part, groups).items():
-            table.write_csv(folder / f"{name}.csv")
+            with_provenance(table, groups).write_csv(folder / f"{name}.csv")
             written.append(folder / f"{name}.csv")
             theirs = [job for job in jobs if part in {use[0] for use in job.uses}]
             texts += [table.markdown(), *_provenance(part, theirs, runs)]
         curves = {group.label: _curve(group.runs[0]) for those in groups.values() for group in those}
         drawn = {label: curve for label, curve in curves.items() if curve is not None}
         if part == "results" and drawn:
-            said = "; ".join(f"{label} {points(v[at] - v[at - 1], 1)} points" for label, (_, v, at) in drawn.items())
+            jumps = "; ".join(f"{label} {points(v[at] - v[at - 1], 1)} points" for label, (_, v, at) in drawn.items())
             figure = figures.cliff("Validation accuracy around the unfreeze", drawn)
-            svg.save(figure, folder, CLIFF, f"Validation accuracy per epoch. One epoch after the unfreeze: {said}.")
+            svg.save(figure, folder, CLIFF, f"Validation accuracy per epoch. One epoch after the unfreeze: {jumps}.")
             written += [folder / f"{CLIFF}.{ending}" for ending in ("svg", "png")]
-            texts.append(f"![Validation accuracy around the unfreeze: {said}]({CLIFF}.png)")
+            texts.append(f"![Validation accuracy around the unfreeze: {jumps}]({CLIFF}.png)")
     written[0].write_text("\n\n".join(texts) + "\n")
     return written
 
@@ -78,8 +78,6 @@ def results(groups: Sequence[Group]) -> Table:
         rows.append(
             [
                 group.label,
-                _each(_weights(run) for run in group.runs),
-                _each(_precision(run) for run in group.runs),
                 str(len(test)),
                 *levels,
                 _mean(group.values("best/val/acc")),
@@ -87,18 +85,15 @@ def results(groups: Sequence[Group]) -> Table:
                 f"{100 * low:.2f} to {100 * high:.2f}",
                 *(_mean(group.values(key)) for key in beside.values()),
                 f"{fmean(sum(run.metrics['seconds']) for run in group.runs) / 60:.1f}",
-                _each(_device(run) for run in group.runs),
-                _each(_commit(run) for run in group.runs),
-                _each(_date(run) for run in group.runs),
             ]
         )
-    head = ["config", "weights", "precision", "n", "frozen", "+1 epoch", "best val", "test acc", "range", *beside]
+    head = ["config", "n", "frozen", "+1 epoch", "best val", "test acc", "range", *beside, "minutes"]
     note = (
         "In %. Frozen: validation accuracy in the last epoch before the unfreeze; +1 epoch: in the first after it. "
-        "Means over n seeds; the range is over the seeds, with one seed it is the 95 % interval for other test images. "
+        "Means over n seeds; the range is over the seeds, with one seed it is the 95% interval for other test images. "
         "Minutes are those of the epochs, on average."
     )
-    return Table("Results", [*head, "minutes", "device", "commit", "date"], rows, note)
+    return Table("Results", head, rows, note)
 
 
 def ladder(groups: dict[str, list[Group]]) -> Table:
@@ -110,14 +105,14 @@ def ladder(groups: dict[str, list[Group]]) -> Table:
     recipes = [label for label in means[first] if all(label in means[scale] for scale in others)]
     recipes.sort(key=lambda label: -means[first][label])
     rows = [[label, *(f"{100 * means[scale][label]:.2f}" for scale in means)] for label in recipes]
-    said = [
+    agreement = [
         f"Spearman's rank correlation of {first} and {scale}: "
         f"{spearman([means[first][label] for label in recipes], [means[scale][label] for label in recipes]):.2f} "
         f"(n = {len(recipes)} recipes)."
         for scale in others
         if len(recipes) > 1
     ]
-    note = " ".join(["Best validation accuracy in %, mean over the seeds, of recipes run on every scale.", *said])
+    note = " ".join(["Best validation accuracy in %, mean over the seeds, of recipes run on every scale.", *agreement])
     return Table("Ladder", ["recipe", *means], rows, note)
 
 
@@ -127,7 +122,7 @@ def equal_images(groups: Sequence[Group]) -> Table:
         [
             group.label,
             str(len(group.runs)),
-            _each(f"{run.metrics['images']['train']:,} x {len(run.metrics['epoch'])}" for run in group.runs),
+            distinct(f"{run.metrics['images']['train']:,} x {len(run.metrics['epoch'])}" for run in group.runs),
             _mean(group.values("best/val/acc")),
             _mean(group.values("test/acc")),
             f"{fmean(run.metrics['phases'][-1]['images_per_s'] for run in group.runs):,.0f}",
@@ -136,6 +131,28 @@ def equal_images(groups: Sequence[Group]) -> Table:
     ]
     head = ["recipe", "n", "images x epochs", "val acc", "test acc", "images/s"]
     return Table("Scale", head, rows, "Accuracies in %, means over n seeds. Images/s of the last phase's training.")
+
+
+def with_provenance(table: Table, groups: dict[str, list[Group]]) -> Table:
+    """Return a table with the columns that say which runs each row comes from.
+
+    Args:
+        table: Its rows start with a group's label.
+        groups: By scale.
+    """
+    runs: dict[str, list[Run]] = {}
+    for group in (group for those in groups.values() for group in those):
+        runs.setdefault(group.label, []).extend(group.runs)
+    what = {
+        "device": _device,
+        "date": _date,
+        "commit": _commit,
+        "weights": _weights,
+        "filters": _filters,
+        "precision": _precision,
+    }
+    rows = [[*row, *(distinct(what[name](run) for run in runs[row[0]]) for name in PROVENANCE)] for row in table.rows]
+    return Table(table.title, [*table.head, *PROVENANCE], rows, table.note)
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
@@ -147,7 +164,7 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def _read(job: Job) -> Run:
-    """Read a job's run, with the figures that cifar_tl.evaluate added to its own."""
+    """Read a job's run, with the metrics that cifar_tl.evaluate added to its own."""
     run = read_run(job.folder)
     if job.evaluate is not None and job.evaluation.is_file():
         run.metrics = {**json.loads(job.evaluation.read_text()), **run.metrics}
@@ -179,12 +196,12 @@ def _curve(run: Run) -> tuple[list[int], list[float], int] | None:
 
 
 def _provenance(part: str, jobs: Sequence[Job], runs: dict[str, Run]) -> list[str]:
-    """Return where a part's figures come from, and what is missing or differs."""
+    """Return where a part's numbers come from, and what is missing or differs."""
     done = [job for job in jobs if runs[job.name].finished]
     passed = dict.fromkeys(o for job in done for o in runs[job.name].overrides or [] if o not in job.overrides)
     command = shlex.join(["python", "-m", "cifar_tl.reproduce", f"only=[{part}]", *passed])
     device, date, commit, weights, precision = (
-        _each(what(runs[job.name]) for job in done) for what in (_device, _date, _commit, _weights, _precision)
+        distinct(what(runs[job.name]) for job in done) for what in (_device, _date, _commit, _weights, _precision)
     )
     lines = [f"`{command}`; {device}; {date}; commit {commit}; weights {weights}; {precision}."]
     for job in done:  # weights are named above
@@ -208,17 +225,22 @@ def _weights(run: Run) -> str:
     return f"{Path(name).name} ({sha256[:12]})" if name and sha256 else "random"
 
 
+def _filters(run: Run) -> str:
+    """Return the scale of the pretrained filters."""
+    if not run.metrics.get("weights_sha256"):
+        return "random"
+    if "filter_rms" not in run.metrics:
+        return "before model.filter_rms"
+    rms = run.metrics["filter_rms"]
+    return f"at RMS {rms:g}" if rms else "as in the file"
+
+
 def _commit(run: Run) -> str:
     return str(run.metrics.get("git_commit"))[:7] + (" with changes" if run.metrics.get("git_dirty") else "")
 
 
 def _date(run: Run) -> str:
     return str(run.metrics.get("started"))[:10]
-
-
-def _each(values: Any) -> str:
-    """Return the different ones of some texts."""
-    return ", ".join(dict.fromkeys(values))
 
 
 def _mean(values: Sequence[float]) -> str:

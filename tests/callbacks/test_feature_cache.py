@@ -52,6 +52,7 @@ def test_true_refuses_what_cannot_be_cached():
 
 
 @pytest.mark.parametrize("frozen_augment", ["none", "flip"])
+@pytest.mark.slow
 def test_a_head_trained_on_cached_features_equals_one_trained_on_images(compose, tmp_path, frozen_augment):
     # sgd: Adam's division by tiny moments would blow rounding up
     optimizer = ("finetune.optimizer=sgd", "finetune.head_lr=0.01")
@@ -73,6 +74,7 @@ def real_looking_weights(tmp_path):
     return f"model.weights='{tmp_path / 'w.pth'}'"
 
 
+@pytest.mark.slow
 def test_features_are_kept_and_read_by_the_next_run(compose, tmp_path, monkeypatch, real_looking_weights):
     overrides = (*TINY, real_looking_weights, f"finetune.features_folder='{tmp_path / 'features'}'")
     first = command.train(compose(*overrides), tmp_path / "first", "demo")
@@ -93,6 +95,7 @@ def test_features_are_kept_and_read_by_the_next_run(compose, tmp_path, monkeypat
     assert kept.stat().st_size > 1000  # and made whole again
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_the_kept_features_not_the_run(compose, tmp_path, monkeypatch, real_looking_weights, caplog):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -104,6 +107,7 @@ def test_a_full_disk_costs_the_kept_features_not_the_run(compose, tmp_path, monk
     assert not list((tmp_path / "features").iterdir())
 
 
+@pytest.mark.slow
 def test_random_weights_leave_no_features_behind(compose, tmp_path):
     command.train(compose(*TINY, f"finetune.features_folder='{tmp_path / 'features'}'"), tmp_path / "run", "demo")
     assert not (tmp_path / "features").exists()

@@ -15,6 +15,7 @@ from cifar_tl.callbacks.phase_log import PhaseLog
 from cifar_tl.model import optim
 
 
+@pytest.mark.slow
 def test_frozen_phase_leaves_every_backbone_tensor_untouched(compose, tmp_path, monkeypatch):
     initial = {}
     build = command.build_module
@@ -34,6 +35,7 @@ def test_frozen_phase_leaves_every_backbone_tensor_untouched(compose, tmp_path, 
 
 @pytest.mark.parametrize("policy", freezing.BATCHNORM_POLICIES)
 @pytest.mark.parametrize("finetune", ["two_phase", "gradual"])
+@pytest.mark.slow
 def test_guard_passes_honest_runs(compose, tmp_path, policy, finetune):
     overrides = (*TINY, f"finetune={finetune}", "finetune.unfreeze_at_epoch=1", f"finetune.batchnorm={policy}")
     epochs = 2 if finetune == "two_phase" else 6
@@ -58,6 +60,7 @@ def test_guard_catches_batchnorm_left_training(compose, tmp_path, monkeypatch):
         train_with_bug(compose, tmp_path)
 
 
+@pytest.mark.slow
 def test_guard_catches_a_group_missing_from_the_optimizer(compose, tmp_path, monkeypatch):
     groups = optim.parameter_groups
     monkeypatch.setattr(
@@ -68,6 +71,7 @@ def test_guard_catches_a_group_missing_from_the_optimizer(compose, tmp_path, mon
         train_with_bug(compose, tmp_path)
 
 
+@pytest.mark.slow
 def test_guard_catches_a_stale_compiled_graph(compose, tmp_path, monkeypatch):
     apply = BackboneUnfreeze.apply
 
@@ -83,6 +87,7 @@ def test_guard_catches_a_stale_compiled_graph(compose, tmp_path, monkeypatch):
         train_with_bug(compose, tmp_path)
 
 
+@pytest.mark.slow
 def test_guard_checks_a_resumed_run_where_it_resumes(compose, tmp_path, monkeypatch):
     overrides = (*TINY, "finetune.unfreeze_at_epoch=1", "trainer.max_epochs=3")
     checked = []
@@ -108,6 +113,7 @@ def test_guard_checks_a_resumed_run_where_it_resumes(compose, tmp_path, monkeypa
     assert checked == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_rates_in_the_optimizer_are_the_plans(compose, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(

@@ -91,6 +91,7 @@ def groups(module, callbacks, epochs, folder):
     return fit(module, callbacks, epochs, folder).optimizers[0].param_groups
 
 
+@pytest.mark.slow
 def test_the_table_beside_lightnings_backbone_finetuning_is_the_readmes(tmp_path):
     rows = [
         (

@@ -36,8 +36,9 @@ def run(compose, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_tags_are_those_of_the_readme(run):
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "cifar_tl" / "runs" / "README.md").read_text()
     table = readme.partition("| tag | what |")[2].partition("\n\n")[0]
     promised = {tag for line in table.splitlines() for tag in re.findall(r"`([^`]+)`", line.partition(" | ")[0])}
     promised |= {tag.replace("val/", "test/") for tag in promised if tag.startswith("val/") and "CLASS" in tag}
@@ -48,6 +49,7 @@ def test_tags_are_those_of_the_readme(run):
     assert promised - {"test/"} == (written - {"epoch"}) | {"features/before", "features/after"}
 
 
+@pytest.mark.slow
 def test_the_thaw_is_marked(run):
     accumulator = events(run)
     assert [e.value for e in accumulator.Scalars("phase")] == [0, 0, 0, 0, 1, 1, 1, 1]
@@ -57,6 +59,7 @@ def test_the_thaw_is_marked(run):
     assert unfreeze.startswith("Epoch 2: **fine-tune**")
 
 
+@pytest.mark.slow
 def test_pictures_come_at_the_end_of_each_phase_and_of_the_run(run):
     accumulator = events(run)
     assert [e.step for e in accumulator.Images("val/confusion")] == [5, 11]
@@ -64,6 +67,7 @@ def test_pictures_come_at_the_end_of_each_phase_and_of_the_run(run):
     assert [e.step for e in accumulator.Images("inputs/first_batch")] == [6]  # the frozen phase sees features
 
 
+@pytest.mark.slow
 def test_hparams_page_has_the_important_keys_and_the_results(run):
     (path,) = [p for p in run.glob("tensorboard/events*") if b"hparams" in p.read_bytes()]
     accumulator = EventAccumulator(str(path))
@@ -80,6 +84,7 @@ def test_hparams_page_has_the_important_keys_and_the_results(run):
     assert names <= set(events(run).Tags()["scalars"])  # else their columns stay empty
 
 
+@pytest.mark.slow
 def test_projector_has_the_same_images_before_and_after(run):
     config = (run / "tensorboard" / "projector_config.pbtxt").read_text()
     assert 'tensor_name: "features/before"' in config
@@ -89,6 +94,7 @@ def test_projector_has_the_same_images_before_and_after(run):
     assert before.shape == after.shape
 
 
+@pytest.mark.slow
 def test_predictions_file_has_the_figures_of_metrics_json(run):
     metrics, predictions = json.loads((run / "metrics.json").read_text()), read_predictions(run)
     assert sk.accuracy_score(predictions.test.targets, predictions.test.predicted) == pytest.approx(metrics["test/acc"])
@@ -105,12 +111,14 @@ def test_predictions_file_has_the_figures_of_metrics_json(run):
         assert len(set(data["val_indices"])) == 20
 
 
+@pytest.mark.slow
 def test_images_are_those_of_the_test_set(run):
     images, _ = Synthetic(60, 20).test()
     for index, image in read_images(run).items():
         np.testing.assert_array_equal(image, images[index].permute(1, 2, 0).numpy())
 
 
+@pytest.mark.slow
 def test_looking_changes_nothing(run, compose, tmp_path):
     blind = train(compose(*TINY, "model.dropout=0.2"), tmp_path, "demo")
     seen = json.loads((run / "metrics.json").read_text())
@@ -125,6 +133,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 def test_a_resumed_run_shows_everything_once(run, compose, tmp_path, monkeypatch):
     step = ResNet50Classifier.training_step
 
@@ -161,6 +170,7 @@ def test_a_resumed_run_shows_everything_once(run, compose, tmp_path, monkeypatch
     ],
     ids=["linear_probe", "gradual"],
 )
+@pytest.mark.slow
 def test_other_plans(compose, tmp_path, monkeypatch, caplog, overrides, validated, projected):
     monkeypatch.setattr(inspection.figures, "pixels", lambda figure: np.zeros((2, 2, 3), dtype=np.uint8))  # fast
     few = ("data.train_size=40", "data.batch_size=20", "logger=tensorboard")
@@ -171,6 +181,7 @@ def test_other_plans(compose, tmp_path, monkeypatch, caplog, overrides, validate
     assert [name for name in ("before", "after") if f'"features/{name}"' in config] == projected
 
 
+@pytest.mark.slow
 def test_a_picture_that_cannot_be_drawn_does_not_cost_the_run(compose, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(inspection.figures, "confusion", lambda *_: 1 / 0)
     monkeypatch.setattr(inspection.figures, "pixels", lambda figure: np.zeros((2, 2, 3), dtype=np.uint8))  # fast

@@ -428,6 +428,7 @@ def test_interrupted_fetch_keeps_the_partial_file_and_the_next_one_resumes(
     assert server.asked[-1] == ("crawls", f"bytes={size}-")
 
 
+@pytest.mark.slow
 def test_the_commands_do_not_import_torch() -> None:
     script = "import sys, cifar_tl.data.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -12,6 +12,7 @@ from cifar_tl.model.weights import load_weights
 pytestmark = pytest.mark.resnet50
 
 
+@pytest.mark.slow
 def test_backbone_is_torchvisions_resnet50_up_to_its_pooling(tmp_path):
     original = resnet50().eval()
     path = tmp_path / "weights.pth"
@@ -27,6 +28,7 @@ def test_backbone_is_torchvisions_resnet50_up_to_its_pooling(tmp_path):
 
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("batchnorm_trains", [False, True])
+@pytest.mark.slow
 def test_tuning_for_the_cpu_changes_neither_features_nor_gradients(size, batchnorm_trains):
     torch.manual_seed(0)
     plain, tuned = Backbone(upscale=1), Backbone(upscale=1)

@@ -47,6 +47,7 @@ def gradients(backbone, images):
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.slow
 def test_files_of_one_network_become_one_whatever_the_scale_of_their_filters(seed):
     images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     backbone = pretrained(seed)
@@ -102,6 +103,7 @@ def test_filter_rms_null_keeps_the_files_scale_and_nonsense_is_refused(tmp_path)
             load_weights(loaded, str(tmp_path / "w.pth"), filter_rms=rms)
 
 
+@pytest.mark.slow
 def test_training_on_two_files_of_one_network_agrees_at_one_scale_and_not_at_their_own(compose, tmp_path):
     backbone = pretrained()
     curves = {}

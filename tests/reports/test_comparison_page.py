@@ -85,6 +85,7 @@ def test_which_override_mattered(tmp_path):
     assert first.values["1"] == (pytest.approx(0.605), 2, 0.6, 0.61)
 
 
+@pytest.mark.slow
 def test_unfinished_runs_are_named_and_left_out(sweep):
     make_run(sweep / "6", ["finetune.backbone_lr=1e-3", "data.limit=400"], seed=4, status="failed")
     make_run(sweep / "7", ["finetune.backbone_lr=9", "data.limit=400"], seed=1, status="running")
@@ -96,6 +97,7 @@ def test_unfinished_runs_are_named_and_left_out(sweep):
     assert f"{sweep / '0'}: metrics.json cannot be read" in page
 
 
+@pytest.mark.slow
 def test_several_folders_are_compared_where_they_meet_or_where_asked(tmp_path, capsys):
     runs = [str(make_run(tmp_path / name, [f"x={name}"], status="failed")) for name in ("a", "b")]
     assert main(runs) == 0

@@ -125,6 +125,7 @@ def test_plan_and_what_happened(drawn):
     assert "0123abcd" in drawn[1]
 
 
+@pytest.mark.slow
 def test_same_files_same_page(drawn):
     before = {path.name: path.read_bytes() for path in (drawn[0] / "figures").iterdir()}
     assert main([str(drawn[0])]) == 0
@@ -215,6 +216,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, monkeypatch, capsys, folde
     assert "error: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_reports_import_no_torch_and_help_no_matplotlib(tmp_path):
     code = (
         "import sys, cifar_tl.reports.__main__; assert 'matplotlib' not in sys.modules; "

@@ -1,0 +1,118 @@
+"""Measured tables in the READMEs of the checkout, from CSVs that are committed beside them.
+
+A README marks the place of a table, and is filled between the marks:
+
+    <!-- table: results -->
+    <!-- /table -->
+
+stands for conf/experiment/results/results.csv. `<!-- table: results | best32, best64 | config, n, test acc -->` takes
+these rows, named by their first cell, and these columns. The columns of PROVENANCE become the line below the table.
+"""
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from cifar_tl.errors import UserError, check_choice
+from cifar_tl.files import write_text
+from cifar_tl.runs.table import Table
+
+DOCUMENTS = ("README.md", "conf/experiment/README.md")
+RESULTS = Path("conf/experiment/results")
+PROVENANCE = ("device", "date", "commit", "weights", "filters", "precision")
+"""Columns of every table that say where its numbers come from."""
+
+MARKED = re.compile(r"(?P<start><!-- table: (?P<what>[^>\n]+) -->\n).*?(?P<end><!-- /table -->)", re.DOTALL)
+
+
+def publish(tables: Sequence[Path], checkout: Path) -> list[Path]:
+    """Take rows over into the CSVs that are committed, and fill the READMEs from these.
+
+    Args:
+        tables: CSVs with the columns of PROVENANCE. A row replaces the committed one with the same first cell; rows of
+            recipes that were not run stay.
+        checkout: Folder of README.md and conf.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: `checkout` is none.
+    """
+    if not (checkout / "pyproject.toml").is_file():
+        raise UserError(f"publish=true writes into a checkout of cifar_tl, and {checkout} is none.")
+    written = []
+    for table in tables:
+        path = checkout / RESULTS / table.name
+        head, rows = merged(*read(path), *read(table)) if path.is_file() else read(table)
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([head, *rows])
+        write_text(path, text.getvalue())
+        written.append(path)
+    for document in (checkout / name for name in DOCUMENTS):
+        write_text(document, filled(document.read_text(encoding="utf-8"), checkout / RESULTS))
+        written.append(document)
+    return written
+
+
+def filled(text: str, folder: Path) -> str:
+    """Return a README's text with every marked table as its CSV in `folder` has it.
+
+    Raises:
+        UserError: A mark names a table, a row or a column that is not there.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        name, *chosen = (part.strip() for part in match["what"].split("|"))
+        rows, columns = ([word.strip() for word in part.split(",") if word] for part in [*chosen, "", ""][:2])
+        files = {path.stem: path for path in folder.glob("*.csv")}
+        head, cells = read(files[check_choice("table", name, tuple(files))])
+        return match["start"] + markdown(head, cells, rows, columns) + match["end"]
+
+    return MARKED.sub(table, text)
+
+
+def markdown(head: list[str], rows: list[list[str]], labels: Sequence[str], columns: Sequence[str]) -> str:
+    """Return a table as Markdown, and below it where its numbers come from.
+
+    Args:
+        head: Of the columns, those of PROVENANCE among them.
+        rows: Cells as text.
+        labels: First cells of the rows to take, in their order; none for all.
+        columns: To take, in their order; none for all but those of PROVENANCE.
+
+    Raises:
+        UserError: No such row or column.
+    """
+    by_label = {row[0]: row for row in rows}
+    taken = [by_label[check_choice("row", label, tuple(by_label))] for label in labels or by_label]
+    names = [check_choice("column", name, tuple(head)) for name in columns] or [n for n in head if n not in PROVENANCE]
+    cells = [[row[head.index(name)] for name in names] for row in taken]
+    _, body, _ = Table("", names, cells, "").markdown().split("\n\n")
+    origin = {name: [row[head.index(name)] for row in taken] for name in PROVENANCE}
+    commits, dates = (distinct(", ".join(origin[name]).split(", ")) for name in ("commit", "date"))
+    device, weights, filters, precision = (distinct(origin[n]) for n in ("device", "weights", "filters", "precision"))
+    return f"\n{body}\n\n{device}; {dates}; commit {commits}; weights {weights}; filters: {filters}; {precision}.\n\n"
+
+
+def merged(
+    old_head: list[str], old_rows: list[list[str]], head: list[str], rows: list[list[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """Return the new table with the old one's rows that it does not have; `-` where such a row lacks a column."""
+    labels = {row[0] for row in rows}
+    kept = [dict(zip(old_head, row, strict=True)) for row in old_rows if row[0] not in labels]
+    return head, [*rows, *([row[head[0]], *(row.get(name, "-") for name in head[1:])] for row in kept)]
+
+
+def read(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Return the head and the rows of a CSV."""
+    with path.open(newline="", encoding="utf-8") as file:
+        head, *rows = csv.reader(file)
+    return head, rows
+
+
+def distinct(values: Iterable[str]) -> str:
+    """Return the different ones of some texts, separated by commas."""
+    return ", ".join(dict.fromkeys(values))
