@@ -30,10 +30,10 @@ reproduce: $(DONE)  ## the published tables from data and weights; ARGS="data.ro
 	$(PYTHON) -m cifar_tl.reproduce $(ARGS)
 
 test: $(DONE)  ## all tests, as CI runs them
-	$(PYTHON) -m pytest $(ARGS)
+	$(PYTHON) -m pytest -n auto $(ARGS)
 
 test-fast: $(DONE)  ## the tests that take seconds, for the daily round
-	$(PYTHON) -m pytest -m "not slow" $(ARGS)
+	$(PYTHON) -m pytest -n auto -m "not slow" $(ARGS)
 
 check: $(DONE)  ## lint, format, types, and imports that go downward only
 	$(VENV)/bin/ruff check .

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_tl.reports import run_predictions, run_training
+from cifar_tl.reports.original import beside_original
 from cifar_tl.reports.page import FigureFolder, Section, write_page
 from cifar_tl.runs.folder import Run, read_run
 from cifar_tl.runs.formatting import duration_text, percent, percent_range
@@ -41,6 +42,7 @@ def write_run_report(folder: Path) -> Path:
     if run.metrics:
         attempt("Schedule, and what happened", "schedule", METRICS, lambda: run_training.schedule(run))
         attempt("Curves", "curves", METRICS, lambda: run_training.curves(run, figures))
+        attempt("Beside the original", "original", METRICS, lambda: beside_original(run, figures))
     attempt("Classes", "classes", METRICS, lambda: run_predictions.classes(run, figures))
     if run.predictions is not None:
         shown = run_predictions.ImageSections(run.predictions, run.images, figures)

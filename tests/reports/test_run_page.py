@@ -341,3 +341,26 @@ def test_files_are_utf_8_whatever_the_locale(tmp_path):
     assert "Läufe" in comparison
     assert 'href="gr%C3%B6%C3%9Fer%200/report.html">größer 0<' in comparison
     assert "ß" in (runs / "größer 0" / "figures" / "confusion.svg").read_bytes().decode("utf-8")
+
+
+def test_the_recreated_study_stands_beside_the_originals_numbers(tmp_path):
+    epochs = list(range(20))
+    curves = {key: [0.5] * 20 for key in ("train/loss", "train/acc", "val/loss", "val/ece", "lr/head", "lr/backbone")}
+    phases = [
+        {"name": "frozen", "epochs": epochs[:10], "seconds": 20.0, "images_per_s": 900.0},
+        {"name": "fine-tune", "epochs": epochs[10:], "seconds": 80.0, "images_per_s": 200.0},
+    ]
+    length = {"epoch": epochs, "phase": ["frozen"] * 10 + ["fine-tune"] * 10, "seconds": [1.0] * 20, "phases": phases}
+    accuracies = [0.6 + epoch / 1000 for epoch in epochs]
+    own = {**curves, **length, "val/acc": accuracies, "experiment": "seed_baseline"}
+    run = make_run(tmp_path / "run", **own)
+    assert main([str(run)]) == 0
+    text = (run / "report.html").read_text(encoding="utf-8")
+    rows = next(table for table in Page(text).tables if table[0] == ["epoch", "phase", "this run", "original"])
+    assert rows[11] == ["10", "fine-tune", "61.00", "44.64"]
+    assert rows[2][3] == "-"  # the notebook's text does not name it
+    assert rows[20][3] == "69.30"
+    assert "could not be drawn" not in text
+    other = make_run(tmp_path / "other", **{**own, "experiment": "best32"})
+    assert main([str(other)]) == 0
+    assert "Beside the original" not in (other / "report.html").read_text(encoding="utf-8")

@@ -1,0 +1,51 @@
+"""The Keras study that `experiment=seed_baseline` re-creates: what its notebook measured, beside a run of ours."""
+
+from functools import partial
+from typing import Any
+
+from cifar_tl.reports import figures
+from cifar_tl.reports.page import FigureFolder
+from cifar_tl.runs.folder import Run
+from cifar_tl.runs.table import Table
+
+EXPERIMENT = "seed_baseline"
+ORIGINAL: tuple[float | None, ...] = (
+    *(0.634, None, None, None, None, None, None, None, None, 0.6536),
+    *(0.4464, 0.526, 0.575, 0.608, 0.628, 0.652, 0.669, 0.680, 0.685, 0.693),
+)
+"""Validation accuracy (on its test set) per epoch, from the outputs of its notebook, hgabrali/CIFAR-10-Image-
+Classification-A-Transfer-Learning-Approach-with-ResNet50; of the frozen epochs it names the first, the best (0.663) and
+the last."""
+DIFFERENCES = (
+    "Keras' ResNet50 strides in the first 1x1 convolution of a block, torchvision's in the 3x3: it drops more pixels.",
+    "Its weights are Keras' own, trained with the Caffe normalization (mean subtraction, BGR).",
+    "It trains on 50,000 images and validates on the test set; here 45,000 train, in a tenth fewer steps an epoch.",
+)
+"""What torch and an honest protocol cannot copy."""
+
+
+def beside_original(run: Run, folder: FigureFolder) -> dict[str, Any] | None:
+    """Return both validation curves as a figure and as a table; None for a run of another experiment or length."""
+    metrics = run.metrics
+    if metrics.get("experiment") != EXPERIMENT or metrics["epoch"] != list(range(len(ORIGINAL))):
+        return None
+    series = {"this run": metrics["val/acc"], "original": ORIGINAL}
+    phases = [(phase["name"], phase["epochs"][0]) for phase in metrics["phases"]]
+    title = "Validation accuracy, beside the original"
+    drawn = folder.draw(
+        "original",
+        partial(figures.curves, title, metrics["epoch"], series, phases, None, percent=True),
+        alt_text=f"{title}: after the last epoch {_percent(metrics['val/acc'][-1])} and {_percent(ORIGINAL[-1])}%.",
+    )
+    rows = [
+        [str(epoch), phase, _percent(ours), _percent(theirs)]
+        for epoch, phase, ours, theirs in zip(
+            metrics["epoch"], metrics["phase"], metrics["val/acc"], ORIGINAL, strict=True
+        )
+    ]
+    table = Table("Validation accuracy, %", ["epoch", "phase", "this run", "original"], rows, words=(0, 1))
+    return {"figures": [drawn], "table": table, "differences": DIFFERENCES}
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f}"
