@@ -19,7 +19,18 @@ from cifar_tl.reports.__main__ import main
 GOLDEN = Path(__file__).parent / "golden"
 CHOICES = sorted(
     f"{group}={path.stem}"
-    for group in ("augment", "data", "experiment", "ablate", "finetune", "logger", "model", "trainer", "sweep")
+    for group in (
+        "augment",
+        "callbacks",
+        "data",
+        "experiment",
+        "ablate",
+        "finetune",
+        "logger",
+        "model",
+        "trainer",
+        "sweep",
+    )
     for path in (conf_folder() / group).glob("*.yaml")
     if group != "sweep"  # they only fill hydra.sweeper
 )
