@@ -189,6 +189,11 @@ def build_trainer(trainer: Mapping[Any, Any], **extra: Any) -> L.Trainer:
     Raises:
         UserError: The Trainer refuses a key.
     """
+    if trainer.get("fast_dev_run"):
+        raise UserError(
+            "trainer.fast_dev_run keeps no checkpoint, so that there is nothing to test. experiment=demo goes through "
+            "everything in a minute; data.limit=100 trainer.max_epochs=2 finetune.unfreeze_at_epoch=1 shortens a run."
+        )
     accelerator = resolve_accelerator(trainer["accelerator"])
     keys = {str(key): value for key, value in trainer.items()}
     keys |= {"accelerator": accelerator, "precision": resolve_precision(trainer["precision"], accelerator)}

@@ -178,6 +178,12 @@ def _explained(error: BaseException, config_name: str) -> str | None:
         return str(error)
     if isinstance(error, HydraException | OmegaConfBaseException):
         return explain(error, config_name)
+    if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
+        groups = ", ".join(sorted(path.name for path in conf_folder().iterdir() if path.is_dir()))
+        return (
+            f"A config group cannot be null; the groups are {groups}. logger=none and callbacks=none choose nothing; "
+            f"--help lists the choices of each."
+        )
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return (
             f"{error.filename or 'output'}: {error.strerror}. Runs are written under ./outputs; "

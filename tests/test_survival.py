@@ -198,6 +198,7 @@ def test_writing_is_put_off_for_a_minute_at_most(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_folder_that_holds_a_run_is_refused_before_anything_is_written(command, tmp_path):
     assert command(*FAST, "hydra.run.dir=run")[0] == 0
+    assert "Test accuracy" in (tmp_path / "run" / "train.log").read_text()
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     code, _, err = command(*FAST, "seed=5", "hydra.run.dir=run")
     assert code == 1
