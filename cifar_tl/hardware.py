@@ -68,6 +68,14 @@ def prepare_for(accelerator: str, module: nn.Module) -> None:
         torch.set_float32_matmul_precision("high")  # TF32 where the precision is 32-true
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error of torch means that the GPU's memory is full; cuBLAS and cuDNN have their own words."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    signs = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
 def device_name(accelerator: str) -> str:
     """Return the GPU's name, or the CPU's with its cores."""
     if accelerator == "cuda":

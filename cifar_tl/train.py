@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -34,7 +33,7 @@ from cifar_tl.build import (
 from cifar_tl.checkpoints import BEST, FORMAT, LAST, PacedCheckpointIO, read_checkpoint
 from cifar_tl.data.datamodule import CIFAR10DataModule
 from cifar_tl.errors import Interrupted, UserError, check_int
-from cifar_tl.hardware import prepare_for, resolve_accelerator
+from cifar_tl.hardware import is_out_of_memory, prepare_for, resolve_accelerator
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.model.optim import optimizer_text
 from cifar_tl.model.weights import load_weights
@@ -107,7 +106,9 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=last if cfg.resume else None, weights_only=True)
         return test_best(trainer, module, datamodule, folder)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(
             f"the GPU ran out of memory at data.batch_size={cfg.data.batch_size}. Lower it. ({error})"
         ) from error

@@ -4,6 +4,7 @@ import pytest
 
 from cifar_tl.benchmarks.__main__ import main, table
 from cifar_tl.benchmarks.setting import summary, take_turns
+from cifar_tl.benchmarks.step import peak_bf16
 
 
 @pytest.mark.slow
@@ -51,3 +52,12 @@ def test_a_gpu_that_is_not_there_is_a_readable_error(capsys, monkeypatch, tmp_pa
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["--device", "cuda"]) == 1
     assert "sees no CUDA GPU here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA L40S", 362e12), ("NVIDIA L40", 181e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 80GB HBM3", 989e12)],
+)
+def test_a_devices_peak_is_that_of_its_longest_name(name, peak):
+    assert peak_bf16(name) == peak
+    assert peak_bf16("NVIDIA T4") is None

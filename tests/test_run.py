@@ -184,3 +184,30 @@ def test_validation_that_falls_at_the_unfreeze_is_a_collapse():
     assert "fell from 60.00% to 54.00%" in warning
     assert "finetune.backbone_lr=0.01" in warning
     assert "model.filter_rms" in warning
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_gradients_are_clipped_in_mixed_precision(compose, tmp_path, optimizer):
+    clipping = ("trainer.precision=bf16-mixed", "+trainer.gradient_clip_val=1e-2", f"finetune.optimizer={optimizer}")
+    free = train(compose(*TINY, *clipping[::2]), tmp_path / "free", "demo")
+    clipped = train(compose(*TINY, *clipping), tmp_path / "clipped", "demo")
+    assert clipped["status"] == "finished"
+    assert clipped["train/loss"] != free["train/loss"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
+)
+def test_a_full_gpu_gets_advice_whoever_notices_it(compose, tmp_path, monkeypatch, error):
+    def full(self, batch, batch_idx):
+        raise error
+
+    monkeypatch.setattr(ResNet50Classifier, "training_step", full)
+    with pytest.raises(UserError, match=r"out of memory at data\.batch_size=16\. Lower it"):
+        train(compose(*TINY), tmp_path, "demo")

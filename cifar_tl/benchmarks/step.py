@@ -21,8 +21,16 @@ from cifar_tl.model.backbone import Backbone
 from cifar_tl.model.module import ResNet50Classifier
 
 WARM_UP = CHECKED_STEPS + 1
-PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}
-"""Dense bf16 arithmetic a second, from the vendor's data sheets; keys are parts of device names."""
+PEAK_BF16 = {
+    "H100": 989e12,
+    "H100 PCIe": 756e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40": 181e12,
+    "L40S": 362e12,
+    "4090": 165e12,
+}
+"""Dense bf16 arithmetic a second, from the vendor's data sheets; keys are parts of device names, the longest counts."""
 
 
 class Clock(L.Callback):
@@ -150,9 +158,13 @@ def flops_per_image() -> float:
     return float(counter.get_total_flops()) / 2
 
 
+def peak_bf16(name: str) -> float | None:
+    """Return the dense bf16 operations a second of a device by its name, None for one that is not listed."""
+    return PEAK_BF16.get(max((part for part in PEAK_BF16 if part in name), key=len, default=""))
+
+
 def add_share_of_peak(rows: list[dict[str, Any]], setting: Setting) -> None:
     """Add to each row its share of the GPU's peak bf16 arithmetic (MFU), if the peak is known."""
-    name = device_name(setting.device)
-    peak = next((value for part, value in PEAK_BF16.items() if part in name), None)
+    peak = peak_bf16(device_name(setting.device))
     for row in rows:
         row["MFU"] = row["median"] * flops_per_image() / peak if peak else None

@@ -98,11 +98,11 @@ class ArrayLoader:
 
         # to the device once per epoch, not once per step: a copy from the host's memory makes the host wait
         there = {name: torch.split(values.to(self.device), self.batch_size) for name, values in draws.items()}
-        here = torch.split(order, self.batch_size)
+        batches = torch.split(order.to(self.device), self.batch_size)
         mix = _mix(augment, self.classes) if augment is not None and features is None else None
-        pixels = self._pixels(here) if features is None else None
+        pixels = self._pixels(order, batches) if features is None else None
         rows_of_views = features.flatten(0, 1) if features is not None else None
-        for step, indices in enumerate(torch.split(order.to(self.device), self.batch_size)):
+        for step, indices in enumerate(batches):
             rows = {name: values[step] for name, values in there.items()}
             targets = self.targets[indices]
             if rows_of_views is not None:
@@ -118,11 +118,13 @@ class ArrayLoader:
             else:
                 yield inputs, one_hot(targets, self.classes) if self.one_hot_targets else targets
 
-    def _pixels(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        if isinstance(self.images, LazyImages):
-            return (images.to(self.device, non_blocking=True) for images in self.images.read(batches))
+    def _pixels(self, order: Tensor, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yield the images of each batch; files are read in the host's order, tensors indexed on their device."""
         images = self.images
-        return (images[indices.to(self.device)] for indices in batches)
+        if isinstance(images, LazyImages):
+            read = images.read(torch.split(order, self.batch_size))
+            return (batch.to(self.device, non_blocking=True) for batch in read)
+        return (images[indices] for indices in batches)
 
 
 def _mix(augment: Augment, classes: int) -> v2.Transform | None:

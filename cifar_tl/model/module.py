@@ -22,7 +22,7 @@ from cifar_tl.data.batch import Batch, class_indices
 from cifar_tl.errors import check_choice, check_number
 from cifar_tl.model.backbone import FEATURES, Backbone
 from cifar_tl.model.head import dense_head
-from cifar_tl.model.optim import build_optimizer, parameter_groups
+from cifar_tl.model.optim import build_optimizer, match_strides, parameter_groups
 
 CONVENTIONS = ("torch", "keras")
 
@@ -115,6 +115,11 @@ class ResNet50Classifier(L.LightningModule):
         """
         logits: Tensor = self.head(images if images.ndim == 2 else self.backbone(images))
         return logits
+
+    def on_train_start(self) -> None:
+        """Fit what a checkpoint has brought to the memory format of this device."""
+        for optimizer in self.trainer.optimizers:
+            match_strides(optimizer)
 
     def on_train_epoch_start(self) -> None:
         """Start the sums of the epoch's training metrics."""

@@ -54,16 +54,37 @@ def build_optimizer(
     """
     match check_choice("finetune.optimizer", name, OPTIMIZERS):
         case "adam":
-            return torch.optim.Adam(groups, lr=0.0, eps=adam_eps, fused=True)
+            return _clippable(torch.optim.Adam(groups, lr=0.0, eps=adam_eps, fused=True))
         case "adamw":
-            return torch.optim.AdamW(groups, lr=0.0, eps=adam_eps, fused=True)
+            return _clippable(torch.optim.AdamW(groups, lr=0.0, eps=adam_eps, fused=True))
         case "muon":
             momentum = check_number("finetune.momentum", momentum, 0, below=1)
             groups = [g | {"muon": g["name"] == "backbone"} for g in groups]
             return Muon(groups, momentum, MUON_ITERATIONS, muon_dtype)
         case _:
             momentum = check_number("finetune.momentum", momentum, 0, below=1)
-            return torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=momentum > 0, fused=True)
+            sgd = torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=momentum > 0, fused=True)
+            return _clippable(sgd)
+
+
+def _clippable(optimizer: Optimizer) -> Optimizer:
+    """Leave unscaling to the GradScaler: Lightning refuses to clip gradients that a fused optimizer unscales."""
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # torch sets it where fused is given
+    return optimizer
+
+
+@torch.no_grad()
+def match_strides(optimizer: Optimizer) -> None:
+    """Give every state of an optimizer the strides of its parameter.
+
+    Fused optimizers go through the memory of both side by side. States that were saved on a GPU, where kernels are
+    channels_last, would update the wrong weights of a contiguous parameter on the CPU, without a word.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            like_parameter = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+            if like_parameter and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def optimizer_text(name: str, unfrozen: bool) -> str:

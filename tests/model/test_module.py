@@ -6,7 +6,7 @@ from cifar_tl.data.batch import class_indices, one_hot
 from cifar_tl.errors import UserError
 from cifar_tl.model.head import dense_head
 from cifar_tl.model.module import ResNet50Classifier
-from cifar_tl.model.optim import build_optimizer, optimizer_text, parameter_groups
+from cifar_tl.model.optim import build_optimizer, match_strides, optimizer_text, parameter_groups
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +101,37 @@ def test_one_hot_and_back():
     targets = torch.tensor([3, 0])
     assert class_indices(one_hot(targets, 10)).tolist() == [3, 0]
     assert class_indices(targets) is targets
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "muon"])
+def test_states_from_another_device_take_the_strides_of_their_parameters(name):
+    def steps(optimizer, parameters, count):
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(count):
+            for p in parameters:
+                p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator))
+            optimizer.step()
+
+    def make(memory_format):
+        torch.manual_seed(0)
+        backbone = nn.Conv2d(8, 8, 3, bias=False).to(memory_format=memory_format)
+        groups = parameter_groups(nn.Linear(4, 2), backbone, weight_decay=0.05)
+        optimizer = build_optimizer(name, groups, momentum=0.9)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1
+        return optimizer, [p for group in groups for p in group["params"]]
+
+    saved, parameters = make(torch.channels_last)  # as on a GPU
+    steps(saved, parameters, 2)
+    resumed, others = make(torch.contiguous_format)
+    with torch.no_grad():
+        for p, q in zip(others, parameters, strict=True):
+            p.copy_(q)
+    resumed.load_state_dict(saved.state_dict())
+    match_strides(resumed)
+    steps(resumed, others, 2)
+    straight, expected = make(torch.contiguous_format)
+    steps(straight, expected, 2)
+    steps(straight, expected, 2)
+    for p, q in zip(others, expected, strict=True):
+        torch.testing.assert_close(p, q)
