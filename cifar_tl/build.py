@@ -139,7 +139,7 @@ def build_callbacks(
     Args:
         cfg: As composed from conf/train.yaml.
         datamodule: Of the run.
-        facts: From `run_facts`.
+        facts: From `run_facts`, with the hash of the weights.
         folder: The run's.
     """
     finetune, schedule = cfg.finetune, build_schedule(cfg)
@@ -224,16 +224,13 @@ def progress_bar() -> list[L.Callback]:
     return [RichProgressBar()] if sys.stdout.isatty() else []
 
 
-def run_facts(
-    cfg: DictConfig, datamodule: CIFAR10DataModule, experiment: str, weights_sha256: str | None
-) -> dict[str, Any]:
+def run_facts(cfg: DictConfig, datamodule: CIFAR10DataModule, experiment: str) -> dict[str, Any]:
     """Return what is known of a run before it trains, as plain values, for metrics.json and checkpoints.
 
     Args:
         cfg: As composed from conf/train.yaml.
         datamodule: Set up.
         experiment: Name of the choice in conf/experiment.
-        weights_sha256: Of the file of ImageNet weights; None for random weights.
     """
     accelerator = resolve_accelerator(cfg.trainer.accelerator)
     return {
@@ -241,8 +238,6 @@ def run_facts(
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": cfg.seed,
         "weights": cfg.model.weights,
-        "weights_sha256": weights_sha256,
-        "filter_rms": cfg.model.filter_rms if weights_sha256 else None,
         "config_sha256": config_sha256({key: value for key, value in plain(cfg).items() if key != "resume"}),
         "split_sha256": datamodule.split_sha256,
         "test_sha256": datamodule.test_sha256,
@@ -259,6 +254,17 @@ def run_facts(
 def plain(cfg: DictConfig) -> dict[str, Any]:
     """Return a config as nested dicts and lists, resolved."""
     return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of a nested config by dotted key."""
+    values: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            values |= flat(value, f"{prefix}{key}.")
+        else:
+            values[f"{prefix}{key}"] = value
+    return values
 
 
 def quieten_lightning() -> None:

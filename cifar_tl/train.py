@@ -26,6 +26,7 @@ from cifar_tl.build import (
     build_module,
     build_schedule,
     build_trainer,
+    flat,
     plain,
     quieten_lightning,
     run_facts,
@@ -44,6 +45,24 @@ from cifar_tl.runs.resume import is_first_process, kept_result, resume_command, 
 from cifar_tl.schedule import epochs_text, stages_text
 
 log = logging.getLogger(__name__)
+
+FIXED = (
+    *(
+        "seed",
+        "model.weights",
+        "model.filter_rms",
+        "model.head",
+        "model.upscale",
+        "model.conventions",
+        "data.name",
+        "data.limit",
+        "data.val_size",
+        "data.split_seed",
+        "data.train_size",
+    ),
+    *("data.test_size", "finetune.optimizer", "finetune.unfreeze_at_epoch", "finetune.stage_epochs"),
+)
+"""Beginnings of the keys that a resumed run cannot change. Others count from the epoch on at which it goes on."""
 
 
 def main(cfg: DictConfig) -> float:
@@ -86,11 +105,11 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     if cfg.model.compile:
         module.backbone.compile()
     last = folder / "checkpoints" / LAST
-    weights_sha256 = fill_backbone(cfg, module, last)
+    weights = fill_backbone(cfg, module) if cfg.resume is None else resumed_weights(cfg, last)
     datamodule.prepare_data()
     datamodule.setup("fit")
 
-    facts = run_facts(cfg, datamodule, experiment, weights_sha256)
+    facts = {**run_facts(cfg, datamodule, experiment), **weights}
     module.provenance = {"format": FORMAT, "config": plain(cfg), "facts": facts}
     batches = math.ceil(datamodule.sizes["train"] / cfg.data.batch_size)
     trainer = build_trainer(
@@ -116,14 +135,33 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
         raise Interrupted(interrupted_text(folder, last)) from stop
 
 
-def fill_backbone(cfg: DictConfig, module: ResNet50Classifier, last: Path) -> str | None:
-    """Load the ImageNet weights of a new run; return their file's SHA-256, for a resumed run that of its checkpoint."""
-    if cfg.resume is not None:
-        sha256: str | None = read_checkpoint(last)["cifar_tl"]["facts"]["weights_sha256"]
-        return sha256
+def fill_backbone(cfg: DictConfig, module: ResNet50Classifier) -> dict[str, Any]:
+    """Load the ImageNet weights; return the SHA-256 of their file and the filters' scale, None for random weights."""
     if cfg.model.weights is None:
-        return None
-    return load_weights(module.backbone, cfg.model.weights, cfg.model.filter_rms)
+        return {"weights_sha256": None, "filter_rms": None}
+    sha256 = load_weights(module.backbone, cfg.model.weights, cfg.model.filter_rms)
+    return {"weights_sha256": sha256, "filter_rms": cfg.model.filter_rms}
+
+
+def resumed_weights(cfg: DictConfig, last: Path) -> dict[str, Any]:
+    """Return what `fill_backbone` did when the run was started; say what is changed, and refuse what cannot be.
+
+    Raises:
+        UserError: No checkpoint, or a key is changed that what is trained already depends on.
+    """
+    saved = read_checkpoint(last)["cifar_tl"]
+    before, now = flat(saved["config"]), flat(plain(cfg))
+    changed = {key: (before.get(key), value) for key, value in now.items() if before.get(key, value) != value}
+    if lost := {key: values for key, values in changed.items() if key.startswith(FIXED)}:
+        texts = ", ".join(f"{key}={new} (the run has {old})" for key, (old, new) in lost.items())
+        raise UserError(
+            f"a resumed run cannot change {texts}: what it has trained so far depends on it. Leave it out, or start a "
+            f"new run with it."
+        )
+    for key, (old, new) in changed.items():
+        if key != "resume":
+            log.info("changed    %s=%s from here on (the run had %s)", key, new, old)
+    return {key: saved["facts"].get(key) for key in ("weights_sha256", "filter_rms")}
 
 
 def test_best(

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -56,6 +57,14 @@ def interrupt(monkeypatch):
         return lambda: monkeypatch.setattr(ResNet50Classifier, "training_step", step)
 
     return interrupt
+
+
+@pytest.fixture(scope="module")
+def half(compose, tmp_path_factory):
+    """The folder of a finished short run, which a longer one may go on from; for reading only."""
+    folder = tmp_path_factory.mktemp("half")
+    train(compose(*FAST), folder, "demo")
+    return folder
 
 
 def ctrl_c():
@@ -239,3 +248,29 @@ def test_a_console_that_is_closed_or_has_no_such_letters_ends_nothing(monkeypatc
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii", write_through=True))
     cli.StdoutHandler().emit(record("Bär ⇄ 猫"))
     assert raw.getvalue() == b"B\\xe4r \\u21c4 \\u732b\n"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("seed=5", "model.head=[32]", "model.filter_rms=0.1", "data.val_size=30", "data.limit=20"),
+        *("finetune.optimizer=sgd", "finetune.unfreeze_at_epoch=1"),
+    ],
+)
+def test_a_resumed_run_refuses_what_it_cannot_change(compose, half, tmp_path, change):
+    key = change.partition("=")[0]
+    with pytest.raises(
+        UserError, match=rf"a resumed run cannot change {key}=.* \(the run has .*start a new run with it"
+    ):
+        train(compose(*FAST, change, f"resume={half}"), half, "demo")
+
+
+def test_a_resumed_run_honours_other_changes_and_says_so(compose, half, tmp_path, caplog):
+    shutil.copytree(half, tmp_path / "run")
+    changes = ("finetune.weight_decay=0.5", "finetune.label_smoothing=0", "trainer.max_epochs=4")
+    with caplog.at_level("INFO"):
+        metrics = train(compose(*FAST, *changes, f"resume={tmp_path / 'run'}"), tmp_path / "run", "demo")
+    assert "changed    finetune.weight_decay=0.5 from here on (the run had 0.05)" in caplog.text
+    assert metrics["epoch"] == [0, 1, 2, 3]
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"][0]
+    assert [group["weight_decay"] for group in state["param_groups"]] == [0.5, 0.0, 0.5, 0.0]

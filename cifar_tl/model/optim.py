@@ -73,6 +73,15 @@ def _clippable(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
+def restore_options(optimizer: Optimizer, fresh: Optimizer) -> None:
+    """Give an optimizer whose state was loaded the options of a new one, weight decay and momentum for two.
+
+    Loading brings back the options of the run as it was started; those of the command line are to count.
+    """
+    for group, new in zip(optimizer.param_groups, fresh.param_groups, strict=True):
+        group.update({name: value for name, value in new.items() if name not in ("params", "lr")})
+
+
 @torch.no_grad()
 def match_strides(optimizer: Optimizer) -> None:
     """Give every state of an optimizer the strides of its parameter.
