@@ -47,20 +47,21 @@ from cifar_tl.schedule import epochs_text, stages_text
 log = logging.getLogger(__name__)
 
 FIXED = (
-    *(
-        "seed",
-        "model.weights",
-        "model.filter_rms",
-        "model.head",
-        "model.upscale",
-        "model.conventions",
-        "data.name",
-        "data.limit",
-        "data.val_size",
-        "data.split_seed",
-        "data.train_size",
-    ),
-    *("data.test_size", "finetune.optimizer", "finetune.unfreeze_at_epoch", "finetune.stage_epochs"),
+    "seed",
+    "model.weights",
+    "model.filter_rms",
+    "model.head",
+    "model.upscale",
+    "model.conventions",
+    "data.name",
+    "data.limit",
+    "data.val_size",
+    "data.split_seed",
+    "data.train_size",
+    "data.test_size",
+    "finetune.optimizer",
+    "finetune.unfreeze_at_epoch",
+    "finetune.stage_epochs",
 )
 """Beginnings of the keys that a resumed run cannot change. Others count from the epoch on at which it goes on."""
 
