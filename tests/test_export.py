@@ -128,6 +128,7 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("cifar_tl", "
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_version_of_onnxs_operators_can_be_chosen(compose, tiny_checkpoint, tmp_path):
     import onnx
 

@@ -106,6 +106,7 @@ def test_a_comparison_says_what_was_agreed(tmp_path, agreed):
     agreed("comparison.txt", "\n".join(Text(page).lines) + "\n")
 
 
+@pytest.mark.slow
 def test_every_choice_of_every_group_composes_to_what_was_agreed(compose, agreed):
     parts = []
     for choice in CHOICES:

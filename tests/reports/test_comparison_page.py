@@ -115,6 +115,7 @@ def test_unfair_comparisons_are_named(tmp_path):
     assert "has a seed twice" in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("different", "named"),
     [
@@ -152,6 +153,7 @@ def test_one_run_of_other_data_among_the_seeds_is_enough(tmp_path):
     assert paired_difference(one, two) is None
 
 
+@pytest.mark.slow
 def test_one_bad_run_is_named_and_the_rest_is_drawn(sweep):
     metrics = json.loads((sweep / "1" / "metrics.json").read_text())
     (sweep / "1" / "metrics.json").write_text(json.dumps({**metrics, "best/val/acc": None, "seconds": None}))
@@ -175,6 +177,7 @@ def test_ablation_leaves_out_a_run_without_its_accuracy(tmp_path):
     assert [row[0] for row in table.rows] == ["none", "flip"]
 
 
+@pytest.mark.slow
 def test_warnings_of_a_training_are_named(tmp_path):
     make_run(tmp_path / "0", ["x=1"], warnings=["Validation accuracy fell."])
     make_run(tmp_path / "1", ["x=2"])

@@ -321,6 +321,7 @@ def test_a_figure_that_fails_costs_nothing_else(tmp_path, monkeypatch):
     assert "metrics.json is" not in text
 
 
+@pytest.mark.slow
 def test_files_are_utf_8_whatever_the_locale(tmp_path):
     runs = tmp_path / "Läufe"
     for seed in (0, 1):
@@ -343,6 +344,7 @@ def test_files_are_utf_8_whatever_the_locale(tmp_path):
     assert "ß" in (runs / "größer 0" / "figures" / "confusion.svg").read_bytes().decode("utf-8")
 
 
+@pytest.mark.slow
 def test_the_recreated_study_stands_beside_the_originals_numbers(tmp_path):
     epochs = list(range(20))
     curves = {key: [0.5] * 20 for key in ("train/loss", "train/acc", "val/loss", "val/ece", "lr/head", "lr/backbone")}
