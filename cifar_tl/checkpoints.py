@@ -9,16 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
-from hydra.core.global_hydra import GlobalHydra
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
-from cifar_tl.cli import conf_folder
+from cifar_tl.cli import compose
 from cifar_tl.errors import UserError
 from cifar_tl.files import replacing
 from cifar_tl.model.classifier import ImageClassifier
@@ -250,12 +248,7 @@ def load_trained(path: Path) -> Trained:
 def _completed(saved: dict[str, Any]) -> DictConfig:
     """Return a run's config with today's defaults for keys that it does not have."""
     config = OmegaConf.create(saved)
-    overrides = [f"data={config.data.name}"]
-    if GlobalHydra.instance().is_initialized():  # by the command that this is a part of
-        defaults = hydra.compose("train", overrides)
-    else:
-        with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            defaults = hydra.compose("train", overrides)
+    defaults = compose("train", [f"data={config.data.name}"])
     OmegaConf.set_struct(defaults, False)
     for group in COMPLETED:
         config[group] = OmegaConf.merge(defaults[group], config.get(group, {}))

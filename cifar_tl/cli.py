@@ -8,12 +8,13 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
@@ -91,6 +92,22 @@ def conf_folder() -> Path:
     """Return the folder of the configs: beside the package in a checkout, inside it when installed."""
     inside = Path(__file__).parent / "conf"
     return inside if inside.is_dir() else Path(__file__).parents[1] / "conf"
+
+
+def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Compose a config of `conf` as the command line does, inside of a command or outside.
+
+    Args:
+        config_name: A file of `conf`, without its ending.
+        overrides: As on a command line.
+
+    Raises:
+        HydraException: A mistake in the overrides; see `explain`.
+    """
+    if GlobalHydra.instance().is_initialized():  # by the command that this is a part of
+        return hydra.compose(config_name, list(overrides))
+    with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return hydra.compose(config_name, list(overrides))
 
 
 def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: list[str]) -> int:
@@ -232,8 +249,7 @@ def explain(error: HydraException | OmegaConfBaseException, config_name: str) ->
     text = str(error)
     if text.startswith("Could not override '"):
         given = text.split("'")[1]
-        with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            known = _keys(hydra.compose(config_name)) + [path.name for path in conf_folder().iterdir() if path.is_dir()]
+        known = _keys(compose(config_name)) + [path.name for path in conf_folder().iterdir() if path.is_dir()]
         if given not in known:
             return f"Unknown config key {given}.{suggest(given, known)} --cfg job prints all keys."
     if isinstance(error, OverrideParseException):

@@ -5,11 +5,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there: small ne
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import hydra
 import pytest
 from omegaconf import DictConfig
 
-from cifar_tl.cli import conf_folder
+from cifar_tl import cli
 from cifar_tl.model.backbone import Backbone
 
 TINY = (
@@ -47,8 +46,7 @@ def compose() -> Callable[..., DictConfig]:
     """Compose conf/train.yaml with overrides, as the command line does."""
 
     def compose(*overrides: str, config_name: str = "train") -> DictConfig:
-        with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            return hydra.compose(config_name, list(overrides))
+        return cli.compose(config_name, overrides)
 
     return compose
 

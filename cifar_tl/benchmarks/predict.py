@@ -9,13 +9,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import hydra
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from PIL import Image
 
 from cifar_tl.build import build_module
-from cifar_tl.cli import conf_folder
+from cifar_tl.cli import compose
 from cifar_tl.data.batch import IMAGENET_MEAN, IMAGENET_STD
 from cifar_tl.data.decode import default_threads
 from cifar_tl.data.inputs import open_inputs
@@ -40,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_pngs(pngs, options.images)
         write_checkpoint(checkpoint)
         overrides = [f"checkpoint='{checkpoint}'", f"input='{pngs}'", f"threads={threads}"]
-        cfg = compose("predict", *overrides, f"trainer.accelerator={options.accelerator}")
+        cfg = compose("predict", [*overrides, f"trainer.accelerator={options.accelerator}"])
 
         def decode_all() -> None:
             with open_inputs(pngs) as inputs:
@@ -78,7 +77,7 @@ def write_pngs(folder: Path, images: int) -> None:
 
 def write_checkpoint(path: Path) -> None:
     """Write a checkpoint with random weights: speed does not depend on them."""
-    cfg = compose("train", "experiment=demo")
+    cfg = compose("train", ["experiment=demo"])
     facts = {
         "classes": list(Synthetic.classes),
         "normalization": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)},
@@ -87,12 +86,6 @@ def write_checkpoint(path: Path) -> None:
     provenance = {"config": OmegaConf.to_container(cfg, resolve=True), "facts": facts}
     parts = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams), "epoch": 0}
     torch.save({**parts, "cifar_tl": provenance}, path)
-
-
-def compose(config_name: str, *overrides: str) -> DictConfig:
-    """Compose a config of conf/ as the command line does."""
-    with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return hydra.compose(config_name, list(overrides))
 
 
 if __name__ == "__main__":

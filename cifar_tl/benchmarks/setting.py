@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from omegaconf import DictConfig
 
-from cifar_tl.cli import conf_folder
+from cifar_tl.cli import compose
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,7 @@ class Setting:
 
     def config(self, *overrides: str) -> DictConfig:
         """Compose conf/train.yaml for this setting."""
-        with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            return hydra.compose("train", [*self.overrides(), *overrides])
+        return compose("train", [*self.overrides(), *overrides])
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given."""

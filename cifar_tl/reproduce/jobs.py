@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import hydra
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -98,10 +96,8 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     Raises:
         UserError: It cannot be done.
     """
-    GlobalHydra.instance().clear()  # a command's own; it has been composed
     try:
-        with hydra.initialize_config_dir(str(cli.conf_folder()), version_base="1.3"):
-            return hydra.compose("train", list(overrides))
+        return cli.compose("train", overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"{' '.join(overrides)}: {cli.explain(error, 'train')}") from error
 
