@@ -21,11 +21,14 @@ def points(difference: float, digits: int = 2) -> str:
 
 def duration_text(seconds: float) -> str:
     """Return a duration as text: `41 s`, `3 min 05 s`, `1 h 36 min`."""
-    if seconds < 60:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    if seconds < 3600:
-        return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
-    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if (whole := round(seconds)) < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
 def result_text(metrics: Mapping[str, Any], images: int) -> str:
