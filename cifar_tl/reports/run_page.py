@@ -65,6 +65,13 @@ def write_run_report(folder: Path) -> Path:
 def _warnings(run: Run) -> list[str]:
     """Return what a reader should know before all numbers."""
     warnings = list(run.metrics.get("warnings", []))
+    duplicates = run.metrics.get("duplicates", {})
+    if count := duplicates.get("test", 0):
+        example = " is ".join(duplicates.get("example") or [])
+        warnings.append(
+            f"{count:,} test images are training or validation images, too, pixel for pixel"
+            f"{f' ({example})' if example else ''}: the test says too much good of the model."
+        )
     if not run.finished:
         done = len(run.metrics.get("epoch", []))
         planned = max((phase["end"] for phase in run.metrics.get("plan", [])), default=0)

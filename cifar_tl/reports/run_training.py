@@ -33,6 +33,7 @@ FACTS = {
     "weights_sha256": "SHA-256 of the weights",
     "config_sha256": "SHA-256 of the config",
     "split_sha256": "SHA-256 of the split",
+    "test_sha256": "SHA-256 of the test set",
     "device": "device",
     "precision": "precision",
     "threads": "threads",

@@ -122,6 +122,7 @@ def test_unfair_comparisons_are_named(tmp_path):
         ({"classes": ["ant", *CLASSES[1:]]}, "class names (ant against airplane)"),
         ({"classes": CLASSES[::-1]}, "class names (their order)"),
         ({"split_sha256": "b"}, "the SHA-256 of the split"),
+        ({"split_sha256": "a", "test_sha256": "b"}, "the SHA-256 of the test set"),
         ({"targets": True}, "the classes of the test images"),
         ({"indices": True}, "test images (400 and 400)"),
     ],
@@ -144,6 +145,13 @@ def test_runs_on_other_data_are_not_paired_and_the_page_says_why(tmp_path, diffe
     assert f"'x=2': not paired with the best, since they differ in {named}." in text
     assert "Paired over the same test images" not in text
     assert ("The runs are of different classes." in text) == ("classes" in different)
+
+
+def test_another_training_split_does_not_keep_runs_from_being_paired_on_the_same_test_images(tmp_path):
+    for job, split in enumerate("ab"):
+        make_run(tmp_path / str(job), [f"data.split_seed={job}"], split_sha256=split, test_sha256="t")
+    one, two = group_runs(read_runs([tmp_path / "0", tmp_path / "1"]))
+    assert paired_difference(one, two) is not None
 
 
 def test_one_run_of_other_data_among_the_seeds_is_enough(tmp_path):

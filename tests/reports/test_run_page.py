@@ -366,3 +366,11 @@ def test_the_recreated_study_stands_beside_the_originals_numbers(tmp_path):
     other = make_run(tmp_path / "other", **{**own, "experiment": "best32"})
     assert main([str(other)]) == 0
     assert "Beside the original" not in (other / "report.html").read_text(encoding="utf-8")
+
+
+def test_test_images_that_are_training_images_are_named_at_the_top(tmp_path):
+    duplicates = {"test": 12, "val": 0, "example": ["test/cat/leak0.png", "train/cat/000.png"]}
+    run = make_run(tmp_path / "run", duplicates=duplicates)
+    assert main([str(run)]) == 0
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert "12 test images are training or validation images, too, pixel for pixel (test/cat/leak0.png is train" in text
