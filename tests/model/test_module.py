@@ -135,3 +135,20 @@ def test_states_from_another_device_take_the_strides_of_their_parameters(name):
     steps(straight, expected, 2)
     for p, q in zip(others, expected, strict=True):
         torch.testing.assert_close(p, q)
+
+
+def test_kerass_conventions_are_one_key():
+    options = {"classes": ["a", "b"], "upscale": 1, "head": [16], "dropout": 0.0, "optimizer": "adam"}
+    options |= {"momentum": 0.9, "weight_decay": 0.0, "label_smoothing": 0.0}
+    torch_module = ResNet50Classifier(**options)
+    keras = ResNet50Classifier(**options, conventions="keras")
+    for module, momentum, eps, adam_eps in ((torch_module, 0.1, 1e-5, 1e-8), (keras, 0.01, 1.001e-5, 1e-7)):
+        layers = [m for m in module.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert {(layer.momentum, layer.eps) for layer in layers} == {(momentum, eps)}
+        assert {group["eps"] for group in module.configure_optimizers().param_groups} == {adam_eps}
+    for layer in (m for m in keras.head if isinstance(m, nn.Linear)):
+        assert layer.bias.eq(0).all()
+        limit = (6 / sum(layer.weight.shape)) ** 0.5  # Glorot's
+        assert 0.9 * limit < layer.weight.abs().max() <= limit
+    with pytest.raises(UserError, match=r"model\.conventions=theano"):
+        ResNet50Classifier(**options, conventions="theano")
