@@ -70,7 +70,7 @@ class BackboneUnfreeze(L.Callback):
             if not isinstance(getattr(pl_module, name, None), nn.Module):
                 raise UserError(f"{type(pl_module).__name__} has no module named {name}, which BackboneUnfreeze needs.")
         if stage == "fit" and self._max_epochs is None:
-            self.schedule = FinetuneSchedule(trainer.max_epochs, **self._schedule)  # type: ignore[arg-type]
+            self.schedule = FinetuneSchedule(trainer.max_epochs, **self._schedule)  # type: ignore[arg-type]  # there
 
     def apply(self, module: nn.Module, phase: Phase) -> None:
         """Put a module with a backbone and a head into a phase, whatever phase it was in."""
