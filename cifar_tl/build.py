@@ -33,7 +33,7 @@ from cifar_tl.data.cifar10 import Cifar10
 from cifar_tl.data.datamodule import CIFAR10DataModule, Source
 from cifar_tl.data.folder import ImageFolders
 from cifar_tl.data.synthetic import Synthetic
-from cifar_tl.errors import UserError, check_choice, check_path
+from cifar_tl.errors import UserError, check_choice, check_int, check_path, suggest
 from cifar_tl.hardware import environment, resolve_accelerator, resolve_precision
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.runs.record import config_sha256, git_state
@@ -41,6 +41,28 @@ from cifar_tl.runs.resume import is_first_process
 from cifar_tl.schedule import FinetuneSchedule
 
 FROZEN_AUGMENT = ("none", "flip", "full")
+
+TRAINER_KEYS = {
+    *("accelerator", "devices", "num_nodes", "strategy", "precision", "sync_batchnorm", "benchmark", "deterministic"),
+    *("max_epochs", "max_steps", "max_time", "limit_train_batches", "check_val_every_n_epoch"),
+    *("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"),
+    *("log_every_n_steps", "enable_progress_bar", "enable_model_summary", "profiler", "detect_anomaly"),
+}
+"""What a run can honour of Lightning's Trainer, without a difference between its record and what was done."""
+
+INSTEAD = {
+    "fast_dev_run": "It keeps no checkpoint, so that there is nothing to test. experiment=demo goes through everything "
+    "in a minute; data.limit=100 trainer.max_epochs=2 finetune.unfreeze_at_epoch=1 shortens a run.",
+    **dict.fromkeys(
+        ("limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches"),
+        "data.limit=100 takes 100 images of every split, and the record says so.",
+    ),
+    "val_check_interval": "trainer.check_val_every_n_epoch counts whole epochs.",
+    "callbacks": "Callbacks are a group of their own: +callbacks.NAME._target_=CLASS.",
+    "logger": "Loggers are a group of their own: logger=csv, or +logger.NAME._target_=CLASS.",
+    "default_root_dir": "hydra.run.dir=FOLDER is the run's folder.",
+}
+"""What to give instead of some other keys."""
 
 
 def build_schedule(cfg: DictConfig) -> FinetuneSchedule:
@@ -187,13 +209,9 @@ def build_trainer(trainer: Mapping[Any, Any], **extra: Any) -> L.Trainer:
     """Build Lightning's Trainer from the `trainer` group; keys added with +trainer. are passed on.
 
     Raises:
-        UserError: The Trainer refuses a key.
+        UserError: A key that a run cannot honour, or a value that cannot be.
     """
-    if trainer.get("fast_dev_run"):
-        raise UserError(
-            "trainer.fast_dev_run keeps no checkpoint, so that there is nothing to test. experiment=demo goes through "
-            "everything in a minute; data.limit=100 trainer.max_epochs=2 finetune.unfreeze_at_epoch=1 shortens a run."
-        )
+    check_trainer(trainer)
     accelerator = resolve_accelerator(trainer["accelerator"])
     keys = {str(key): value for key, value in trainer.items()}
     keys |= {"accelerator": accelerator, "precision": resolve_precision(trainer["precision"], accelerator)}
@@ -209,6 +227,29 @@ def build_trainer(trainer: Mapping[Any, Any], **extra: Any) -> L.Trainer:
         return L.Trainer(**own | keys)
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise UserError(f"trainer: Lightning's Trainer refuses its keys: {error}") from error
+
+
+def check_trainer(trainer: Mapping[Any, Any]) -> None:
+    """Refuse keys of the Trainer that a run cannot honour, before anything is read.
+
+    Raises:
+        UserError: Such a key, or a value that cannot be.
+    """
+    for key in trainer:
+        if key not in TRAINER_KEYS:
+            instead = INSTEAD.get(key) or suggest(str(key), TRAINER_KEYS).strip() or "It has no place in a run."
+            raise UserError(f"trainer.{key} is not honoured. {instead} Keys: {', '.join(sorted(TRAINER_KEYS))}.")
+    check_int("trainer.log_every_n_steps", trainer.get("log_every_n_steps", 1), 1)
+    if (steps := trainer.get("max_steps", -1)) != -1:
+        check_int("trainer.max_steps", steps, 1)
+    if trainer.get("limit_train_batches") in (0, 0.0):
+        raise UserError("trainer.limit_train_batches=0 leaves nothing to train on: give a number of steps, or a share.")
+    every = check_int("trainer.check_val_every_n_epoch", trainer.get("check_val_every_n_epoch", 1), 1)
+    if every > trainer.get("max_epochs", every):
+        raise UserError(
+            f"trainer.check_val_every_n_epoch={every} is never reached, at trainer.max_epochs={trainer['max_epochs']}: "
+            f"validation chooses the epoch that is tested."
+        )
 
 
 class NoProfiler(PassThroughProfiler):
@@ -272,6 +313,7 @@ def quieten_lightning() -> None:
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`")  # Lightning 2.6 on torch 2.14
     warnings.filterwarnings("ignore", message=r".*find_unused_parameters=True was specified")  # once all is unfrozen
     warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")  # a resumed run's
+    warnings.filterwarnings("ignore", message=r"The number of training batches")  # +trainer.limit_train_batches
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     if not is_first_process():

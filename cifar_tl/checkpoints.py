@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -105,7 +106,15 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Lightning's, but it remembers its best score in a folder that was moved or copied (Lightning issue 15705)."""
+    """Lightning's, but it remembers its best score in a folder that was moved or copied (Lightning issue 15705).
+
+    An epoch before the first validation, which some keys of the Trainer put off, is no mistake: it is not the best one.
+    """
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the epoch if it is due."""
+        if self.monitor is None or self.monitor in trainer.callback_metrics:
+            super().on_train_epoch_end(trainer, pl_module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the state with its paths as they are now."""

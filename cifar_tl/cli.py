@@ -149,6 +149,7 @@ def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: li
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _interrupt)
         _refuse_added_keys(arguments)
+        arguments = [_set_or_add(argument) for argument in arguments]
         sys.argv = [before[0], *map(_path_as_text, _flags_first(with_overrides_of_resumed_run(arguments)))]
         main()
     except (Interrupted, KeyboardInterrupt) as interrupted:
@@ -187,6 +188,11 @@ def _flags_first(arguments: list[str]) -> list[str]:
     """Return the arguments with flags that take no value before the overrides, where alone argparse expects them."""
     flags = ("-m", "--multirun", "--resolve", "--info", "--help", "-h", "--hydra-help", "--version")
     return [a for a in arguments if a in flags] + [a for a in arguments if a not in flags]
+
+
+def _set_or_add(argument: str) -> str:
+    """Return `key=value` for `++key=value` where keys cannot be added: Hydra then refuses one that is not there."""
+    return argument.removeprefix("++") if not argument.removeprefix("++").startswith(OPEN) else argument
 
 
 def _explained(error: BaseException, config_name: str) -> str | None:
@@ -236,7 +242,7 @@ def _refuse_added_keys(arguments: list[str]) -> None:
     """Refuse `+key=value` where nothing would read the key."""
     for argument in arguments:
         key = argument.lstrip("+").partition("=")[0]
-        if argument.startswith("+") and not key.startswith(OPEN):
+        if argument.startswith("+") and not argument.startswith("++") and not key.startswith(OPEN):
             raise UserError(
                 f"{argument} adds a config key that nothing reads. Drop the + to set an existing key; "
                 f"additional ones go to Lightning's Trainer (+trainer.KEY=VALUE), callbacks and loggers "

@@ -30,7 +30,7 @@ from cifar_tl.data.cifar10 import Cifar10
 from cifar_tl.data.datamodule import CIFAR10DataModule
 from cifar_tl.errors import UserError, check_flag, check_int, check_path
 from cifar_tl.files import write_text, writing_for
-from cifar_tl.hardware import prepare_for, resolve_accelerator
+from cifar_tl.hardware import prepare_for, resolve_accelerator, select_gpu
 from cifar_tl.model.tta import AUGMENTED, SINGLE, View
 from cifar_tl.runs.formatting import percent, percent_range, result_text
 from cifar_tl.runs.metrics import Ints, fit_temperature, scores
@@ -69,6 +69,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         data.root = str(check_path("data.root", cfg.data.root))
     if cfg.data.eval_batch_size is not None:
         data.eval_batch_size = cfg.data.eval_batch_size
+    select_gpu(cfg.trainer.devices)
     prepare_for(resolve_accelerator(cfg.trainer.accelerator), trained.module)
     extra = ExtraEvaluations(cfg, trained)
     datamodule = build_datamodule(trained.config)

@@ -4,6 +4,7 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,21 @@ def resolve_precision(requested: str, accelerator: str) -> str:
     if requested != "auto":
         return requested
     return "bf16-mixed" if accelerator == "cuda" and torch.cuda.get_device_capability() >= (8, 0) else "32-true"
+
+
+def select_gpu(devices: object) -> None:
+    """Make the GPU that trainer.devices names the current one: its name, capability and memory are asked, not GPU 0's.
+
+    Args:
+        devices: As Lightning takes them: a number, `auto`, `[1]` or `1,`; of several GPUs, a process has one.
+    """
+    if not torch.cuda.is_available():
+        return
+    process = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    named = [d for d in devices.split(",") if d.strip()] if isinstance(devices, str) and "," in devices else devices
+    index = int(list(named)[process]) if isinstance(named, Sequence) and not isinstance(named, str) else process
+    if 0 <= index < torch.cuda.device_count():  # Lightning refuses what is not there
+        torch.cuda.set_device(index)
 
 
 def prepare_for(accelerator: str, module: nn.Module) -> None:

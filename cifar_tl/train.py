@@ -26,6 +26,7 @@ from cifar_tl.build import (
     build_module,
     build_schedule,
     build_trainer,
+    check_trainer,
     flat,
     plain,
     quieten_lightning,
@@ -34,7 +35,7 @@ from cifar_tl.build import (
 from cifar_tl.checkpoints import BEST, FORMAT, LAST, PacedCheckpointIO, read_checkpoint
 from cifar_tl.data.datamodule import CIFAR10DataModule
 from cifar_tl.errors import Interrupted, UserError, check_int
-from cifar_tl.hardware import is_out_of_memory, prepare_for, resolve_accelerator
+from cifar_tl.hardware import is_out_of_memory, prepare_for, resolve_accelerator, select_gpu
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.model.optim import optimizer_text
 from cifar_tl.model.weights import load_weights
@@ -100,6 +101,8 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     quieten_lightning()
     L.seed_everything(check_int("seed", cfg.seed, 0), workers=True, verbose=False)
     build_schedule(cfg)  # its mistakes before anything is read
+    check_trainer(cfg.trainer)
+    select_gpu(cfg.trainer.devices)
     datamodule = build_datamodule(cfg)
     module = build_module(cfg, datamodule.classes)
     prepare_for(resolve_accelerator(cfg.trainer.accelerator), module)
@@ -170,8 +173,15 @@ def test_best(
 ) -> dict[str, Any]:
     """Measure the best epoch's weights on the test set, the run's one look at it, and say what came out."""
     trainer.strategy.barrier("best.ckpt")  # the first process has written it, and the others read it
+    if not (folder / METRICS).is_file():
+        raise UserError("The training ended before its first epoch was over: there is nothing to test.")
+    if "best/epoch" not in (metrics := read_metrics(folder)):
+        raise UserError(
+            f"No epoch was validated, so that there is no best one to test. {' '.join(metrics['warnings'])} What was "
+            f"trained is in {folder / 'checkpoints' / LAST}."
+        )
     best = read_checkpoint(folder / "checkpoints" / BEST)
-    if best["epoch"] != (recorded := read_metrics(folder).get("best/epoch")):
+    if best["epoch"] != (recorded := metrics["best/epoch"]):
         raise UserError(
             f"{folder / 'checkpoints' / BEST} is of epoch {best['epoch']}, but the best one in {folder / METRICS} is "
             f"{recorded}: one of them is of another run, and nothing was tested. Restore it, or train again."

@@ -12,6 +12,17 @@ from cifar_tl.schedule import Phases
 CHECKED_STEPS = 3
 
 
+_REASONS = {
+    "16-mixed": " trainer.precision=16-mixed skips steps whose gradients are not finite: try bf16-mixed or 32-true.",
+    **{
+        precision: f" trainer.precision={precision} rounds away steps that are small beside the weights: try "
+        f"bf16-mixed or 32-true."
+        for precision in ("bf16-true", "16-true")
+    },
+}
+"""What a precision may have to do with weights that stay as they are."""
+
+
 class FreezeViolationError(UserError):
     """The model did not train as the phase says; going on would give a result that the config does not describe."""
 
@@ -21,7 +32,8 @@ class FreezeGuard(L.Callback):
 
     What should train must have had gradients and have changed; what should not must be bit-identical, BatchNorm's
     running statistics included. The expectation comes from the epoch alone, never from the flags that the freezing code
-    sets. A resumed run is checked where it resumes, too.
+    sets. A resumed run is checked where it resumes, too. Batches without a step do not count: a GradScaler skips some
+    under 16-mixed, and gradients may be accumulated.
 
     Args:
         unfreeze_at_epoch: As given to BackboneUnfreeze.
@@ -49,12 +61,23 @@ class FreezeGuard(L.Callback):
         self._before: dict[str, Tensor] = {}
         self._had_gradient: set[str] = set()
         self._resuming = True
+        self._steps = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Work out the phases."""
         if stage == "fit":
             epochs = trainer.max_epochs if self._max_epochs is None else self._max_epochs
             self.phases = Phases(epochs or 0, self.unfreeze_at_epoch, self.stage_epochs)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count the steps that the optimizers take."""
+        for optimizer in trainer.optimizers:
+            optimizer.register_step_post_hook(self._count)
+
+    def _count(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        # a GradScaler calls fused optimizers even for a step that they have to skip, and tells them so
+        if self._before and not getattr(optimizer, "found_inf", None):
+            self._steps += 1
 
     def expected_to_change(self, module: L.LightningModule, epoch: int) -> set[str]:
         """Return the names of the parameters and buffers that training must change in an epoch's phase."""
@@ -74,7 +97,7 @@ class FreezeGuard(L.Callback):
         """Copy the model where a phase, or a resumed run, starts."""
         if self._resuming or trainer.current_epoch == self.phases.at(trainer.current_epoch).start:
             self._before = {name: tensor.clone() for name, tensor in pl_module.state_dict().items()}
-            self._had_gradient = set()
+            self._had_gradient, self._steps = set(), 0
         self._resuming = False
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
@@ -86,7 +109,7 @@ class FreezeGuard(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Compare, once the checked steps are done."""
-        if not self._before or batch_idx + 1 < min(CHECKED_STEPS, int(trainer.num_training_batches)):
+        if not self._before or (self._steps < CHECKED_STEPS and not trainer.is_last_batch):
             return
         before, self._before = self._before, {}
         epoch = trainer.current_epoch
@@ -100,7 +123,7 @@ class FreezeGuard(L.Callback):
         still = expected - changed - standing
         without_gradient = (expected & parameters) - self._had_gradient
         orphans = {n for n, p in pl_module.named_parameters() if n in expected and id(p) not in learning_rates}
-        where = f"epoch {epoch}, phase '{self.phases.at(epoch).name}', after {batch_idx + 1} steps"
+        where = f"epoch {epoch}, phase '{self.phases.at(epoch).name}', after {self._steps} steps"
         if moved := changed - expected:
             raise FreezeViolationError(
                 f"{where}: {_listing(moved)} changed although frozen. "
@@ -117,7 +140,9 @@ class FreezeGuard(L.Callback):
                 f"They were never unfrozen, or a compiled or traced graph from the frozen phase is still in use."
             )
         if still:
-            raise FreezeViolationError(f"{where}: {_listing(still)} should train but did not change.")
+            raise FreezeViolationError(
+                f"{where}: {_listing(still)} should train but did not change.{_REASONS.get(str(trainer.precision), '')}"
+            )
 
 
 def _listing(names: set[str]) -> str:

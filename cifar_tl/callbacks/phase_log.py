@@ -57,7 +57,7 @@ class PhaseLog(EpochTimer):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the epoch's line."""
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        metrics = self.epoch_metrics(trainer)
         parts = [
             f"{split} loss {metrics[f'{split}/loss']:.4f} acc {metrics[f'{split}/acc']:.4f}"
             for split in ("train", "val")

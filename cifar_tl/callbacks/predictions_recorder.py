@@ -22,7 +22,7 @@ class PredictionsCollector(L.Callback):
         datamodule: Knows which images are evaluated.
 
     Attributes:
-        val: The latest validation; None before the first.
+        val: The validation of this epoch; None before it, and in an epoch without one.
         test: The latest test; None before the first.
     """
 
@@ -32,6 +32,10 @@ class PredictionsCollector(L.Callback):
         self.test: SplitPredictions | None = None
         self._logits: list[Tensor] = []
         self._targets: list[Tensor] = []
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget the validation of the epoch before: this one may have none."""
+        self.val = None
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start over."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from cifar_tl.callbacks.epoch_timer import EpochTimer
 from cifar_tl.hardware import peak_memory
@@ -36,10 +37,11 @@ class RunRecorder(EpochTimer):
         self.result: dict[str, Any] = {}
         self.status = "running"
         self._warned: list[str] = []
+        self._early_end: list[str] = []
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add the epoch to the history, write it, and warn of a training that has collapsed."""
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        metrics = self.epoch_metrics(trainer)
         self.epochs.append(
             {
                 "epoch": trainer.current_epoch,
@@ -57,6 +59,18 @@ class RunRecorder(EpochTimer):
         self.facts["features"] = getattr(trainer.datamodule, "caching", "")  # type: ignore[attr-defined]  # Lightning's
         self.write(trainer)
         super().on_train_epoch_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say why a training ends before its last epoch is over."""
+        last, of = self.epochs[-1]["epoch"], self.schedule.max_epochs
+        if self.complete and last + 1 >= of:
+            return
+        self._early_end = [f"The training ended in epoch {last} of 0..{of - 1}: {_reason_of_early_end(trainer)}."]
+        if best_epoch(self.epochs) is None:
+            self.status = "failed"
+        if trainer.is_global_zero:
+            log.warning("warning: %s", self._early_end[0])
+        self.write(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Record how the run ended."""
@@ -106,7 +120,7 @@ class RunRecorder(EpochTimer):
         best = best_epoch(self.epochs)
         return {
             "status": self.status,
-            "warnings": collapse_warnings(self.epochs, self.schedule),
+            "warnings": collapse_warnings(self.epochs, self.schedule) + self._early_end,
             **self.result,
             **({} if best is None else {"best/epoch": best["epoch"], "best/val/acc": best["val/acc"]}),
             "plan": [
@@ -122,3 +136,14 @@ class RunRecorder(EpochTimer):
         """Write metrics.json."""
         if trainer.is_global_zero:
             write_metrics(self.folder, self.content())
+
+
+def _reason_of_early_end(trainer: L.Trainer) -> str:
+    if -1 < trainer.max_steps <= trainer.global_step:
+        return f"trainer.max_steps={trainer.max_steps} is reached"
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning adds it
+        if isinstance(callback, Timer) and (callback.time_remaining() or 0) <= 0:
+            return "trainer.max_time is over"
+        if isinstance(callback, EarlyStopping) and callback.stopped_epoch:
+            return f"EarlyStopping saw {callback.monitor} not improve for {callback.patience} epochs"
+    return "a callback stopped it"

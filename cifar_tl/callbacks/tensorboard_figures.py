@@ -96,6 +96,7 @@ class TensorBoardFigures(PredictionsCollector):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Mark the phase; at the unfreeze, keep the features of the frozen backbone."""
+        super().on_train_epoch_start(trainer, pl_module)
         if self.writer is None:
             return
         phase, epoch = self.schedule.phase(trainer.current_epoch), trainer.current_epoch

@@ -1,18 +1,24 @@
 """The frozen phase leaves every backbone tensor as it is, and the guard catches what would break that silently."""
 
 import copy
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
 
 from cifar_tl import train as command
 from cifar_tl.callbacks import freezing
 from cifar_tl.callbacks.backbone_unfreeze import BackboneUnfreeze
 from cifar_tl.callbacks.epoch_seed import EpochSeed
-from cifar_tl.callbacks.freeze_guard import FreezeGuard, FreezeViolationError
+from cifar_tl.callbacks.freeze_guard import CHECKED_STEPS, FreezeGuard, FreezeViolationError
 from cifar_tl.callbacks.phase_log import PhaseLog
 from cifar_tl.model import optim
+from cifar_tl.model.module import ResNet50Classifier
+from cifar_tl.schedule import Phases
 
 
 @pytest.mark.slow
@@ -125,3 +131,47 @@ def test_rates_in_the_optimizer_are_the_plans(compose, tmp_path, monkeypatch):
     command.train(compose(*TINY, *rates, "finetune.schedule=constant", "finetune.warmup_epochs=0"), tmp_path, "demo")
     assert seen[0] == {"head": 3e-3, "head_no_decay": 3e-3, "backbone": 0.0, "backbone_no_decay": 0.0}
     assert seen[-1] == {"head": 2e-4, "head_no_decay": 2e-4, "backbone": 1e-4, "backbone_no_decay": 1e-4}
+
+
+class Scaled(MixedPrecision):
+    """16-mixed's GradScaler, on the CPU in 32-bit."""
+
+    def __init__(self):
+        super().__init__("bf16-mixed", "cpu")
+        self.scaler = torch.amp.GradScaler("cpu")
+
+    def forward_context(self):
+        return nullcontext()
+
+
+@pytest.mark.slow
+def test_steps_that_the_scaler_skips_are_not_counted(compose, tmp_path, monkeypatch):
+    overrides = (*TINY, "finetune.optimizer=sgd", "data.batch_size=4", "trainer.max_epochs=2")
+    step = ResNet50Classifier.training_step
+
+    def overflowing(self, batch, batch_idx):
+        return step(self, batch, batch_idx) * (float("inf") if batch_idx < CHECKED_STEPS else 1.0)
+
+    monkeypatch.setattr(ResNet50Classifier, "training_step", overflowing)
+    build = command.build_trainer
+
+    def scaled(keys, plugins, **extra):
+        return build({**keys, "precision": None}, plugins=[plugins, Scaled()], **extra)
+
+    monkeypatch.setattr(command, "build_trainer", scaled)
+    metrics = command.train(compose(*overrides, "finetune.unfreeze_at_epoch=1"), tmp_path, "demo")
+    assert metrics["status"] == "finished"
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-true"])
+def test_a_precision_that_may_be_the_reason_is_named(precision):
+    module = nn.ModuleDict({"backbone": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    guard = FreezeGuard(unfreeze_at_epoch=1, max_epochs=1)
+    guard.phases = Phases(1, None)
+    trainer = SimpleNamespace(current_epoch=0, optimizers=[optimizer], is_last_batch=True, precision=precision)
+    guard.on_train_start(trainer, module)
+    guard.on_train_epoch_start(trainer, module)
+    guard._had_gradient = {"head.weight", "head.bias"}
+    with pytest.raises(FreezeViolationError, match=rf"after 0 steps.*did not change.*{precision}.*bf16-mixed"):
+        guard.on_train_batch_end(trainer, module, None, None, 0)

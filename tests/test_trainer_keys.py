@@ -1,0 +1,165 @@
+"""Keys of Lightning's Trainer: what is taken works and is recorded as it was done; the rest is refused by name."""
+
+import json
+import logging
+
+import pytest
+import torch
+from conftest import TINY
+from lightning.pytorch.callbacks import Timer
+
+from cifar_tl import hardware
+from cifar_tl.build import build_trainer, check_trainer
+from cifar_tl.callbacks.epoch_timer import EpochTimer
+from cifar_tl.errors import UserError
+from cifar_tl.model.module import ResNet50Classifier
+from cifar_tl.reports.run_page import write_run_report
+from cifar_tl.train import train
+
+
+def last_epoch(folder, name="last"):
+    return torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)["epoch"]
+
+
+@pytest.mark.slow
+def test_an_epoch_without_validation_has_no_figures_of_another_one(compose, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    metrics = train(compose(*TINY, "+trainer.check_val_every_n_epoch=2"), tmp_path, "demo")
+    assert [value is None for value in metrics["val/acc"]] == [True, False, True, False]
+    assert [value is None for value in metrics["val/loss"]] == [True, False, True, False]
+    assert None not in metrics["train/loss"]
+    assert metrics["best/epoch"] in (1, 3)
+    assert last_epoch(tmp_path, "best") == metrics["best/epoch"]
+    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("epoch ")]
+    assert ["val loss" in line for line in lines] == [False, True, False, True]
+    write_run_report(tmp_path)  # draws what is there
+
+
+@pytest.mark.slow
+def test_max_steps_cuts_an_epoch_short_and_the_record_says_so(compose, tmp_path, caplog):
+    metrics = train(compose(*TINY, "+trainer.max_steps=8"), tmp_path, "demo")  # 3 steps an epoch: 2 of the third
+    assert metrics["epoch"] == [0, 1, 2]
+    assert [value is None for value in metrics["train/loss"]] == [False, False, True]
+    assert [value is None for value in metrics["val/acc"]] == [False, False, True]
+    assert metrics["best/epoch"] < 2
+    assert metrics["status"] == "finished"
+    said = "The training ended in epoch 2 of 0..3: trainer.max_steps=8 is reached."
+    assert said in metrics["warnings"]
+    assert said in caplog.text
+    assert said in write_run_report(tmp_path).read_text()
+
+
+@pytest.mark.slow
+def test_a_training_that_ends_before_any_validation_tests_nothing(compose, tmp_path):
+    with pytest.raises(UserError, match=r"No epoch was validated.*trainer\.max_steps=2 is reached.*last\.ckpt"):
+        train(compose(*TINY, "+trainer.max_steps=2"), tmp_path, "demo")
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["status"] == "failed"
+    assert "test/acc" not in metrics
+    assert last_epoch(tmp_path) == 0
+
+
+@pytest.fixture
+def hours_from_step(monkeypatch):
+    """Let the Timer see hours go by from a given step on, counted from 1, and nothing before it."""
+
+    def hours_from_step(first):
+        steps, step = [], ResNet50Classifier.training_step
+        monkeypatch.setattr(ResNet50Classifier, "training_step", lambda *args: (steps.append(1), step(*args))[1])
+        monkeypatch.setattr(Timer, "time_elapsed", lambda *args: 1e6 if len(steps) >= first else 0.0)
+
+    return hours_from_step
+
+
+@pytest.mark.slow
+def test_max_time_ends_a_run_that_is_validated_and_tested(compose, tmp_path, hours_from_step):
+    hours_from_step(5)  # the second of three in the second epoch
+    metrics = train(compose(*TINY, "+trainer.max_time='00:01:00:00'"), tmp_path, "demo")
+    assert metrics["status"] == "finished"
+    assert metrics["epoch"] == [0, 1]
+    assert None not in metrics["val/acc"]
+    assert [value is None for value in metrics["train/loss"]] == [False, True]
+    assert metrics["warnings"] == ["The training ended in epoch 1 of 0..3: trainer.max_time is over."]
+
+
+def test_no_time_at_all_is_said(compose, tmp_path, hours_from_step):
+    hours_from_step(0)
+    with pytest.raises(UserError, match="ended before its first epoch was over"):
+        train(compose(*TINY, "+trainer.max_time='00:01:00:00'"), tmp_path, "demo")
+
+
+@pytest.mark.slow
+def test_a_limit_of_training_steps_is_kept(compose, tmp_path, monkeypatch):
+    images = []
+    end = EpochTimer.on_train_epoch_end
+    monkeypatch.setattr(EpochTimer, "on_train_epoch_end", lambda self, *a: (images.append(self.images), end(self, *a)))
+    metrics = train(compose(*TINY, "+trainer.limit_train_batches=2"), tmp_path, "demo")
+    assert set(images) == {32}
+    assert None not in metrics["train/loss"]
+    assert not any("The training ended" in warning for warning in metrics["warnings"])
+
+
+@pytest.mark.slow
+def test_gradients_of_several_batches_make_one_step(compose, tmp_path):
+    metrics = train(compose(*TINY, "+trainer.accumulate_grad_batches=3"), tmp_path, "demo")
+    assert metrics["status"] == "finished"
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ({"fast_dev_run": True}, "experiment=demo"),
+        ({"limit_val_batches": 0}, "data.limit"),
+        ({"limit_test_batches": 1}, "data.limit"),
+        ({"overfit_batches": 1}, "data.limit"),
+        ({"val_check_interval": 0.5}, "check_val_every_n_epoch"),
+        ({"callbacks": "x"}, r"\+callbacks\.NAME"),
+        ({"logger": False}, "logger=csv"),
+        ({"default_root_dir": "x"}, r"hydra\.run\.dir"),
+        ({"plugins": "x"}, "not honoured"),
+        ({"gradient_clip": 1}, "gradient_clip_val"),
+        ({"log_every_n_steps": 0}, "log_every_n_steps=0"),
+        ({"log_every_n_steps": None}, "log_every_n_steps=None"),
+        ({"max_steps": 0}, "max_steps=0"),
+        ({"limit_train_batches": 0}, "leaves nothing to train on"),
+        ({"check_val_every_n_epoch": 0}, "check_val_every_n_epoch=0"),
+        ({"check_val_every_n_epoch": 21}, "never reached"),
+    ],
+    ids=str,
+)
+def test_what_a_run_cannot_honour_is_refused_by_name(compose, key, said):
+    with pytest.raises(UserError, match=said):
+        check_trainer({**compose("trainer=cpu").trainer, **key})
+
+
+def test_the_users_keys_win_over_the_programs(compose):
+    trainer = {**compose("trainer=cpu").trainer, "benchmark": False, "enable_model_summary": True}
+    built = build_trainer(trainer, logger=False, enable_model_summary=False, enable_checkpointing=False)
+    assert any(type(callback).__name__ == "RichModelSummary" for callback in built.callbacks)
+
+
+@pytest.mark.parametrize(
+    ("devices", "environment", "index"),
+    [
+        (1, {}, 0),
+        ("auto", {}, 0),
+        ([1], {}, 1),
+        ("1,", {}, 1),
+        ([0, 2], {"LOCAL_RANK": "1"}, 2),
+        ("2,0", {"LOCAL_RANK": "1"}, 0),
+        (4, {"LOCAL_RANK": "3"}, 3),
+        ("auto", {"SLURM_LOCALID": "2"}, 2),
+    ],
+)
+def test_the_device_asked_for_is_the_one_that_is_named(monkeypatch, devices, environment, index):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for variable in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    hardware.select_gpu(devices)
+    assert chosen == [index]
