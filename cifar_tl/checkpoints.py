@@ -64,6 +64,8 @@ class PacedCheckpointIO(TorchCheckpointIO):
             OSError: It cannot be written; the checkpoint that was there before is then still whole.
         """
         start = time.monotonic()
+        if self._pending and torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # the copies are made
         for path in sorted(self._pending, key=lambda path: Path(path).name == BEST):  # the one to resume from first
             _write(self._pending[path], Path(path))
             del self._pending[path]
@@ -87,6 +89,11 @@ class PacedCheckpointIO(TorchCheckpointIO):
 
 def _copy_to_host(value: Any) -> Any:
     """Return a copy of nested dicts and lists with their tensors on the CPU, which training will not change."""
+    if isinstance(value, Tensor) and value.is_cuda:
+        # into page-locked memory, which the next copies use again: nothing waits, as the GPU copies before it goes on
+        # to train; whoever reads the copies waits first
+        there = torch.empty_like(value, device="cpu", pin_memory=True)
+        return there.copy_(value.detach(), non_blocking=True)
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):

@@ -158,3 +158,27 @@ def test_loading_a_checkpoint_takes_no_callback_and_no_report():
     assert "cifar_tl.model.module" in loaded
     rooms = ("cifar_tl.callbacks", "cifar_tl.reports", "cifar_tl.build")
     assert [name for name in loaded if name.startswith(rooms)] == []
+
+
+def test_copies_that_a_gpu_makes_are_awaited_before_they_are_written(tmp_path, monkeypatch):
+    order, write = [], checkpoints._write
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("waited"))
+    monkeypatch.setattr(checkpoints, "_write", lambda *args: (order.append("wrote"), write(*args)))
+    io = PacedCheckpointIO()
+    io._due = float("inf")
+    io.save_checkpoint({"a": torch.ones(2)}, tmp_path / "last.ckpt")
+    assert order == []
+    io.teardown()
+    assert order == ["waited", "wrote"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_checkpoint_holds_the_values_from_before_the_next_step(tmp_path):
+    weight = torch.zeros(64, 32, 3, 3, device="cuda").to(memory_format=torch.channels_last)
+    copy = checkpoints._copy_to_host({"weight": weight})["weight"]
+    for _ in range(100):
+        weight.add_(1)
+    torch.cuda.synchronize()
+    assert torch.equal(copy, torch.zeros(64, 32, 3, 3))
+    assert copy.stride() == weight.stride()
