@@ -53,7 +53,7 @@ def open_study(folder: Path, **options: Any) -> "optuna.Study":
 def distribution(override: Override) -> "optuna.distributions.BaseDistribution":
     """Return what Optuna draws from for a sweep of Hydra's grammar, read as Hydra's own Optuna plugin does.
 
-    `interval(a, b)` is continuous, or whole numbers if both ends are, on a logarithmic scale with `tag(log, ...)`;
+    `interval(a, b)` is continuous, `int(interval(a, b))` whole numbers, on a logarithmic scale with `tag(log, ...)`;
     `range(a, b)` of whole numbers is ordered; all others are choices.
 
     Raises:
@@ -64,8 +64,8 @@ def distribution(override: Override) -> "optuna.distributions.BaseDistribution":
     given: Any = override.value()
     try:
         if override.is_interval_sweep():
-            whole = isinstance(given.start, int) and isinstance(given.end, int)
-            return (IntDistribution if whole else FloatDistribution)(given.start, given.end, log="log" in given.tags)
+            kind = IntDistribution if isinstance(given.start, int) else FloatDistribution
+            return kind(given.start, given.end, log="log" in given.tags)
         if override.is_range_sweep() and not given.shuffle and isinstance(given.start + given.step, int):
             values: list[Any] = sorted(override.sweep_iterator(), key=float)
             return IntDistribution(values[0], values[-1], step=abs(given.step))

@@ -6,6 +6,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from cifar_tl.errors import UserError
 from cifar_tl.reports import figures
 from cifar_tl.reports.page import FigureFolder, Section
 from cifar_tl.runs.formatting import percent
@@ -17,18 +18,19 @@ STATES = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING
 
 
 def search_section(folder: Path, drawing: FigureFolder) -> Section | None:
-    """Draw a search from its study; None where there is none, or no trial has finished.
+    """Draw a search from its study; None where there is none that can be read, or no trial has finished.
 
     Args:
         folder: Of the sweep.
-        drawing: Takes the figures.
-
-    Raises:
-        UserError: Optuna is not installed.
+        drawing: Takes the figures, and the reason why there is nothing.
     """
     if not (folder / JOURNAL).is_file():
         return None
-    study = open_study(folder)
+    try:
+        study = open_study(folder)
+    except (UserError, ValueError) as error:  # Optuna is not installed, or the journal is damaged
+        drawing.problems.append(f"{folder / JOURNAL} is not shown: {error}")
+        return None
     trials: list[Any] = [trial for trial in study.trials if trial.value is not None]
     finished = [trial for trial in trials if trial.state.name == "COMPLETE"]
     if not finished:

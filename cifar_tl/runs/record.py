@@ -75,7 +75,7 @@ _NUMBER_OR_NULL = _Kind("a number or null", lambda v: v is None or (isinstance(v
 _EPOCHS = _Kind("a list of epochs", lambda v: isinstance(v, list) and bool(v) and all(map(_INTEGER.holds, v)))
 
 KINDS: dict[str, _Kind] = {
-    **dict.fromkeys(("status", "pruned"), _TEXT),
+    "status": _TEXT,
     "warnings": _TEXT.list(),
     "classes": _TEXT.list(),
     "seed": _INTEGER,
