@@ -89,14 +89,20 @@ class OptunaSweeper(Sweeper):
     """
 
     def __init__(self, n_trials: int, n_jobs: int, seed: int, sampler: DictConfig, params: DictConfig) -> None:
-        self.n_trials = check_int("hydra.sweeper.n_trials", n_trials, 1)
-        self.n_jobs = check_int("hydra.sweeper.n_jobs", n_jobs, 1)
+        self.n_trials = n_trials
+        self.n_jobs = n_jobs
         self.seed = seed
         self.sampler = sampler
         self.params = params
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Take what Hydra gives."""
+        """Take what Hydra gives.
+
+        Raises:
+            UserError: A number that is not allowed; Hydra would wrap it if it came from the constructor.
+        """
+        check_int("hydra.sweeper.n_trials", self.n_trials, 1)
+        check_int("hydra.sweeper.n_jobs", self.n_jobs, 1)
         self.config: DictConfig = config
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config

@@ -118,6 +118,12 @@ def test_trials_are_told_as_they_ended_and_failed_ones_are_replaced_in_another_s
     assert [trial.state.name for trial in study.trials] == ["FAIL", "PRUNED", "COMPLETE", "COMPLETE"]
 
 
+def test_a_number_of_trials_that_is_not_allowed_is_named(search):
+    code, err, _ = search(good, "hydra.sweeper.n_trials=0")
+    assert code == 1
+    assert err.splitlines() == ["error: hydra.sweeper.n_trials=0 is not allowed: give a whole number of at least 1."]
+
+
 def test_without_optuna_a_search_says_what_to_install(search, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     code, err, _ = search(good)
