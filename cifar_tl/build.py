@@ -1,6 +1,7 @@
 """From the config to the parts of a run, in plain, typed calls: data, model, schedule, callbacks, loggers, Trainer."""
 
 import logging
+import multiprocessing
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -261,8 +262,8 @@ class NoProfiler(PassThroughProfiler):
 
 
 def progress_bar() -> list[L.Callback]:
-    """Return a progress bar if stdout is a terminal."""
-    return [RichProgressBar()] if sys.stdout.isatty() else []
+    """Return a progress bar if stdout is a terminal, and this process has it for itself."""
+    return [RichProgressBar()] if sys.stdout.isatty() and multiprocessing.parent_process() is None else []
 
 
 def run_facts(cfg: DictConfig, datamodule: CIFAR10DataModule, experiment: str) -> dict[str, Any]:

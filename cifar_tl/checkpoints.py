@@ -5,6 +5,7 @@ import pickle
 import time
 import zipfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,14 +62,13 @@ class PacedCheckpointIO(TorchCheckpointIO):
         """Write what is held.
 
         Raises:
-            OSError: It cannot be written; the checkpoint that was there before is then still whole.
+            OSError: It cannot be written; the checkpoints that were there before are then still whole.
         """
         start = time.monotonic()
-        if self._pending and torch.cuda.is_initialized():
+        if self._pending and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()  # the copies are made
-        for path in sorted(self._pending, key=lambda path: Path(path).name == BEST):  # the one to resume from first
-            _write(self._pending[path], Path(path))
-            del self._pending[path]
+        _write(self._pending)
+        self._pending.clear()
         end = time.monotonic()
         self._due = end + min((end - start) / self.SHARE, self.LONGEST)
 
@@ -103,13 +103,19 @@ def _copy_to_host(value: Any) -> Any:
     return value
 
 
-def _write(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint, replacing the old one in one step."""
-    try:
-        with replacing(path) as partial:
-            torch.save(checkpoint, partial)
-    except RuntimeError as error:  # how torch.save says that the disk is full
-        raise OSError(errno.ENOSPC, "cannot be written, probably because the disk is full", str(path)) from error
+def _write(checkpoints: dict[str, dict[str, Any]]) -> None:
+    """Write checkpoints by path, and then replace the old ones, the one to resume from first.
+
+    It holds which epoch is the best: where the process is killed while files of seconds are written, it must not be
+    there without that epoch's weights.
+    """
+    with ExitStack() as replacements:  # from the last one to the first
+        for path in sorted(checkpoints, key=lambda path: Path(path).name != BEST):
+            partial = replacements.enter_context(replacing(Path(path)))
+            try:
+                torch.save(checkpoints[path], partial)
+            except RuntimeError as error:  # how torch.save says that the disk is full
+                raise OSError(errno.ENOSPC, "cannot be written, probably because the disk is full", path) from error
 
 
 class BestCheckpoint(ModelCheckpoint):

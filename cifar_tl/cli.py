@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +18,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -25,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cifar_tl.errors import Interrupted, UserError, suggest
 from cifar_tl.runs.resume import with_overrides_of_resumed_run
+from cifar_tl.search import OptunaSweeper
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +84,10 @@ class SweepCallback(Callback):
 
     def finish(self) -> None:
         """Leave what there is to see of the jobs so far."""
+        raise NotImplementedError
+
+    def failures(self) -> tuple[list[str], int]:
+        """Return what was wrong with the jobs that failed, and the number of all jobs, in whatever process they ran."""
         raise NotImplementedError
 
     def resume_argument(self) -> str:
@@ -151,7 +158,12 @@ def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: li
         _refuse_added_keys(arguments)
         arguments = [_set_or_add(argument) for argument in arguments]
         sys.argv = [before[0], *map(_path_as_text, _flags_first(with_overrides_of_resumed_run(arguments)))]
+        SweepCallback.current = None
+        # Hydra instantiates plugins whose name is in hydra_plugins, and that it has found there or was told of
+        Plugins.instance().class_name_to_class["hydra_plugins.OptunaSweeper"] = OptunaSweeper
         main()
+        if (sweep := SweepCallback.current) is not None and {"-m", "--multirun"} & set(sys.argv):
+            failures, jobs = sweep.failures()
     except (Interrupted, KeyboardInterrupt) as interrupted:
         print(f"\n{str(interrupted) or 'Interrupted.'}", file=sys.stderr)
         if "--multirun" in sys.argv or "-m" in sys.argv:
@@ -161,6 +173,8 @@ def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: li
         if (message := _explained(error, config_name)) is None:
             raise
         failures.append(message)
+        if isinstance(error, BrokenExecutor):
+            _end_interrupted_sweep()
     finally:
         sys.argv = before
         if threading.current_thread() is threading.main_thread():
@@ -202,10 +216,20 @@ def _explained(error: BaseException, config_name: str) -> str | None:
     if isinstance(error, HydraException | OmegaConfBaseException):
         return explain(error, config_name)
     if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
-        groups = ", ".join(sorted(path.name for path in conf_folder().iterdir() if path.is_dir()))
+        groups = ", ".join(
+            sorted(path.name for path in conf_folder().iterdir() if path.is_dir() and path.name != "hydra")
+        )
         return (
             f"A config group cannot be null; the groups are {groups}. logger=none and callbacks=none choose nothing; "
             f"--help lists the choices of each."
+        )
+    if isinstance(error, RuntimeError) and str(error).startswith("Unknown plugin class"):
+        package = str(error).split("'")[1].split(".")[1]
+        return f"{package} is not installed: pip install {package.replace('_', '-')}."
+    if isinstance(error, BrokenExecutor):
+        return (
+            "The process of a job was killed, most likely for lack of memory. Jobs at the same time share it: lower "
+            "hydra.launcher.n_jobs."
         )
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return (

@@ -19,6 +19,10 @@ class Interrupted(BaseException):
     """
 
 
+class Pruned(Exception):
+    """A search ended the run, which does worse than others did; the text says where. Its result counts as it is."""
+
+
 def suggest(given: str, allowed: Iterable[str]) -> str:
     """Return ` Did you mean X?` for the closest allowed name, or an empty string."""
     close = difflib.get_close_matches(given, list(allowed), n=1)

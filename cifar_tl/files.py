@@ -1,9 +1,11 @@
-"""Writing a file in one step, so that nobody ever finds half of one under its name."""
+"""Writing a file in one step, so that nobody ever finds half of one under its name; locks between processes."""
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from cifar_tl.errors import UserError
 
@@ -37,6 +39,21 @@ def write_text(path: Path, text: str) -> None:
     """
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def lock(path: Path, wait: bool = True) -> TextIO:
+    """Return a file that is locked until it is closed. A process that dies lets go of it.
+
+    Raises:
+        BlockingIOError: Another process has it, and `wait` is False.
+    """
+    file = path.open("a", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file
 
 
 def check_writable(path: Path, key: str = "output") -> None:

@@ -44,6 +44,15 @@ def resolve_accelerator(requested: str) -> str:
     return "mps" if requested == "mps" else "cuda"
 
 
+def gpu_in_turn(job: int, accelerator: str) -> list[int] | int:
+    """Return trainer.devices for a job of a sweep whose jobs share a machine: GPU 0, 1, ..., 0, 1, ... with its number.
+
+    Not by CUDA_VISIBLE_DEVICES: the process may have had another job before, and CUDA reads it once.
+    """
+    gpus = torch.cuda.device_count() if accelerator == "cuda" else 0
+    return [job % gpus] if gpus > 1 else 1
+
+
 def resolve_precision(requested: str, accelerator: str) -> str:
     """Return Lightning's precision for trainer.precision: `auto` is bf16-mixed where a GPU computes in it."""
     if requested != "auto":

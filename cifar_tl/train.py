@@ -34,8 +34,8 @@ from cifar_tl.build import (
 )
 from cifar_tl.checkpoints import BEST, FORMAT, LAST, PacedCheckpointIO, read_checkpoint
 from cifar_tl.data.datamodule import CIFAR10DataModule
-from cifar_tl.errors import Interrupted, UserError, check_int
-from cifar_tl.hardware import is_out_of_memory, prepare_for, resolve_accelerator, select_gpu
+from cifar_tl.errors import Interrupted, Pruned, UserError, check_int
+from cifar_tl.hardware import gpu_in_turn, is_out_of_memory, prepare_for, resolve_accelerator, select_gpu
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.model.optim import optimizer_text
 from cifar_tl.model.weights import load_weights
@@ -76,6 +76,8 @@ def main(cfg: DictConfig) -> float:
             log.info("%s is finished: kept", folder)
             return result
         cfg.resume = str(folder) if (folder / "checkpoints" / LAST).is_file() else None
+    if hydra.launcher._target_.endswith(".JoblibLauncher") and cfg.trainer.devices == 1:
+        cfg.trainer.devices = gpu_in_turn(hydra.job.num, resolve_accelerator(cfg.trainer.accelerator))
     with run_lock(folder):
         metrics = train(cfg, folder, experiment=hydra.runtime.choices["experiment"])
     gc.collect()  # model and trainer refer to each other: the next job of a sweep would start beside them
@@ -135,6 +137,9 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
         raise UserError(
             f"the GPU ran out of memory at data.batch_size={cfg.data.batch_size}. Lower it. ({error})"
         ) from error
+    except Pruned as pruned:
+        log.info("%s", pruned)
+        return read_metrics(folder)
     except SystemExit as stop:  # how Lightning ends after Ctrl-C
         raise Interrupted(interrupted_text(folder, last)) from stop
 

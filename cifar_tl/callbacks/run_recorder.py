@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from cifar_tl.callbacks.epoch_timer import EpochTimer
+from cifar_tl.errors import Pruned
 from cifar_tl.hardware import peak_memory
 from cifar_tl.runs.record import PER_EPOCH, best_epoch, collapse_warnings, metrics_of_test, write_metrics
 from cifar_tl.schedule import FinetuneSchedule
@@ -75,6 +76,8 @@ class RunRecorder(EpochTimer):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Record how the run ended."""
         self.status = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
+        if isinstance(exception, Pruned):
+            self.status, self.result = "pruned", {"pruned": str(exception)}
         self.write(trainer)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

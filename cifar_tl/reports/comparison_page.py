@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -23,6 +24,7 @@ from cifar_tl.reports.comparison import (
 )
 from cifar_tl.reports.page import DrawnFigure, FigureFolder, Section, write_page
 from cifar_tl.reports.run_page import REPORT
+from cifar_tl.reports.search_history import search_section
 from cifar_tl.runs.folder import Run, read_runs
 from cifar_tl.runs.formatting import duration_text, percent, percent_range, points
 from cifar_tl.runs.table import Table, write_csv
@@ -47,18 +49,24 @@ def write_sweep_report(folders: Sequence[Path], output: Path) -> list[Path]:
     runs = read_runs(folders)
     groups = group_runs(runs)
     drawing = FigureFolder(output / "sweep_figures")
-    given = (ablation(groups), _settings(groups), _paired(groups), _effects(groups))
+    search = search_section(output, drawing)
+    # no value of a search is tried twice: its own section says which parameter mattered
+    given = (ablation(groups), _settings(groups), _paired(groups), None if search else _effects(groups))
     tables = [table for table in given if table is not None and table.rows]
     done = sum(run.finished for run in runs)
     shared = " ".join(common_overrides(groups)) or "nothing"
     summary = f"{done} of {len(runs)} runs finished, {len(groups)} settings. All of them were given: {shared}"
     title = f"Comparison of {len(runs)} runs, {output.resolve().name}"
-    drawn = Section("Figures", "drawn", {"figures": _figures(groups, drawing)})
+    # a trial's values are too long for a legend
+    shown = [replace(group, label=f"trial {group.runs[0].folder.name}") for group in groups] if search else groups
+    drawn = Section("Figures", "drawn", {"figures": _figures(shown, drawing)})
     sections = [Section(table.title, "results", {"table": table}) for table in tables]
     sections[1:1] = [drawn]  # below the first table
+    sections[0:0] = [search] if search else []
     sections.append(Section("Runs", "runs", {"runs": _runs(groups, output)}))
     lines = [f"{run.folder}: {line}" for run in runs for line in (*run.metrics.get("warnings", []), *run.problems)]
-    lines += [f"{run.folder} has not finished ({run.status}); it is left out." for run in runs if not run.finished]
+    unfinished = [run for run in runs if run.status not in ("finished", "pruned")]
+    lines += [f"{run.folder} has not finished ({run.status}); it is left out." for run in unfinished]
     lines += [*_warnings(groups), *drawing.problems]
 
     html, csv, markdown = (output / f"{NAME}.{ending}" for ending in ("html", "csv", "md"))

@@ -365,6 +365,49 @@ def points(title: str, groups: Mapping[str, Sequence[float]]) -> Figure:
     return figure
 
 
+@_styled
+def trials(
+    title: str,
+    label: str,
+    points: Mapping[str, Sequence[tuple[Any, float]]],
+    line: Sequence[tuple[int, float]] = (),
+    log_scale: bool = False,
+) -> Figure:
+    """Draw the results of a search's trials over their number, or over the values of a parameter.
+
+    Args:
+        title: Of the figure.
+        label: Of the horizontal axis.
+        points: Value or choice, and share, of every trial, by name: `finished`, `pruned`, `best`.
+        line: Trial and share, as steps.
+        log_scale: Of the horizontal axis.
+    """
+    figure, axes = _axes(2.9)
+    every = [x for values in points.values() for x, _ in values]
+    choices = sorted({x for x in every if isinstance(x, str)})
+    markers = {"finished": ("o", COLORS[0]), "pruned": ("x", COLORS[1]), "best": ("*", COLORS[2])}
+    for name, values in points.items():
+        marker, color = markers[name]
+        xs = [choices.index(x) if choices else x for x, _ in values]
+        size = 11 if name == "best" else 5
+        axes.plot(xs, [y for _, y in values], marker, color=color, markersize=size, label=name, linestyle="")
+    if line:
+        axes.step(*zip(*line, strict=True), where="post", color=COLORS[2], linewidth=1.2, zorder=1)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if choices:
+        axes.set_xticks(range(len(choices)), choices)
+        axes.set_xlim(-0.5, len(choices) - 0.5)
+    elif log_scale:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    axes.set_xlabel(label)
+    axes.set_title(title)
+    axes.legend(fontsize=8)
+    return figure
+
+
 def pixels(figure: Figure) -> NDArray[np.uint8]:
     """Return a figure as (height, width, 3), uint8, on white."""
     canvas: Any = FigureCanvasAgg(figure)

@@ -76,8 +76,9 @@ def _warnings(run: Run) -> list[str]:
         done = len(run.metrics.get("epoch", []))
         planned = max((phase["end"] for phase in run.metrics.get("plan", [])), default=0)
         epochs = f"{done} of {planned} epochs" if planned else f"{done} epochs"
+        why = f" {run.metrics['pruned']}" if "pruned" in run.metrics else ""
         warnings.insert(
-            0, f"This run has not finished (status: {run.status}). {epochs} are recorded; there is no test result."
+            0, f"This run has not finished (status: {run.status}). {epochs} are recorded; there is no test result.{why}"
         )
     return warnings
 

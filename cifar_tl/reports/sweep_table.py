@@ -1,5 +1,6 @@
 """The table at the end of a sweep."""
 
+import csv
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cifar_tl.cli import Failure, SweepCallback
+from cifar_tl.files import lock
+from cifar_tl.runs.folder import read_overrides
 from cifar_tl.runs.record import faults, read_metrics
 from cifar_tl.runs.resume import resume_command
 from cifar_tl.runs.table import write_csv
@@ -17,28 +20,32 @@ from cifar_tl.runs.table import write_csv
 log = logging.getLogger(__name__)
 
 COLUMNS = ("job", "overrides", "best val/acc", "test/acc", "minutes", "state")
+TABLE = "sweep.csv"
+FAILED = "failed: "
 
 
 class SweepTable(SweepCallback):
     """Collect the jobs of a multirun: sweep.csv after each job, in its folder; after the last, a table and a page.
 
-    A job that failed, or was kept from an earlier start of the sweep, has its line, too.
+    A job that failed, or was kept from an earlier start of the sweep, has its line, too. The lines are in the file and
+    nowhere else: jobs may run in other processes, which have a copy of this object, and sweeps may be shared.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._rows: list[dict[str, Any]] = []
-        self._overrides: list[list[str]] = []
         self._folder = Path()
 
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Note the sweep's folder."""
+        self._folder = Path(config.hydra.sweep.dir).absolute()
+
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Add a job of a sweep to the table."""
+        """Add a job of a sweep to the table, or replace its line."""
         assert job_return.hydra_cfg is not None
         hydra = job_return.hydra_cfg.hydra
         if hydra.mode.name != "MULTIRUN":
             return
         folder = Path(hydra.runtime.output_dir)
-        self._folder = folder.parents[len(Path(hydra.sweep.subdir).parts) - 1]  # sweep.dir has the time of each look
         try:
             metrics = read_metrics(folder)
         except (OSError, ValueError):  # the job failed early, or left half a file
@@ -46,18 +53,18 @@ class SweepTable(SweepCallback):
         metrics = {key: value for key, value in metrics.items() if key not in faults(metrics)}
         failure = job_return._return_value
         done = job_return.status is JobStatus.COMPLETED and not isinstance(failure, Failure)
-        self._overrides.append(list(job_return.overrides or []))
-        self._rows.append(
-            {
-                "job": hydra.job.num,
-                "overrides": " ".join(self._overrides[-1]),
-                "best val/acc": metrics.get("best/val/acc"),
-                "test/acc": metrics.get("test/acc"),
-                "minutes": sum(metrics.get("seconds", [])) / 60,
-                "state": metrics.get("status", "?") if done else f"failed: {getattr(failure, 'message', failure)}",
-            }
-        )
-        write_csv(self._folder / "sweep.csv", [COLUMNS, *([row[name] for name in COLUMNS] for row in self._rows)])
+        line = {
+            "job": str(folder.relative_to(self._folder)),
+            "overrides": " ".join(read_overrides(folder) or []),
+            "best val/acc": metrics.get("best/val/acc"),
+            "test/acc": metrics.get("test/acc"),
+            "minutes": sum(metrics.get("seconds", [])) / 60,
+            "state": metrics.get("status", "?") if done else f"{FAILED}{getattr(failure, 'message', failure)}",
+        }
+        with lock(self._folder / ".lock"):
+            lines = {**{row["job"]: row for row in self._lines()}, line["job"]: line}
+            ordered = sorted(lines.values(), key=lambda row: (row["job"].zfill(9), row["job"]))
+            write_csv(self._folder / TABLE, [COLUMNS, *([row[name] for name in COLUMNS] for row in ordered)])
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print the table and draw the page."""
@@ -67,17 +74,40 @@ class SweepTable(SweepCallback):
         """Return the override that goes on with the sweep, as a shell takes it."""
         return resume_command(self._folder).rpartition("cifar_tl.train ")[2]
 
+    def failures(self) -> tuple[list[str], int]:
+        """Return what was wrong with the jobs that failed, and the number of all jobs."""
+        lines = self._lines()
+        return [
+            f"job {line['job']} ({line['overrides']}): {line['state'].removeprefix(FAILED)}"
+            for line in lines
+            if line["state"].startswith(FAILED)
+        ], len(lines)
+
     def finish(self) -> None:
         """Print the table of the jobs so far, without what all of them share, and draw the page."""
-        if not self._rows:
+        lines = self._lines()
+        if not lines:
             return
-        table = Table(*COLUMNS, title=str(self._folder))
-        shared = set.intersection(*(set(overrides) for overrides in self._overrides)) if len(self._rows) > 1 else set()
-        for row, overrides in zip(self._rows, self._overrides, strict=True):
-            shown = {**row, "overrides": " ".join(o for o in overrides if o not in shared)}
-            table.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in shown.values()))
+        given = [read_overrides(self._folder / line["job"]) or [] for line in lines]
+        shared = set.intersection(*map(set, given)) if len(given) > 1 else set()
+        table = Table(title=str(self._folder))
+        for name in COLUMNS:
+            table.add_column(name, overflow="fold")
+        for line, overrides in zip(lines, given, strict=True):
+            line["overrides"] = " ".join(o for o in overrides if o not in shared)
+            for name in ("best val/acc", "test/acc", "minutes"):
+                line[name] = f"{float(line[name]):.4f}" if line[name] else "-"
+            table.add_row(*(line[name] for name in COLUMNS))
         Console().print(table)
         self._draw_report()
+
+    def _lines(self) -> list[dict[str, str]]:
+        """Return the lines of the table as they are in the file."""
+        path = self._folder / TABLE
+        if not path.is_file():
+            return []
+        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+            return list(csv.DictReader(file))
 
     def _draw_report(self) -> None:
         """Draw the page that compares the jobs and print its path; a failure does not fail the sweep."""

@@ -47,7 +47,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """`finished`, `running`, `interrupted`, `failed`, or `unknown`."""
+        """`finished`, `running`, `interrupted`, `failed`, `pruned`, or `unknown`."""
         return str(self.metrics.get("status", "unknown"))
 
     @property
@@ -125,7 +125,7 @@ def read_run(folder: Path) -> Run:
         run.problems.append(f"{METRICS} is missing: the run ended before its first epoch did.")
     except (ValueError, OSError) as error:
         run.problems.append(f"{METRICS} cannot be read ({error}): curves, times and what was run are missing.")
-    run.overrides = _overrides(folder)
+    run.overrides = read_overrides(folder)
     try:
         run.predictions = read_predictions(folder)
     except FileNotFoundError:
@@ -149,7 +149,8 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
     return [read_run(folder) for folder in folders]
 
 
-def _overrides(folder: Path) -> list[str] | None:
+def read_overrides(folder: Path) -> list[str] | None:
+    """Return what was typed for a run, without `resume=` and Hydra's own; None if that is not recorded."""
     try:
         given = yaml.safe_load((folder / OVERRIDES).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError):

@@ -16,6 +16,10 @@ from cifar_tl.runs.record import METRICS, read_metrics
 
 LAST = Path("checkpoints") / "last.ckpt"
 LOCK = ".lock"
+JOURNAL = "study.journal"
+"""Of a search, in the sweep's folder: Optuna's study."""
+HOW = ("hydra/launcher=", "hydra.launcher.", "hydra.sweeper.n_trials=", "hydra.sweeper.n_jobs=")
+"""Beginnings of what may be changed when a sweep goes on: where its jobs run, and how many trials a search has."""
 
 
 def is_first_process() -> bool:
@@ -65,27 +69,43 @@ def with_overrides_of_resumed_run(arguments: list[str], outputs: Path = Path("ou
 
 def _sweep_arguments(arguments: list[str], folder: Path) -> list[str]:
     """Return the arguments that go on with a sweep: each job is kept, continued or run, as its folder says."""
-    saved = folder / "multirun.yaml"
-    if not saved.is_file():
+    if not (folder / "multirun.yaml").is_file():
         raise UserError(f"-m resume={folder}: {folder} is no sweep's folder: it has no multirun.yaml.")
-    theirs = yaml.safe_load(saved.read_text(encoding="utf-8"))["hydra"]["overrides"]["task"]
-    theirs = [a for a in theirs if not a.startswith("resume=")]
     ours = [a for a in arguments if not a.startswith("resume=")]
-    if changed := [a for a in ours if not a.startswith("-")]:
+    flags = [a for a in ours if a.startswith("-")]
+    how = [a for a in ours if a.startswith(HOW)]
+    if changed := [a for a in ours if a not in flags + how]:
         raise UserError(
             f"-m resume={folder} goes on with the sweep as it was started; {' '.join(changed)} would make it another "
             f"one. Start a new sweep for that."
         )
-    return [*ours, *theirs, f"resume={_quoted(folder)}", f"hydra.sweep.dir={_quoted(folder)}"]
+    theirs, theirs_of_hydra = _sweep_overrides(folder)
+    if any(a.startswith("hydra/launcher=") for a in how):  # its keys are not those of the one before
+        theirs_of_hydra = [a for a in theirs_of_hydra if not a.startswith(("hydra/launcher=", "hydra.launcher."))]
+    return [
+        *flags,
+        *theirs,
+        *theirs_of_hydra,
+        *how,
+        f"resume={_quoted(folder)}",
+        f"hydra.sweep.dir={_quoted(folder)}",
+    ]
+
+
+def _sweep_overrides(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the overrides that a sweep was started with: those of its jobs, and Hydra's own but for the folder."""
+    saved = yaml.safe_load((folder / "multirun.yaml").read_text(encoding="utf-8"))["hydra"]["overrides"]
+    task = [a for a in saved["task"] if not a.startswith("resume=")]
+    return task, [a for a in saved.get("hydra", []) if not a.startswith(("hydra.mode=", "hydra.sweep.", "hydra.run."))]
 
 
 def kept_result(folder: Path) -> float | None:
-    """Return the best validation accuracy of a finished run, None of one that is not."""
+    """Return the best validation accuracy of a run that is finished or pruned, None of one that is neither."""
     try:
         metrics = read_metrics(folder)
     except (OSError, ValueError):
         return None
-    return float(metrics["best/val/acc"]) if metrics.get("status") == "finished" else None
+    return float(metrics["best/val/acc"]) if metrics.get("status") in ("finished", "pruned") else None
 
 
 def _refuse_used_folder(arguments: list[str], multirun: bool) -> None:
@@ -95,6 +115,11 @@ def _refuse_used_folder(arguments: list[str], multirun: bool) -> None:
     if not given or "${" in given[-1] or not is_first_process():
         return  # the processes of a run share its folder
     folder = _unquoted(given[-1])
+    if multirun and (folder / JOURNAL).is_file() and (folder / "multirun.yaml").is_file():
+        ours = [a for a in arguments if not a.startswith(("-", "hydra.", "hydra/"))]
+        theirs, _ = _sweep_overrides(folder)
+        if sorted(a.replace("'", "") for a in ours) == sorted(a.replace("'", "") for a in theirs):
+            return  # a search goes on, or is shared, by the same command
     if (folder / METRICS).is_file() or (folder / "multirun.yaml").is_file():
         what = "a sweep" if multirun else "a run"
         raise UserError(

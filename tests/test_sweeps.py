@@ -1,0 +1,172 @@
+"""Sweeps whose jobs run at the same time, and sweeps that are killed: every job has its result, once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import joblib
+import pytest
+import torch
+import yaml
+from conftest import TINY
+from hydra.core.hydra_config import HydraConfig
+from joblib.externals.loky import get_reusable_executor
+
+from cifar_tl import cli
+from cifar_tl.errors import UserError
+from cifar_tl.reports.sweep_table import SweepTable
+from cifar_tl.runs.resume import with_overrides_of_resumed_run
+
+SHORT = (
+    *(*TINY, "trainer.max_epochs=2", "finetune.unfreeze_at_epoch=1", "finetune.features_folder=null"),
+    "trainer.log_every_n_steps=1",
+)
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Run a task as cifar_tl.train in an empty folder; return its exit code and what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(SweepTable, "_draw_report", lambda self: None)
+
+    def command(task, *arguments):
+        code = cli.run(task, "train", list(arguments))
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    yield command
+    get_reusable_executor().shutdown(wait=True)  # its processes are in this test's folder
+
+
+def states(sweep):
+    """Return the state of every job that has begun, with what says whether it was computed again."""
+    found = {}
+    for path in sweep.glob("*/metrics.json"):
+        metrics = json.loads(path.read_text())
+        found[int(path.parent.name)] = (metrics["status"], metrics["started"], path.stat().st_mtime_ns)
+    return found
+
+
+@pytest.mark.slow
+def test_a_sweep_of_12_jobs_that_is_killed_twice_has_12_results_none_computed_twice(tmp_path):
+    sweep, finished = tmp_path / "sweep", {}
+
+    def start(*arguments):
+        command = [sys.executable, str(Path(__file__).with_name("killed_command.py")), "-m", *arguments]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        with (tmp_path / "log").open("a") as log:
+            return subprocess.Popen(
+                command, cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+
+    for job in (3, 8):
+        process = start("resume=sweep") if finished else start("seed=range(12)", *SHORT, "hydra.sweep.dir=sweep")
+        try:
+            while not (sweep / str(job) / "checkpoints" / "last.ckpt").is_file():  # the test's timeout ends it
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.02)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        before = {job: state for job, state in states(sweep).items() if state[0] == "finished"}
+        assert len(before) < 12
+        assert finished.items() <= before.items()
+        finished = before
+    process = start("resume=sweep")
+    assert process.wait() == 0, (tmp_path / "log").read_text()
+    after = states(sweep)
+    assert sorted(after) == list(range(12))
+    assert {state for state, *_ in after.values()} == {"finished"}
+    assert finished.items() <= after.items()
+    assert len((sweep / "sweep.csv").read_text().splitlines()) == 13
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+def test_jobs_at_the_same_time_share_the_cores_and_leave_the_table_and_every_reason(command, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+    def task(cfg):
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        threads = os.environ["OMP_NUM_THREADS"]
+        (folder / "facts.json").write_text(json.dumps({"process": os.getpid(), "threads": int(threads)}))
+        for _ in range(200):  # ends when both jobs run
+            if len(list(folder.parent.glob("*/facts.json"))) == 2:
+                break
+            time.sleep(0.1)
+        if cfg.seed == 1:
+            raise UserError("seed=1 is not allowed: give another one.")
+        return 0.5
+
+    code, out, err = command(task, "-m", "hydra/launcher=local", "seed=0,1", "hydra.sweep.dir=sweep")
+    assert code == 1
+    assert "error: job 1 (seed=1): seed=1 is not allowed: give another one." in err
+    assert "1 of 2 jobs failed" in err
+    assert "Traceback" not in err
+    assert "best val/acc" in out
+    facts = [json.loads((tmp_path / "sweep" / job / "facts.json").read_text()) for job in "01"]
+    assert len({os.getpid(), *(fact["process"] for fact in facts)}) == 3
+    assert {fact["threads"] for fact in facts} == {max(joblib.cpu_count() // 2, 1)}
+    rows = (tmp_path / "sweep" / "sweep.csv").read_text().splitlines()
+    assert ["failed" in row for row in rows[1:]] == [False, True]
+
+
+@pytest.mark.slow
+def test_a_job_whose_process_is_killed_is_named_and_the_sweep_can_go_on(command):
+    def task(cfg):
+        if cfg.seed == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 0.5
+
+    code, _, err = command(task, "-m", "hydra/launcher=local", "seed=0,1", "hydra.sweep.dir=sweep")
+    assert code == 1
+    assert "The process of a job was killed, most likely for lack of memory" in err
+    assert "Go on with the whole sweep: python -m cifar_tl.train -m resume=" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("gpus", "accelerator", "devices"),
+    [(3, "cuda", [[0], [1], [2], [0]]), (1, "cuda", [1] * 4), (3, "cpu", [1] * 4)],
+)
+def test_jobs_at_the_same_time_take_gpus_in_turn(command, monkeypatch, gpus, accelerator, devices):
+    from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+    from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
+
+    taken = []
+
+    def train(cfg, folder, experiment):
+        taken.append(cfg.trainer.devices)
+        return {"best/val/acc": 0.5}
+
+    monkeypatch.setattr(JoblibLauncher, "launch", BasicLauncher.launch)  # here, not in other processes
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr("cifar_tl.train.resolve_accelerator", lambda requested: accelerator)
+    monkeypatch.setattr("cifar_tl.train.train", train)
+    monkeypatch.setattr("cifar_tl.train.draw_report", lambda folder: None)
+    code, _, err = command("cifar_tl.train:main", "-m", "hydra/launcher=local", "seed=range(4)")
+    assert code == 0, err
+    assert taken == devices
+
+
+def test_a_sweep_goes_on_with_its_launcher_or_with_another_one(tmp_path):
+    overrides = {
+        "hydra": ["hydra/launcher=local", "hydra.launcher.n_jobs=4", "hydra.sweep.dir=x", "hydra.mode=MULTIRUN"],
+        "task": ["seed=0,1"],
+    }
+    (tmp_path / "multirun.yaml").write_text(yaml.safe_dump({"hydra": {"overrides": overrides}}))
+    folder = [f"resume='{tmp_path}'", f"hydra.sweep.dir='{tmp_path}'"]
+    goes_on = with_overrides_of_resumed_run(["-m", f"resume={tmp_path}"])
+    assert goes_on == ["-m", "seed=0,1", "hydra/launcher=local", "hydra.launcher.n_jobs=4", *folder]
+    another = with_overrides_of_resumed_run(["-m", f"resume={tmp_path}", "hydra/launcher=basic"])
+    assert another == ["-m", "seed=0,1", "hydra/launcher=basic", *folder]
+
+
+def test_a_launcher_that_is_not_installed_is_named(command):
+    code, _, err = command(print, "-m", "hydra/launcher=local", "hydra.launcher._target_=hydra_plugins.hydra_x.Y")
+    assert code == 1
+    assert err.splitlines() == ["error: hydra_x is not installed: pip install hydra-x."]
