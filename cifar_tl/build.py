@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -14,16 +15,22 @@ from typing import Any, cast
 import lightning as L
 from hydra.errors import HydraException
 from hydra.utils import instantiate
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import PassThroughProfiler
 from omegaconf import DictConfig, OmegaConf
 
+from cifar_tl import slurm
 from cifar_tl.callbacks.backbone_unfreeze import BackboneUnfreeze
 from cifar_tl.callbacks.epoch_seed import EpochSeed
 from cifar_tl.callbacks.feature_cache import FeatureCache
 from cifar_tl.callbacks.freeze_guard import FreezeGuard
+from cifar_tl.callbacks.own_signals import OwnSignals
 from cifar_tl.callbacks.phase_log import PhaseLog
 from cifar_tl.callbacks.predictions_recorder import PredictionsRecorder
 from cifar_tl.callbacks.run_recorder import RunRecorder
@@ -169,6 +176,7 @@ def build_callbacks(
     unfreeze_at_epoch, max_epochs = schedule.unfreeze_at_epoch, schedule.max_epochs
     features = Path(finetune.features_folder) if finetune.features_folder and facts["weights_sha256"] else None
     callbacks: list[L.Callback] = [
+        OwnSignals(),
         EpochSeed(cfg.seed),
         build_unfreeze(cfg),
         FreezeGuard(finetune.unfreeze_at_epoch, finetune.stage_epochs, finetune.batchnorm, max_epochs),
@@ -206,11 +214,37 @@ def _instantiated(group: str, name: Any, node: DictConfig, defaults: Mapping[str
         raise UserError(f"{group}.{name}: {node._target_} cannot be built: {cause}.{missing}") from error
 
 
+def cluster_environment() -> list[ClusterEnvironment]:
+    """Return where the Trainer's processes come from, if this is SLURM: from srun, or as elsewhere.
+
+    Left alone, Lightning takes SLURM_NTASKS for srun and waits for processes that nobody starts; it wants
+    SLURM_NTASKS_PER_NODE, which `srun -n 2` does not set; and it handles SIGUSR1, which is `cli`'s.
+
+    Raises:
+        UserError: srun did not start the same number of processes on each node.
+    """
+    if "SLURM_NTASKS" not in os.environ or TorchElasticEnvironment.detect():
+        return []
+    if slurm.tasks() == 1:
+        return [LightningEnvironment()]
+    on_nodes = os.environ["SLURM_STEP_TASKS_PER_NODE"]  # 2, or 2(x3) on three nodes, or 2,1
+    each = on_nodes.partition("(")[0]
+    if "," in on_nodes:
+        raise UserError(f"srun started {on_nodes} processes on the nodes: give each as many: --ntasks-per-node=N.")
+    os.environ["SLURM_NTASKS_PER_NODE"] = each
+    return [SLURMEnvironment(auto_requeue=False)]
+
+
 def build_trainer(trainer: Mapping[Any, Any], **extra: Any) -> L.Trainer:
     """Build Lightning's Trainer from the `trainer` group; keys added with +trainer. are passed on.
 
+    Args:
+        trainer: The group.
+        extra: More arguments of the Trainer, which the group's win over; `plugins` is a list.
+
     Raises:
-        UserError: A key that a run cannot honour, or a value that cannot be.
+        UserError: A key that a run cannot honour, a value that cannot be, or srun started other processes than it asks
+            for.
     """
     check_trainer(trainer)
     accelerator = resolve_accelerator(trainer["accelerator"])
@@ -223,11 +257,19 @@ def build_trainer(trainer: Mapping[Any, Any], **extra: Any) -> L.Trainer:
         "enable_progress_bar": bool(progress_bar()),
         "benchmark": accelerator == "cuda",
         **extra,
+        "plugins": [*cluster_environment(), *extra.get("plugins", [])],
     }
     try:
-        return L.Trainer(**own | keys)
+        built = L.Trainer(**own | keys)
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise UserError(f"trainer: Lightning's Trainer refuses its keys: {error}") from error
+    if slurm.tasks() not in (1, processes := built.num_devices * built.num_nodes):
+        raise UserError(
+            f"srun started {slurm.tasks()} processes, and trainer.devices={trainer['devices']} on {built.num_nodes} "
+            f"node(s) trains with {processes}. Give trainer=ddp, and as trainer.devices= and trainer.num_nodes= srun's "
+            f"--ntasks-per-node and --nodes."
+        )
+    return built
 
 
 def check_trainer(trainer: Mapping[Any, Any]) -> None:
@@ -315,6 +357,7 @@ def quieten_lightning() -> None:
     warnings.filterwarnings("ignore", message=r".*find_unused_parameters=True was specified")  # once all is unfrozen
     warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")  # a resumed run's
     warnings.filterwarnings("ignore", message=r"The number of training batches")  # +trainer.limit_train_batches
+    warnings.filterwarnings("ignore", message=r"The `srun` command is available")  # and was left out on purpose
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     if not is_first_process():

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -25,8 +25,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from cifar_tl import slurm
 from cifar_tl.errors import Interrupted, UserError, suggest
-from cifar_tl.runs.resume import with_overrides_of_resumed_run
+from cifar_tl.runs.resume import is_first_process, with_folder_of_slurm_job, with_overrides_of_resumed_run
 from cifar_tl.search import OptunaSweeper
 
 log = logging.getLogger(__name__)
@@ -131,6 +132,7 @@ def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: li
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, and what to print is decided here
     function = _imported_when_called(task) if isinstance(task, str) else task
+    multirun = bool({"-m", "--multirun"} & set(arguments))
     failures: list[str] = []
     jobs = 0
 
@@ -139,7 +141,8 @@ def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: li
         jobs += 1
         multirun = HydraConfig.get().mode is RunMode.MULTIRUN
         try:
-            return function(cfg)
+            # a launcher may have brought this to another process
+            return function(cfg) if StopSignals.current is not None else _end_on_signals(function, cfg)
         except Exception as error:
             if (message := _explained(error, config_name)) is None:
                 if not multirun:
@@ -151,34 +154,32 @@ def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: li
             return Failure(message)
 
     main = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(job)
-    before, handler = sys.argv, signal.getsignal(signal.SIGTERM)
-    try:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _interrupt)
-        _refuse_added_keys(arguments)
-        arguments = [_set_or_add(argument) for argument in arguments]
-        sys.argv = [before[0], *map(_path_as_text, _flags_first(with_overrides_of_resumed_run(arguments)))]
-        SweepCallback.current = None
-        # Hydra instantiates plugins whose name is in hydra_plugins, and that it has found there or was told of
-        Plugins.instance().class_name_to_class["hydra_plugins.OptunaSweeper"] = OptunaSweeper
-        main()
-        if (sweep := SweepCallback.current) is not None and {"-m", "--multirun"} & set(sys.argv):
-            failures, jobs = sweep.failures()
-    except (Interrupted, KeyboardInterrupt) as interrupted:
-        print(f"\n{str(interrupted) or 'Interrupted.'}", file=sys.stderr)
-        if "--multirun" in sys.argv or "-m" in sys.argv:
-            _end_interrupted_sweep()
-        return 130
-    except Exception as error:
-        if (message := _explained(error, config_name)) is None:
-            raise
-        failures.append(message)
-        if isinstance(error, BrokenExecutor):
-            _end_interrupted_sweep()
-    finally:
-        sys.argv = before
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)
+    before = sys.argv
+    SweepCallback.current = None
+    # Hydra instantiates plugins whose name is in hydra_plugins, and that it has found there or was told of
+    Plugins.instance().class_name_to_class["hydra_plugins.OptunaSweeper"] = OptunaSweeper
+    with StopSignals() as signals:
+        try:
+            _refuse_added_keys(arguments)
+            arguments = [_set_or_add(argument) for argument in arguments]
+            if config_name == "train":
+                arguments = with_folder_of_slurm_job(arguments)
+            sys.argv = [before[0], *map(_path_as_text, _flags_first(with_overrides_of_resumed_run(arguments)))]
+            main()
+            if multirun and (sweep := SweepCallback.current) is not None:
+                failures, jobs = sweep.failures()
+        except BaseException as error:
+            if signals.stopped(error):
+                if not signals.end(error) and multirun:
+                    _end_interrupted_sweep()
+                return 130
+            if not isinstance(error, Exception) or (message := _explained(error, config_name)) is None:
+                raise
+            failures.append(message)
+            if isinstance(error, BrokenExecutor) or type(error).__module__.startswith("submitit"):
+                _end_interrupted_sweep()
+        finally:
+            sys.argv = before
     for message in failures:
         print(f"error: {message}", file=sys.stderr)
     if failures and jobs > 1:
@@ -186,9 +187,76 @@ def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: li
     return 1 if failures else 0
 
 
-def _interrupt(signum: int, frame: object) -> None:
-    """End as Ctrl-C does: with what there is saved."""
-    raise KeyboardInterrupt
+class StopSignals:
+    """SIGTERM and SIGUSR1 end a command as Ctrl-C does, with what there is saved; SLURM then starts the job again.
+
+    Nobody else handles these signals meanwhile. Lightning's handlers would save in mid-step, and with several processes
+    wait for each other there; `callbacks.OwnSignals` puts these back. submitit's, in the jobs of its sweeps, would
+    ignore SIGTERM, and on SIGUSR2 start the job again with nothing saved; the latter is called here after saving.
+
+    Of the processes that train together, the first one stops, and the others end with it: it may be waiting for them.
+    """
+
+    current: ClassVar["StopSignals | None"] = None
+    """The one of this process."""
+
+    def __enter__(self) -> Self:
+        self._received: int | None = None
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+            self._before = {number: signal.getsignal(number) for number in numbers}
+            if not callable(self._before[signal.SIGUSR2]):
+                del self._before[signal.SIGUSR2]
+        for number in self._before:
+            signal.signal(number, self._stop)
+        StopSignals.current = self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        StopSignals.current = None
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: object) -> None:
+        self._received = number
+        first = is_first_process()
+        for each in self._before:
+            signal.signal(each, signal.SIG_IGN if first else signal.SIG_DFL)  # a second one cannot disturb the saving
+        if first:
+            raise KeyboardInterrupt
+
+    def stopped(self, error: BaseException) -> bool:
+        """Return whether an error is the end that a signal, or Ctrl-C, has asked for."""
+        if self._received is not None:
+            return not is_first_process() or isinstance(error, Interrupted | KeyboardInterrupt | SystemExit)
+        return isinstance(error, Interrupted | KeyboardInterrupt)
+
+    def end(self, error: BaseException) -> bool:
+        """Say what is saved, after `stopped`; have SLURM start the job again, and return whether it does."""
+        if not is_first_process():
+            return False
+        text = str(error) if isinstance(error, Interrupted) and str(error) else "Interrupted."
+        if self._received == signal.SIGUSR2:
+            print(f"\n{text.splitlines()[0]}", file=sys.stderr, flush=True)
+            self._before[signal.SIGUSR2](self._received, None)  # starts the job again, if it may, and exits
+        again = self._received is not None and slurm.requeue(preempted_only=self._received == signal.SIGTERM)
+        if again:
+            text = f"{text.splitlines()[0]} SLURM starts the job again, and it goes on by itself."
+        print(f"\n{text}", file=sys.stderr, flush=True)
+        return again
+
+
+def _end_on_signals(function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
+    """Call a job where no command does, in a process of submitit's."""
+    with StopSignals() as signals:
+        try:
+            return function(cfg)
+        except BaseException as error:
+            if not signals.stopped(error):
+                raise
+            signals.end(error)
+            sys.exit(130)  # with no result, so that submitit waits for one
 
 
 def _end_interrupted_sweep() -> None:
@@ -216,9 +284,7 @@ def _explained(error: BaseException, config_name: str) -> str | None:
     if isinstance(error, HydraException | OmegaConfBaseException):
         return explain(error, config_name)
     if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
-        groups = ", ".join(
-            sorted(path.name for path in conf_folder().iterdir() if path.is_dir() and path.name != "hydra")
-        )
+        groups = ", ".join(sorted(_groups()))
         return (
             f"A config group cannot be null; the groups are {groups}. logger=none and callbacks=none choose nothing; "
             f"--help lists the choices of each."
@@ -230,6 +296,15 @@ def _explained(error: BaseException, config_name: str) -> str | None:
         return (
             "The process of a job was killed, most likely for lack of memory. Jobs at the same time share it: lower "
             "hydra.launcher.n_jobs."
+        )
+    if isinstance(error, RuntimeError) and "Could not detect" in str(error) and "slurm" in str(error):  # submitit's
+        return (
+            "hydra/launcher=slurm starts jobs by srun, which is not here. Start the sweep on a machine of the cluster."
+        )
+    if type(error).__module__.startswith("submitit"):
+        text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        return (
+            f"A job of the sweep cannot be started, or left no result: {text}. What squeue shows goes on nonetheless."
         )
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return (
@@ -279,9 +354,14 @@ def explain(error: HydraException | OmegaConfBaseException, config_name: str) ->
     text = str(error)
     if text.startswith("Could not override '"):
         given = text.split("'")[1]
-        known = _keys(compose(config_name)) + [path.name for path in conf_folder().iterdir() if path.is_dir()]
+        known = _keys(compose(config_name)) + _groups()
         if given not in known:
             return f"Unknown config key {given}.{suggest(given, known)} --cfg job prints all keys."
+    if missing := re.search(r"Could not load 'hydra/(launcher|sweeper)/", text):
+        return (
+            f"hydra/{missing[1]}= needs a plugin of Hydra that is not installed. The files of "
+            f"{conf_folder() / 'hydra' / missing[1]} say which, and how to install it."
+        )
     if isinstance(error, OverrideParseException):
         key = error.override.partition("=")[0]
         return (
@@ -291,6 +371,10 @@ def explain(error: HydraException | OmegaConfBaseException, config_name: str) ->
     if isinstance(error.__cause__, OmegaConfBaseException):
         text += f" {error.__cause__}"
     return "\n".join(line for line in text.splitlines() if line.strip() and "object_type=" not in line)
+
+
+def _groups() -> list[str]:
+    return [path.name for path in conf_folder().iterdir() if path.is_dir() and path.name != "hydra"]
 
 
 def _keys(config: DictConfig, prefix: str = "") -> list[str]:

@@ -13,7 +13,7 @@ class UserError(Exception):
 
 
 class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM; the text says what is saved and how to go on. Exit code 130.
+    """Ctrl-C, SIGTERM or SIGUSR1; the text says what is saved and how to go on. Exit code 130.
 
     No Exception: Hydra would note it as a failure of one job and start the sweep's next one (Hydra issue 3078).
     """

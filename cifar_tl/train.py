@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from cifar_tl import slurm
 from cifar_tl.build import (
     build_callbacks,
     build_datamodule,
@@ -71,7 +72,8 @@ def main(cfg: DictConfig) -> float:
     """Train, test, draw the run's page and return the best validation accuracy, for sweeps."""
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    if hydra.mode is RunMode.MULTIRUN and cfg.resume is not None:  # a sweep that goes on
+    sweep_goes_on = hydra.mode is RunMode.MULTIRUN and cfg.resume is not None
+    if sweep_goes_on or (slurm.restarted() and cfg.resume is None):
         if (result := kept_result(folder)) is not None:
             log.info("%s is finished: kept", folder)
             return result
@@ -122,7 +124,7 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
         {**cfg.trainer, "log_every_n_steps": min(cfg.trainer.log_every_n_steps, batches)},
         logger=build_loggers(cfg, folder),
         callbacks=build_callbacks(cfg, datamodule, facts, folder),
-        plugins=PacedCheckpointIO(),
+        plugins=[PacedCheckpointIO()],
         default_root_dir=folder,
     )
     for logger in trainer.loggers:

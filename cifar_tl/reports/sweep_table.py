@@ -14,7 +14,7 @@ from cifar_tl.cli import Failure, SweepCallback
 from cifar_tl.files import lock
 from cifar_tl.runs.folder import read_overrides
 from cifar_tl.runs.record import faults, read_metrics
-from cifar_tl.runs.resume import resume_command
+from cifar_tl.runs.resume import is_first_process, resume_command
 from cifar_tl.runs.table import write_csv
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class SweepTable(SweepCallback):
         """Add a job of a sweep to the table, or replace its line."""
         assert job_return.hydra_cfg is not None
         hydra = job_return.hydra_cfg.hydra
-        if hydra.mode.name != "MULTIRUN":
+        if hydra.mode.name != "MULTIRUN" or not is_first_process():
             return
         folder = Path(hydra.runtime.output_dir)
         try:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import yaml
 
+from cifar_tl import slurm
 from cifar_tl.errors import UserError
 from cifar_tl.runs.record import METRICS, read_metrics
 
@@ -33,6 +34,19 @@ def resume_command(folder: Path) -> str:
     return f"python -m cifar_tl.train {shlex.quote(f'resume={folder if plain else _quoted(folder)}')}"
 
 
+def with_folder_of_slurm_job(arguments: list[str]) -> list[str]:
+    """Return the arguments with the folder that a requeued job finds again, if SLURM runs this and none is given."""
+    key = "hydra.sweep.dir=" if _is_multirun(arguments) else "hydra.run.dir="
+    folder = slurm.folder_of_job(arguments)
+    if folder is None or any(a.startswith((key, "resume=")) for a in arguments):
+        return arguments
+    return [*arguments, f"{key}{_quoted(folder)}"]
+
+
+def _is_multirun(arguments: list[str]) -> bool:
+    return bool({"-m", "--multirun"} & set(arguments))
+
+
 def with_overrides_of_resumed_run(arguments: list[str], outputs: Path = Path("outputs")) -> list[str]:
     """Return the arguments that continue a run or a sweep, if they say `resume=...`; as they are otherwise.
 
@@ -46,10 +60,9 @@ def with_overrides_of_resumed_run(arguments: list[str], outputs: Path = Path("ou
         UserError: No such run, nothing to resume in it, a sweep without -m, or a folder that holds another run.
     """
     given = [a.partition("=")[2] for a in arguments if a.startswith("resume=")]
-    multirun = bool({"-m", "--multirun"} & set(arguments))
+    multirun = _is_multirun(arguments)
     if not given or given[-1] in ("", "null"):
-        _refuse_used_folder(arguments, multirun)
-        return arguments
+        return _unless_used_folder(arguments, multirun)
     if multirun:
         return _sweep_arguments(arguments, _unquoted(given[-1]))
     folder = _newest_run(outputs) if given[-1] == "last" else _unquoted(given[-1])
@@ -108,24 +121,30 @@ def kept_result(folder: Path) -> float | None:
     return float(metrics["best/val/acc"]) if metrics.get("status") in ("finished", "pruned") else None
 
 
-def _refuse_used_folder(arguments: list[str], multirun: bool) -> None:
-    """Refuse to start a run where another one is, before Hydra writes its config there."""
+def _unless_used_folder(arguments: list[str], multirun: bool) -> list[str]:
+    """Refuse to start a run where another one is, before Hydra writes its config there.
+
+    A job that SLURM starts again goes on there instead: see cifar_tl.train.main for a run, and here for a sweep.
+    """
     key = "hydra.sweep.dir=" if multirun else "hydra.run.dir="
     given = [a.removeprefix(key) for a in arguments if a.startswith(key)]
     if not given or "${" in given[-1] or not is_first_process():
-        return  # the processes of a run share its folder
+        return arguments  # the processes of a run share its folder
     folder = _unquoted(given[-1])
     if multirun and (folder / JOURNAL).is_file() and (folder / "multirun.yaml").is_file():
         ours = [a for a in arguments if not a.startswith(("-", "hydra.", "hydra/"))]
         theirs, _ = _sweep_overrides(folder)
         if sorted(a.replace("'", "") for a in ours) == sorted(a.replace("'", "") for a in theirs):
-            return  # a search goes on, or is shared, by the same command
-    if (folder / METRICS).is_file() or (folder / "multirun.yaml").is_file():
-        what = "a sweep" if multirun else "a run"
-        raise UserError(
-            f"{key}{given[-1]}: {folder} holds {what} already. Choose another folder, go on with it by "
-            f"{'-m ' if multirun else ''}resume={given[-1]}, or delete it first."
-        )
+            return arguments  # a search goes on, or is shared, by the same command
+    if not (folder / METRICS).is_file() and not (folder / "multirun.yaml").is_file():
+        return arguments
+    if slurm.restarted():
+        return [*arguments, f"resume={_quoted(folder)}"] if multirun else arguments
+    what = "a sweep" if multirun else "a run"
+    raise UserError(
+        f"{key}{given[-1]}: {folder} holds {what} already. Choose another folder, go on with it by "
+        f"{'-m ' if multirun else ''}resume={given[-1]}, or delete it first."
+    )
 
 
 @contextmanager
