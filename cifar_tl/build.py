@@ -174,13 +174,20 @@ def build_callbacks(
     """
     finetune, schedule = cfg.finetune, build_schedule(cfg)
     unfreeze_at_epoch, max_epochs = schedule.unfreeze_at_epoch, schedule.max_epochs
-    features = Path(finetune.features_folder) if finetune.features_folder and facts["weights_sha256"] else None
+    features = finetune.features_folder
+    if features is not None:
+        features = check_path("finetune.features_folder", features)
     callbacks: list[L.Callback] = [
         OwnSignals(),
         EpochSeed(cfg.seed),
         build_unfreeze(cfg),
         FreezeGuard(finetune.unfreeze_at_epoch, finetune.stage_epochs, finetune.batchnorm, max_epochs),
-        FeatureCache(datamodule, unfreeze_at_epoch, str(finetune.cache_features).lower(), features),
+        FeatureCache(
+            datamodule,
+            unfreeze_at_epoch,
+            str(finetune.cache_features).lower(),
+            features if facts["weights_sha256"] else None,
+        ),
         PhaseLog(schedule, finetune.batchnorm),
         RunRecorder(folder, schedule, facts),
         PredictionsRecorder(datamodule, folder, unfreeze_at_epoch, max_epochs),

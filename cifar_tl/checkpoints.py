@@ -3,6 +3,7 @@
 import errno
 import pickle
 import time
+import warnings
 import zipfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -181,7 +182,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     path = find_checkpoint(path)
     not_ours = f"checkpoint {path} was not written by cifar_tl.train. Plain weights go into model.weights=."
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of pickle protocols, for instance
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # about anything, for a file that is no checkpoint
         # torch's own text advises weights_only=False, which runs code from the file
         if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):

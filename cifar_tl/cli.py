@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from cifar_tl import slurm
-from cifar_tl.errors import Interrupted, UserError, suggest
+from cifar_tl.errors import Interrupted, UserError, check_path, suggest
 from cifar_tl.runs.resume import is_first_process, with_folder_of_slurm_job, with_overrides_of_resumed_run
 from cifar_tl.search import OptunaSweeper
 
@@ -327,6 +327,9 @@ def _path_as_text(argument: str) -> str:
     key, equals, value = argument.partition("=")
     if not equals or key not in PATH_KEYS:
         return argument
+    if key.startswith("hydra.") and value.startswith("~"):  # the other ones are expanded where they are read
+        value = str(check_path(key, value))
+        argument = f"{key}={value}"
     try:
         override = OverridesParser.create().parse_override(argument)
         if override.is_sweep_override() or not isinstance(override.value(), bool | int | float):
@@ -357,6 +360,10 @@ def explain(error: HydraException | OmegaConfBaseException, config_name: str) ->
         known = _keys(compose(config_name)) + _groups()
         if given not in known:
             return f"Unknown config key {given}.{suggest(given, known)} --cfg job prints all keys."
+        return (
+            f"{given} is no key of what is chosen for {given.partition('.')[0]}: drop it, or choose another one. --cfg "
+            f"job prints the keys that there are."
+        )
     if missing := re.search(r"Could not load 'hydra/(launcher|sweeper)/", text):
         return (
             f"hydra/{missing[1]}= needs a plugin of Hydra that is not installed. The files of "

@@ -43,6 +43,21 @@ def test_a_path_stays_the_text_that_was_typed(path):
     assert cli._path_as_text(f"seed={path}") == f"seed={path}"
 
 
+@pytest.mark.parametrize("key", ["hydra.run.dir", "hydra.sweep.dir"])
+def test_the_home_folder_is_known_where_hydra_makes_a_folder(key):
+    argument = cli._path_as_text(f"{key}=~/runs/2024 (1)")
+    assert OverridesParser.create().parse_override(argument).value() == f"{Path.home()}/runs/2024 (1)"
+
+
+def test_the_home_folder_is_known_in_every_path(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    torch.save({"not": 1}, tmp_path / "home" / "w.pth")
+    code, _, err = command(*TINY, "model.weights=~/w.pth")
+    assert code == 1
+    assert "model.weights=~/w.pth is not a ResNet-50" in err  # it was found and read
+
+
 def test_lists_and_sweeps_of_paths_are_left_as_they_are():
     for argument in ("data.root=a,b", "input=[a,b]", "input=null", "data.root=/a b/c", "checkpoint='5'"):
         assert cli._path_as_text(argument) == argument
@@ -72,6 +87,12 @@ def test_lists_and_sweeps_of_paths_are_left_as_they_are():
         ([*OWN, "data.root=[a,b]"], "data.root=['a', 'b'] is not allowed: give one path."),
         ([*OWN, "data.root=null"], "data.root=null is not allowed: give one path."),
         ([*TINY, "model.weights=5"], "model.weights=5: no such file"),
+        ([*TINY, "model.weights=[a,b]"], "model.weights=['a', 'b'] is not allowed: give one path."),
+        ([*TINY, "model.weights=~nobody_here/x"], "model.weights=~nobody_here/x: Could not determine home directory"),
+        (["resume=~nobody_here/x"], "resume=~nobody_here/x: Could not determine home directory"),
+        ([*TINY, "hydra.run.dir=~nobody_here/x"], "hydra.run.dir=~nobody_here/x: Could not determine home directory"),
+        ([*TINY, "finetune.features_folder=[a]"], "finetune.features_folder=['a'] is not allowed: give one path."),
+        ([*TINY, "data.root=5"], "data.root is no key of what is chosen for data: drop it"),
         (["data.download=false", "model.weights=null"], "python -m cifar_tl.data fetch"),
         ([*TINY, "logger=null"], "logger=none"),
         ([*TINY, "+trainer.fast_dev_run=true"], "experiment=demo goes through everything in a minute"),

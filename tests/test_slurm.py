@@ -221,19 +221,19 @@ def test_a_job_of_submitits_saves_before_submitit_starts_it_again(environ, progr
 
 
 def trainer(**keys):
-    return {"accelerator": "cpu", "devices": 1, "precision": "32-true", "max_epochs": 1, "logger": False, **keys}
+    return {"accelerator": "cpu", "devices": 1, "precision": "32-true", "max_epochs": 1, **keys}
 
 
 def test_what_salloc_leaves_in_the_environment_starts_and_awaits_nobody(environ):
     environ(SLURM_NTASKS="4", SLURM_JOB_ID="12", SLURM_JOB_NAME="train")
-    built = build_trainer(trainer())
+    built = build_trainer(trainer(), logger=False)
     assert isinstance(built._accelerator_connector.cluster_environment, LightningEnvironment)
     assert built.world_size == 1
 
 
 def test_processes_of_srun_train_together(environ):
     environ(**SRUN, SLURM_PROCID="1", SLURM_LOCALID="1", SLURM_NODEID="0", SLURM_JOB_NAME="train")
-    built = build_trainer(trainer(strategy="ddp", devices=2))
+    built = build_trainer(trainer(strategy="ddp", devices=2), logger=False)
     environment = built._accelerator_connector.cluster_environment
     assert isinstance(environment, SLURMEnvironment)
     assert not environment.auto_requeue
@@ -251,7 +251,7 @@ def test_processes_of_srun_train_together(environ):
 def test_other_processes_of_srun_than_the_trainer_has_are_refused(environ, variables, said):
     environ(**{**SRUN, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", **variables})
     with pytest.raises(UserError, match=said):
-        build_trainer(trainer())
+        build_trainer(trainer(), logger=False)
 
 
 def test_the_launcher_of_slurm_composes():

@@ -1,7 +1,7 @@
 """ImageNet weights for the backbone, from torchvision or from a file."""
 
 import hashlib
-import pickle
+import warnings
 from pathlib import Path
 from urllib.error import URLError
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet50_Weights
 
-from cifar_tl.errors import UserError, check_number, suggest
+from cifar_tl.errors import UserError, check_number, check_path, suggest
 from cifar_tl.model.backbone import conv_batchnorm_pairs
 
 DEAD = 1e-3
@@ -32,7 +32,7 @@ def load_weights(backbone: nn.Module, weights: str, filter_rms: float | None) ->
         UserError: Unknown name, no such file, no network, or a file that holds something else.
     """
     names = [w.name for w in ResNet50_Weights]
-    path = _torchvision_file(ResNet50_Weights[weights]) if weights in names else Path(weights)
+    path = _torchvision_file(ResNet50_Weights[weights]) if weights in names else check_path("model.weights", weights)
     if not path.is_file():
         raise UserError(
             f"model.weights={weights}: no such file. "
@@ -40,11 +40,14 @@ def load_weights(backbone: nn.Module, weights: str, filter_rms: float | None) ->
             f"weights.{suggest(weights, names)}"
         )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of pickle protocols, for instance
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # about anything, for a file that is no state dict
+        # torch's own text advises weights_only=False, which runs code from the file, or is a bare number
         raise UserError(
-            f"model.weights={weights}: {path} is not a readable state dict: it is truncated, or it is something else "
-            f"than torch.save(model.state_dict()). ({_reason(error)})"
+            f"model.weights={weights}: {path} ({path.stat().st_size:,} bytes) is not a readable state dict: it is "
+            f"truncated, or it is something else than torch.save(model.state_dict()). What holds more than tensors and "
+            f"plain values is not loaded: that could run code."
         ) from error
     _check_layout(backbone, state, weights)
     backbone.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
@@ -127,13 +130,6 @@ def _check_layout(backbone: nn.Module, state: object, weights: str) -> None:
             f"model.weights={weights} is not a ResNet-50 in torchvision's layout: {problem}. "
             f"Give the state_dict() of torchvision.models.resnet50, saved with torch.save."
         )
-
-
-def _reason(error: Exception) -> str:
-    """Return what torch.load has to say, without its advice of weights_only=False, which runs code from the file."""
-    if isinstance(error, pickle.UnpicklingError):
-        return "It is not loaded if it holds more than tensors and plain values: that could run code."
-    return _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

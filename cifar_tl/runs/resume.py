@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from cifar_tl import slurm
-from cifar_tl.errors import UserError
+from cifar_tl.errors import UserError, check_path
 from cifar_tl.runs.record import METRICS, read_metrics
 
 LAST = Path("checkpoints") / "last.ckpt"
@@ -64,8 +64,8 @@ def with_overrides_of_resumed_run(arguments: list[str], outputs: Path = Path("ou
     if not given or given[-1] in ("", "null"):
         return _unless_used_folder(arguments, multirun)
     if multirun:
-        return _sweep_arguments(arguments, _unquoted(given[-1]))
-    folder = _newest_run(outputs) if given[-1] == "last" else _unquoted(given[-1])
+        return _sweep_arguments(arguments, _unquoted("resume", given[-1]))
+    folder = _newest_run(outputs) if given[-1] == "last" else _unquoted("resume", given[-1])
     saved = folder / ".hydra" / "overrides.yaml"
     if (folder / "multirun.yaml").is_file():
         raise UserError(f"resume={given[-1]}: {folder} is a sweep's folder. Add -m to go on with all its jobs.")
@@ -130,7 +130,7 @@ def _unless_used_folder(arguments: list[str], multirun: bool) -> list[str]:
     given = [a.removeprefix(key) for a in arguments if a.startswith(key)]
     if not given or "${" in given[-1] or not is_first_process():
         return arguments  # the processes of a run share its folder
-    folder = _unquoted(given[-1])
+    folder = _unquoted(key.removesuffix("="), given[-1])
     if multirun and (folder / JOURNAL).is_file() and (folder / "multirun.yaml").is_file():
         ours = [a for a in arguments if not a.startswith(("-", "hydra.", "hydra/"))]
         theirs, _ = _sweep_overrides(folder)
@@ -176,12 +176,12 @@ def _quoted(path: Path) -> str:
     return "'" + str(path).replace("'", "\\'") + "'"
 
 
-def _unquoted(value: str) -> Path:
+def _unquoted(key: str, value: str) -> Path:
     """Return a path given as the value of an override, with or without quotes."""
     for quote in ("'", '"'):
         if len(value) > 1 and value[0] == value[-1] == quote:
-            return Path(value[1:-1].replace(f"\\{quote}", quote)).expanduser()
-    return Path(value).expanduser()
+            return check_path(key, value[1:-1].replace(f"\\{quote}", quote))
+    return check_path(key, value)
 
 
 def _newest_run(outputs: Path) -> Path:
