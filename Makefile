@@ -8,7 +8,7 @@ CONSTRAINTS ?= .ci/constraints.txt
 # The folder with real data and weights that some tests use; they are skipped without it.
 export CIFAR_TL_SHARED ?= $(if $(wildcard ../shared/data),$(abspath ../shared))
 
-.PHONY: help setup demo train reproduce test test-fast check bench tensorboard clean
+.PHONY: help setup demo train reproduce test test-fast check chaos bench tensorboard clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ check: $(DONE)  ## lint, format, types, and imports that go downward only
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+chaos: $(DONE)  ## kill a run 50 times at random moments and go on with it, some minutes; ARGS="--kills 5"
+	$(PYTHON) tests/chaos.py $(ARGS)
 
 bench: $(DONE)  ## measure side by side; DEVICE=cuda, ARGS="--data-root FOLDER --weights FILE --only step"
 	$(PYTHON) -m cifar_tl.benchmarks --device $(DEVICE) $(ARGS)

@@ -29,6 +29,12 @@ def replacing(path: Path) -> Iterator[Path]:
             partial.unlink()
 
 
+def remove_partial_files(folder: Path) -> None:
+    """Delete what killed processes have left of files in a folder; nobody may be writing there."""
+    for path in folder.glob(".*.partial*"):
+        path.unlink()
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text in one step, as UTF-8 whatever the locale.
 

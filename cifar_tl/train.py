@@ -36,6 +36,7 @@ from cifar_tl.build import (
 from cifar_tl.checkpoints import BEST, FORMAT, LAST, PacedCheckpointIO, read_checkpoint
 from cifar_tl.data.datamodule import CIFAR10DataModule
 from cifar_tl.errors import Interrupted, Pruned, UserError, check_int
+from cifar_tl.files import remove_partial_files
 from cifar_tl.hardware import gpu_in_turn, is_out_of_memory, prepare_for, resolve_accelerator, select_gpu
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.model.optim import optimizer_text
@@ -81,6 +82,8 @@ def main(cfg: DictConfig) -> float:
     if hydra.launcher._target_.endswith(".JoblibLauncher") and cfg.trainer.devices == 1:
         cfg.trainer.devices = gpu_in_turn(hydra.job.num, resolve_accelerator(cfg.trainer.accelerator))
     with run_lock(folder):
+        if is_first_process():
+            remove_partial_files(folder / "checkpoints")
         metrics = train(cfg, folder, experiment=hydra.runtime.choices["experiment"])
     gc.collect()  # model and trainer refer to each other: the next job of a sweep would start beside them
     draw_report(folder)

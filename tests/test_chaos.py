@@ -1,0 +1,10 @@
+"""A few kills at random moments; `make chaos` makes 50."""
+
+import chaos
+import pytest
+
+
+@pytest.mark.slow
+def test_killed_runs_go_on_and_end_as_undisturbed_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(chaos, "RUN", (*chaos.RUN, "trainer.max_epochs=4", "finetune.unfreeze_at_epoch=2"))
+    assert sum(chaos.chaos(kills=2, seed=0, folder=tmp_path).values()) == 2
