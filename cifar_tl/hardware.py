@@ -60,6 +60,16 @@ def resolve_precision(requested: str, accelerator: str) -> str:
     return "bf16-mixed" if accelerator == "cuda" and torch.cuda.get_device_capability() >= (8, 0) else "32-true"
 
 
+def flush_denormals() -> None:
+    """Have this CPU take numbers below 1e-38 for zero, which is what they are to a training, and not compute with them.
+
+    The momentum of weights without gradients halves every 14 steps, until a run of some epochs computes with a million
+    such numbers, each a hundred times slower than others: 1,059,071 of 23 million, and an eighth of the speed, in the
+    18th epoch of best32. To be called before torch computes: threads that it has started do not hear of it.
+    """
+    torch.set_flush_denormal(True)
+
+
 def select_gpu(devices: object) -> None:
     """Make the GPU that trainer.devices names the current one: its name, capability and memory are asked, not GPU 0's.
 

@@ -37,7 +37,14 @@ from cifar_tl.checkpoints import BEST, FORMAT, LAST, PacedCheckpointIO, read_che
 from cifar_tl.data.datamodule import CIFAR10DataModule
 from cifar_tl.errors import Interrupted, Pruned, UserError, check_int
 from cifar_tl.files import remove_partial_files
-from cifar_tl.hardware import gpu_in_turn, is_out_of_memory, prepare_for, resolve_accelerator, select_gpu
+from cifar_tl.hardware import (
+    flush_denormals,
+    gpu_in_turn,
+    is_out_of_memory,
+    prepare_for,
+    resolve_accelerator,
+    select_gpu,
+)
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.model.optim import optimizer_text
 from cifar_tl.model.weights import load_weights
@@ -105,6 +112,7 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
         UserError: A mistake in the config, the data, the weights or the checkpoint.
         Interrupted: Ctrl-C.
     """
+    flush_denormals()
     quieten_lightning()
     L.seed_everything(check_int("seed", cfg.seed, 0), workers=True, verbose=False)
     build_schedule(cfg)  # its mistakes before anything is read

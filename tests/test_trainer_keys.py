@@ -2,6 +2,9 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -137,6 +140,32 @@ def test_the_users_keys_win_over_the_programs(compose):
     trainer = {**compose("trainer=cpu").trainer, "benchmark": False, "enable_model_summary": True}
     built = build_trainer(trainer, logger=False, enable_model_summary=False, enable_checkpointing=False)
     assert any(type(callback).__name__ == "RichModelSummary" for callback in built.callbacks)
+
+
+TINY_NUMBERS = """
+import sys, torch
+from pathlib import Path
+from cifar_tl import cli, train
+
+def stop(cfg):
+    raise RuntimeError("stop")
+
+train.build_datamodule = stop  # what comes first is what this is about
+try:
+    train.train(cli.compose("train", ["experiment=demo"]), Path("run"), "demo")
+except RuntimeError:
+    pass
+product = torch.full((1500, 1500), 1e-30) @ torch.full((1500, 1500), 1e-9)
+print(torch.get_num_threads(), product.min().item(), product.max().item())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.set_flush_denormal(True), reason="this CPU cannot flush numbers that are all but zero")
+def test_numbers_that_are_all_but_zero_cost_no_time_in_any_thread():
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
+    out = subprocess.run([sys.executable, "-c", TINY_NUMBERS], env=environment, capture_output=True, text=True)
+    assert out.stdout.split() == ["2", "0.0", "0.0"], out.stderr
 
 
 @pytest.mark.parametrize(
