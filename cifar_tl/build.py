@@ -287,8 +287,8 @@ def check_trainer(trainer: Mapping[Any, Any]) -> None:
     """
     for key in trainer:
         if key not in TRAINER_KEYS:
-            instead = INSTEAD.get(key) or suggest(str(key), TRAINER_KEYS).strip() or "It has no place in a run."
-            raise UserError(f"trainer.{key} is not honoured. {instead} Keys: {', '.join(sorted(TRAINER_KEYS))}.")
+            allowed = f"{suggest(str(key), TRAINER_KEYS)} Keys: {', '.join(sorted(TRAINER_KEYS))}."
+            raise UserError(f"trainer.{key} is not honoured. {INSTEAD.get(key) or allowed.strip()}")
     check_int("trainer.log_every_n_steps", trainer.get("log_every_n_steps", 1), 1)
     if (steps := trainer.get("max_steps", -1)) != -1:
         check_int("trainer.max_steps", steps, 1)

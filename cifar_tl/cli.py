@@ -23,7 +23,7 @@ from hydra.errors import HydraException, OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from cifar_tl import slurm
 from cifar_tl.errors import Interrupted, UserError, check_path, suggest
@@ -364,6 +364,13 @@ def explain(error: HydraException | OmegaConfBaseException, config_name: str) ->
             f"{given} is no key of what is chosen for {given.partition('.')[0]}: drop it, or choose another one. --cfg "
             f"job prints the keys that there are."
         )
+    if missing := re.search(
+        r"Could not find '(\w+)/([^']+)'.*Available options in '\w+':\n(.*?)\nConfig search", text, re.S
+    ):
+        group, given, choices = missing[1], missing[2], missing[3].split()
+        return f"{group}={given}: there is no such choice. Choose {', '.join(choices)}.{suggest(given, choices)}"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key}= is missing: give it. --help says what it takes."
     if missing := re.search(r"Could not load 'hydra/(launcher|sweeper)/", text):
         return (
             f"hydra/{missing[1]}= needs a plugin of Hydra that is not installed. The files of "
