@@ -306,6 +306,8 @@ def _explained(error: BaseException, config_name: str) -> str | None:
         return (
             f"A job of the sweep cannot be started, or left no result: {text}. What squeue shows goes on nonetheless."
         )
+    if isinstance(error, ValueError) and isinstance(error.__cause__, OSError):  # the log file's handler cannot be made
+        error = error.__cause__
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return (
             f"{error.filename or 'output'}: {error.strerror}. Runs are written under ./outputs; "

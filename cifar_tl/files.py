@@ -24,6 +24,10 @@ def replacing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         partial.replace(path)
+    except OSError as error:
+        if error.filename is None:  # a full disk has no name
+            error.filename = str(path)
+        raise
     finally:
         with suppress(OSError):  # it is not there, nor may its folder be
             partial.unlink()
