@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY
 
 ARGUMENTS = (
     "data=synthetic",
@@ -64,3 +65,21 @@ def test_a_batch_that_processes_cannot_share_is_refused(tmp_path):
     )
     assert done.returncode == 1
     assert "data.batch_size=5 cannot be shared by 2 processes" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_sweep_of_jobs_of_two_processes_each_has_a_clean_folder_per_job(tmp_path):
+    sweep = ("-m", "seed=0,1", *TINY, "trainer.max_epochs=2", "finetune.unfreeze_at_epoch=1", "hydra.sweep.dir=sweep")
+    processes = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "finetune.features_folder=null")
+    command = [sys.executable, str(Path(__file__).with_name("killed_command.py")), *sweep, *processes]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    jobs = sorted(path.parent for path in (tmp_path / "sweep").glob("*/metrics.json"))
+    assert [job.name for job in jobs] == ["0", "1"]
+    assert [json.loads((job / "metrics.json").read_text())["seed"] for job in jobs] == [0, 1]
+    for job in jobs:
+        assert sorted(path.name for path in (job / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+        assert (job / "train.log").read_text().count("Test accuracy") == 1
+    assert len((tmp_path / "sweep" / "sweep.csv").read_text().splitlines()) == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"sweep"}
