@@ -211,3 +211,10 @@ def test_a_full_gpu_gets_advice_whoever_notices_it(compose, tmp_path, monkeypatc
     monkeypatch.setattr(ResNet50Classifier, "training_step", full)
     with pytest.raises(UserError, match=r"out of memory at data\.batch_size=16\. Lower it"):
         train(compose(*TINY), tmp_path, "demo")
+
+
+def test_metrics_are_written_as_the_numbers_that_they_are(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    numbers = [*metrics["val/acc"], metrics["test/acc"], *metrics["test/recall"], metrics["lr/head"][0]]
+    assert all(len(repr(number)) <= 12 for number in numbers), numbers
+    assert metrics["test/acc"] == round(20 * metrics["test/acc"]) / 20  # of 20 images

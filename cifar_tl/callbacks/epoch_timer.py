@@ -5,6 +5,8 @@ from typing import Any
 
 import lightning as L
 
+from cifar_tl.runs.record import shortest
+
 
 class EpochTimer(L.Callback):
     """Time every epoch and tell its metrics from older ones; a base class, so that no callback depends on another one.
@@ -28,7 +30,7 @@ class EpochTimer(L.Callback):
     def epoch_metrics(self, trainer: L.Trainer) -> dict[str, float]:
         """Return what this epoch has measured; the Trainer's metrics keep the values of earlier epochs beside it."""
         fresh = {"train/": self.complete, "val/": self._validated}
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        metrics = {name: shortest(float(value)) for name, value in trainer.callback_metrics.items()}
         return {
             n: v for n, v in metrics.items() if all(is_fresh or not n.startswith(s) for s, is_fresh in fresh.items())
         }

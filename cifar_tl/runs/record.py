@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from cifar_tl.files import write_text
 from cifar_tl.runs.metrics import wilson_interval
 from cifar_tl.schedule import FinetuneSchedule
@@ -119,6 +121,11 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def shortest(value: float) -> float:
+    """Return a 32-bit number as the shortest decimal that stands for it: 0.448, where Python says 0.4480000138."""
+    return float(str(np.float32(value)))
+
+
 def metrics_of_test(scalars: Mapping[str, float], details: Mapping[str, Any], images: int) -> dict[str, Any]:
     """Return what metrics.json and evaluation.json hold of a test.
 
@@ -127,13 +134,15 @@ def metrics_of_test(scalars: Mapping[str, float], details: Mapping[str, Any], im
         details: Per-class metrics and the confusion matrix, as lists.
         images: Test images.
     """
-    scalar = {key: float(scalars[key]) for key in ("test/acc", "test/loss", "test/ece")}
+    scalar = {key: shortest(scalars[key]) for key in ("test/acc", "test/loss", "test/ece")}
+    per_class = {key: [shortest(v) for v in details[key]] for key in ("test/precision", "test/recall", "test/f1")}
     return {
         "test/acc": scalar["test/acc"],
         "test/acc_interval": list(wilson_interval(scalar["test/acc"], images)),
         "test/loss": scalar["test/loss"],
         "test/ece": scalar["test/ece"],
         **details,
+        **per_class,
     }
 
 
