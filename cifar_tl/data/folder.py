@@ -158,7 +158,7 @@ class ImageFolders:
         if skipped:
             log.info("skipped    %s", skipped_text(skipped))
         if left_out:
-            log.info("left out   %s that are no images: %s", _files(left_out.total()), counts_text(left_out))
+            log.info("left out   %s without an image in them: %s", _files(left_out.total()), counts_text(left_out))
         if problems:
             raise UserError(self._problems_text(problems))
         return result

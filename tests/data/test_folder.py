@@ -73,7 +73,7 @@ def test_images_are_told_by_content_and_what_is_none_is_left_out_and_counted(roo
     with caplog.at_level(logging.INFO):
         _, targets = ImageFolders(root, workers=0).train()
     assert targets.tolist() == [0, 1, 1, 1, 1, 1]
-    assert "left out   4 files that are no images: .txt 2, HEIC 1, beside the class folders 1" in caplog.text
+    assert "left out   4 files without an image in them: .txt 2, HEIC 1, beside the class folders 1" in caplog.text
 
 
 def test_links_are_followed_and_loops_end(root, caplog):
