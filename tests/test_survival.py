@@ -274,3 +274,21 @@ def test_a_resumed_run_honours_other_changes_and_says_so(compose, half, tmp_path
     assert metrics["epoch"] == [0, 1, 2, 3]
     state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"][0]
     assert [group["weight_decay"] for group in state["param_groups"]] == [0.5, 0.0, 0.5, 0.0]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_before_it_could_save_is_started_again_in_its_folder(command, half, tmp_path):
+    (tmp_path / "run").mkdir()
+    metrics = {**json.loads((half / "metrics.json").read_text()), "status": "running"}
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps(metrics))
+    code, _, err = command(*FAST, "trainer.max_epochs=2", "finetune.unfreeze_at_epoch=1", "hydra.run.dir=run")
+    assert code == 0, err
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["epoch"] == [0, 1]
+
+
+def test_a_folder_in_use_is_refused_before_its_config_is_overwritten(command, tmp_path):
+    with run_lock(tmp_path / "run"):
+        code, _, err = command(*FAST, "hydra.run.dir=run")
+    assert code == 1
+    assert "trains there now" in err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]

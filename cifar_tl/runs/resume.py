@@ -13,7 +13,7 @@ import yaml
 
 from cifar_tl import slurm
 from cifar_tl.errors import UserError, check_path
-from cifar_tl.runs.record import METRICS, read_metrics
+from cifar_tl.runs.record import read_metrics
 
 LAST = Path("checkpoints") / "last.ckpt"
 LOCK = ".lock"
@@ -136,8 +136,11 @@ def _unless_used_folder(arguments: list[str], multirun: bool) -> list[str]:
         theirs, _ = _sweep_overrides(folder)
         if sorted(a.replace("'", "") for a in ours) == sorted(a.replace("'", "") for a in theirs):
             return arguments  # a search goes on, or is shared, by the same command
-    if not (folder / METRICS).is_file() and not (folder / "multirun.yaml").is_file():
-        return arguments
+    if (folder / LOCK).is_file():
+        with run_lock(folder):  # nobody trains there
+            pass
+    if not any((folder / name).is_file() for name in (LAST, "multirun.yaml")) and kept_result(folder) is None:
+        return arguments  # nothing, or what was killed before it could save
     if slurm.restarted():
         return [*arguments, f"resume={_quoted(folder)}"] if multirun else arguments
     what = "a sweep" if multirun else "a run"
