@@ -7,6 +7,7 @@ import lightning as L
 
 from cifar_tl.errors import Pruned
 from cifar_tl.runs.formatting import percent
+from cifar_tl.runs.record import shortest
 from cifar_tl.runs.resume import JOURNAL
 from cifar_tl.search import open_study
 
@@ -28,6 +29,7 @@ class Pruning(L.Callback):
         self.pruner = pruner
         self._trial: optuna.Trial | None = None
         self._reason = ""
+        self._accuracy: float | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the trial; only the first process talks to the study."""
@@ -41,12 +43,16 @@ class Pruning(L.Callback):
         if trials and not trials[0].state.is_finished():
             self._trial = optuna.Trial(study, trials[0]._trial_id)
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the epoch's validation accuracy; an epoch without validation has none."""
+        self._accuracy = shortest(float(trainer.callback_metrics["val/acc"]))
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Report the epoch, unless the run had done so before it was resumed, and ask the pruner."""
         epoch, trial = trainer.current_epoch, self._trial
-        if trial is None or epoch in trial.study.trials[trial.number].intermediate_values:
+        accuracy, self._accuracy = self._accuracy, None
+        if accuracy is None or trial is None or epoch in trial.study.trials[trial.number].intermediate_values:
             return
-        accuracy = float(trainer.callback_metrics["val/acc"])
         trial.report(accuracy, epoch)
         if trial.should_prune():
             others = [t.intermediate_values[epoch] for t in trial.study.trials if epoch in t.intermediate_values]
