@@ -6,7 +6,8 @@ A README marks the place of a table, and is filled between the marks:
     <!-- /table -->
 
 stands for conf/experiment/results/results.csv. `<!-- table: results | best32, best64 | config, n, test acc -->` takes
-these rows, named by their first cell, and these columns. The columns of PROVENANCE become the line below the table.
+these rows, named by their first cell, and these columns. The columns of PROVENANCE become the line below the table, but
+for what rows differ in, such as the device, which is a column.
 """
 
 import csv
@@ -89,12 +90,13 @@ def markdown(head: list[str], rows: list[list[str]], labels: Sequence[str], colu
     by_label = {row[0]: row for row in rows}
     taken = [by_label[check_choice("row", label, tuple(by_label))] for label in labels or by_label]
     names = [check_choice("column", name, tuple(head)) for name in columns] or [n for n in head if n not in PROVENANCE]
-    cells = [[row[head.index(name)] for name in names] for row in taken]
-    _, body, _ = Table("", names, cells, "").markdown().split("\n\n")
     origin = {name: [row[head.index(name)] for row in taken] for name in PROVENANCE}
-    commits, dates = (distinct(", ".join(origin[name]).split(", ")) for name in ("commit", "date"))
-    device, weights, filters, precision = (distinct(origin[n]) for n in ("device", "weights", "filters", "precision"))
-    return f"\n{body}\n\n{device}; {dates}; commit {commits}; weights {weights}; filters: {filters}; {precision}.\n\n"
+    differing = [name for name in PROVENANCE if name != "commit" and len(set(origin[name])) > 1]
+    cells = [[row[head.index(name)] for name in [*names, *differing]] for row in taken]
+    _, body, _ = Table("", [*names, *differing], cells, "").markdown().split("\n\n")
+    words = {"commit": "commit ", "weights": "weights ", "filters": "filters: "}
+    below = [words.get(n, "") + distinct(", ".join(origin[n]).split(", ")) for n in PROVENANCE if n not in differing]
+    return f"\n{body}\n\n{'; '.join(below)}.\n\n"
 
 
 def merged(

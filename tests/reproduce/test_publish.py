@@ -91,3 +91,13 @@ def test_a_mark_that_names_what_is_not_there_is_an_error(checkout, mark, message
 def test_an_installed_copy_publishes_nothing(tmp_path):
     with pytest.raises(UserError, match="writes into a checkout"):
         publish([], tmp_path)
+
+
+def test_where_a_row_is_of_another_device_each_row_says_its_own(checkout):
+    other = [*ORIGIN]
+    other[PROVENANCE.index("device")] = "another device"
+    write(checkout / RESULTS / "results.csv", HEAD, ["best32", "89.00", *ORIGIN], ["best64", "94.30", *other])
+    text = filled((checkout / "README.md").read_text(), checkout / RESULTS)
+    assert "| config | test acc | device |" in text
+    assert "| best64 | 94.30 | another device |" in text
+    assert "\n2026-01-02; commit 0123abc; weights some.pth (761a); filters: at RMS 0.4; 32-true.\n" in text
