@@ -6,6 +6,7 @@ import numpy as np
 
 from cifar_tl.runs.metrics import confusion_matrix, negative_log_likelihood, reliability, softmax
 from cifar_tl.runs.predictions import Predictions, SplitPredictions, worth_showing, write_images, write_predictions
+from cifar_tl.runs.record import shortest
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer"]
 
@@ -35,8 +36,8 @@ def make_run(folder, overrides=(), seed=0, strength=1.5, status="finished", clas
         confusion = confusion_matrix(test.predicted, test.targets, len(CLASSES)).tolist()
         results = {
             "test/acc": test.accuracy,
-            "test/loss": negative_log_likelihood(test.logits, test.targets),
-            "test/ece": reliability(softmax(test.logits), test.targets).ece,
+            "test/loss": shortest(negative_log_likelihood(test.logits, test.targets)),
+            "test/ece": shortest(reliability(softmax(test.logits), test.targets).ece),
             "test/confusion": confusion,
         }
         metrics = {"classes": list(classes), **results, **metrics}

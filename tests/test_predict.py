@@ -417,7 +417,7 @@ def command(tmp_path, monkeypatch, capsys, tiny_checkpoint):
         (["input=my (1).png"], "input=my (1).png: no such file or folder"),
         (["top_k=my (1)"], "top_k=my (1) cannot be parsed: quote values"),
         (["inptu=image.png"], "Unknown config key inptu. Did you mean input?"),
-        ([], "Missing mandatory value: input"),
+        ([], "input= is missing: give it."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
