@@ -85,6 +85,7 @@ def build_schedule(cfg: DictConfig) -> FinetuneSchedule:
         schedule=finetune.schedule,
         warmup_epochs=finetune.warmup_epochs,
         stage_epochs=finetune.stage_epochs,
+        progressive_resizing=finetune.progressive_resizing,
     )
 
 
@@ -153,6 +154,7 @@ def build_unfreeze(cfg: DictConfig) -> BackboneUnfreeze:
         schedule=finetune.schedule,
         warmup_epochs=finetune.warmup_epochs,
         stage_epochs=finetune.stage_epochs,
+        progressive_resizing=finetune.progressive_resizing,
         batchnorm=finetune.batchnorm,
         max_epochs=cfg.trainer.max_epochs,
         compiled=cfg.model.compile,

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from cifar_tl.errors import UserError, check_choice, check_int, check_number
 
@@ -16,16 +17,19 @@ class Phase:
     """Some epochs during which the same stages train.
 
     Attributes:
-        name: `frozen`, `fine-tune`, or `fine-tune from STAGE` where only some stages train.
+        name: `frozen`, `fine-tune`, `fine-tune from STAGE` where only some stages train, or `fine-tune at 96x96` where
+            images grow.
         start: First epoch, counted from 0.
         end: Epoch after the last.
         stages: The backbone's stages that train; the head always does.
+        upscale: Factor by which the model enlarges its images; None: as it was built.
     """
 
     name: str
     start: int
     end: int
     stages: tuple[str, ...]
+    upscale: int | None = None
 
 
 class Phases(list[Phase]):
@@ -35,12 +39,16 @@ class Phases(list[Phase]):
         max_epochs: Epochs of the whole run.
         unfreeze_at_epoch: First epoch of fine-tuning; 0 trains everything from the start, None never unfreezes.
         stage_epochs: Epochs between the unfreezing of two stages; 0 unfreezes all at once.
+        upscales: Factors by which the model enlarges its images, one after the other, each for the same share of
+            fine-tuning (progressive resizing); none leave its images as they are.
 
     Raises:
         UserError: An unfreeze that is never reached, or a value that cannot be.
     """
 
-    def __init__(self, max_epochs: int, unfreeze_at_epoch: int | None, stage_epochs: int = 0) -> None:
+    def __init__(
+        self, max_epochs: int, unfreeze_at_epoch: int | None, stage_epochs: int = 0, upscales: Sequence[int] = ()
+    ) -> None:
         self.max_epochs = check_int("trainer.max_epochs", max_epochs, 1)
         stage_epochs = check_int("finetune.stage_epochs", stage_epochs, 0)
         if unfreeze_at_epoch is None:
@@ -53,7 +61,9 @@ class Phases(list[Phase]):
         self.unfreeze_at_epoch = unfreeze_at_epoch
         if unfreeze_at_epoch > 0:
             self.append(Phase("frozen", 0, unfreeze_at_epoch, ()))
-        if unfreeze_at_epoch < max_epochs and stage_epochs == 0:
+        if upscales:
+            self.extend(self._progressive(upscales, stage_epochs))
+        elif unfreeze_at_epoch < max_epochs and stage_epochs == 0:
             self.append(Phase("fine-tune", unfreeze_at_epoch, max_epochs, STAGES))
         elif unfreeze_at_epoch < max_epochs:
             self.extend(self._gradual(stage_epochs))
@@ -72,6 +82,28 @@ class Phases(list[Phase]):
             phases.append(Phase(name, start, self.max_epochs if last else start + stage_epochs, STAGES[:count]))
         return phases
 
+    def _progressive(self, upscales: Sequence[int], stage_epochs: int) -> list[Phase]:
+        key, epochs = "finetune.progressive_resizing", self.max_epochs - self.unfreeze_at_epoch
+        if not isinstance(upscales, Sequence):
+            raise UserError(f"{key}={upscales} is not allowed: give a list of factors, as [2,3,4].")
+        text = f"{key}=[{','.join(map(str, upscales))}]"
+        for upscale in upscales:
+            check_int(f"each factor of {key}", upscale, 1)
+        if any(after <= before for before, after in pairwise(upscales)):
+            raise UserError(f"{text}: each factor has to be larger than the one before it.")
+        if stage_epochs:
+            raise UserError(f"{text} and finetune.stage_epochs={stage_epochs} are not possible together: set one.")
+        if epochs < len(upscales):
+            raise UserError(
+                f"{text} needs an epoch of fine-tuning for each factor, and there are {epochs}: see trainer.max_epochs "
+                f"and finetune.unfreeze_at_epoch."
+            )
+        starts = [self.unfreeze_at_epoch + math.ceil(i * epochs / len(upscales)) for i in range(len(upscales) + 1)]
+        return [
+            Phase(f"fine-tune at {32 * upscale}x{32 * upscale}", start, end, STAGES, upscale)
+            for upscale, start, end in zip(upscales, starts, starts[1:], strict=False)
+        ]
+
     def at(self, epoch: int) -> Phase:
         """Return the phase that an epoch (from 0) belongs to; past the end, the last phase."""
         return next((p for p in self if epoch < p.end), self[-1])
@@ -81,7 +113,8 @@ class FinetuneSchedule:
     """The phases of a run and the learning rates inside them.
 
     The epochs before `unfreeze_at_epoch` and those from it on are one segment each; the learning rate's schedule runs
-    once through each segment. Gradual unfreezing splits the second segment into several phases under one schedule.
+    once through each segment. Gradual unfreezing and progressive resizing split the second segment into several phases
+    under one schedule.
 
     Args:
         max_epochs: Epochs of the whole run.
@@ -92,6 +125,8 @@ class FinetuneSchedule:
         schedule: `constant` or `cosine` (to zero), within each segment.
         warmup_epochs: Epochs of linear warm-up at the start of each segment, fractions allowed.
         stage_epochs: Epochs between the unfreezing of two stages; 0 unfreezes all at once.
+        progressive_resizing: Factors by which the model enlarges its images, each for the same share of fine-tuning;
+            None leaves its images as they are.
 
     Raises:
         UserError: A value that cannot be, or an unfreeze that is never reached.
@@ -107,8 +142,9 @@ class FinetuneSchedule:
         schedule: str = "cosine",
         warmup_epochs: float = 0.0,
         stage_epochs: int = 0,
+        progressive_resizing: Sequence[int] | None = None,
     ) -> None:
-        self.phases = Phases(max_epochs, unfreeze_at_epoch, stage_epochs)
+        self.phases = Phases(max_epochs, unfreeze_at_epoch, stage_epochs, progressive_resizing or ())
         self.max_epochs, self.unfreeze_at_epoch = self.phases.max_epochs, self.phases.unfreeze_at_epoch
         self.head_lr = check_number("finetune.head_lr", head_lr, 0)
         self.backbone_lr = check_number("finetune.backbone_lr", backbone_lr, 0)

@@ -72,6 +72,7 @@ FIXED = (
     "finetune.optimizer",
     "finetune.unfreeze_at_epoch",
     "finetune.stage_epochs",
+    "finetune.progressive_resizing",
 )
 """Beginnings of the keys that a resumed run cannot change. Others count from the epoch on at which it goes on."""
 
@@ -205,6 +206,7 @@ def test_best(
             f"{recorded}: one of them is of another run, and nothing was tested. Restore it, or train again."
         )
     module.load_state_dict(best["state_dict"])
+    module.backbone.upscale = best["hyper_parameters"]["upscale"]
     trainer.test(module, datamodule=datamodule, verbose=False)
     trainer.strategy.barrier("metrics.json")
     metrics = read_metrics(folder)

@@ -11,8 +11,14 @@ from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.runs.resume import with_overrides_of_resumed_run
 from cifar_tl.train import train
 
-# everything random is on: shuffling, augmentation, dropout; the unfreeze is at epoch 2 of 4
-RANDOM = (*TINY, "model.dropout=0.2", "finetune.warmup_epochs=0.5", "finetune.optimizer=muon")
+# everything random is on: shuffling, augmentation, dropout; the unfreeze is at epoch 2 of 4, and images grow at epoch 3
+RANDOM = (
+    *TINY,
+    "model.dropout=0.2",
+    "finetune.warmup_epochs=0.5",
+    "finetune.optimizer=muon",
+    "finetune.progressive_resizing=[1,2]",
+)
 
 
 class Killed(BaseException):

@@ -50,6 +50,23 @@ def test_loggers_write_where_they_should(run):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("best", [2, 3])
+def test_images_that_grow_are_tested_as_large_as_they_were_in_the_best_epoch(compose, tmp_path, monkeypatch, best):
+    monkeypatch.setattr(ResNet50Classifier, "on_validation_epoch_end", lambda self: self.log("val/acc", accuracy(self)))
+    accuracy = lambda self: float(self.current_epoch == best)  # noqa: E731
+    seen = []
+    step = ResNet50Classifier.test_step
+    looks = lambda self, *batch: (seen.append(self.backbone.upscale), step(self, *batch))[1]  # noqa: E731
+    monkeypatch.setattr(ResNet50Classifier, "test_step", looks)
+    metrics = train(compose(*TINY, "model.upscale=2", "finetune.progressive_resizing=[1,3]"), tmp_path, "demo")
+    assert metrics["best/epoch"] == best
+    assert set(seen) == {{2: 1, 3: 3}[best]}
+    assert load_trained(tmp_path).module.backbone.upscale == seen[0]
+    assert [phase["upscale"] for phase in metrics["plan"]] == [None, 1, 3]
+    assert [phase["name"] for phase in metrics["phases"]] == ["frozen", "fine-tune at 32x32", "fine-tune at 96x96"]
+
+
+@pytest.mark.slow
 def test_evaluate_gives_the_runs_test_numbers(run, compose):
     checkpoint = run / "checkpoints" / "best.ckpt"
     cfg = compose(f"checkpoint='{checkpoint}'", "trainer.accelerator=cpu", config_name="evaluate")

@@ -43,6 +43,30 @@ def test_gradual_thaws_from_the_top_and_ends_with_everything():
     assert phases[-1].end == 20
 
 
+def test_images_grow_in_equal_parts_of_finetuning():
+    phases = plan(progressive_resizing=[2, 3, 4]).phases
+    assert [(p.start, p.end, p.upscale) for p in phases] == [(0, 10, None), (10, 14, 2), (14, 17, 3), (17, 20, 4)]
+    assert [p.name for p in phases[1:]] == [f"fine-tune at {side}x{side}" for side in (64, 96, 128)]
+    assert all(p.stages == STAGES for p in phases[1:])
+    assert [p.upscale for p in plan(unfreeze_at_epoch=0, progressive_resizing=[1, 4]).phases] == [1, 4]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"progressive_resizing": [2, 2]}, r"progressive_resizing=\[2,2\]: each factor has to be larger"),
+        ({"progressive_resizing": [0, 2]}, "each factor of finetune.progressive_resizing=0 is not allowed"),
+        ({"progressive_resizing": [2, 3], "stage_epochs": 1}, "not possible together"),
+        ({"progressive_resizing": [2, 3], "unfreeze_at_epoch": 19}, "needs an epoch of fine-tuning for each factor"),
+        ({"progressive_resizing": [2, 3], "unfreeze_at_epoch": None}, "needs an epoch of fine-tuning for each factor"),
+        ({"progressive_resizing": 3}, "progressive_resizing=3 is not allowed: give a list of factors"),
+    ],
+)
+def test_images_that_cannot_grow_are_refused(changes, said):
+    with pytest.raises(UserError, match=said):
+        plan(**changes)
+
+
 def test_cosine_runs_from_the_peak_to_zero_within_each_segment():
     cosine = plan(schedule="cosine")
     assert cosine.learning_rates(0, 0, 100)["head"] == 1e-3

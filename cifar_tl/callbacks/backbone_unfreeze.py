@@ -1,5 +1,7 @@
 """The callback that keeps the backbone frozen, unfreezes it on time, and owns every learning rate."""
 
+from collections.abc import Sequence
+
 import lightning as L
 import torch
 from torch import nn
@@ -28,6 +30,8 @@ class BackboneUnfreeze(L.Callback):
         batchnorm: One of freezing.BATCHNORM_POLICIES, for what trains.
         max_epochs: Epochs of the whole run; None for the Trainer's.
         compiled: The backbone is compiled by torch.compile, and has to be compiled anew for every phase.
+        progressive_resizing: Values of the backbone's `upscale`, each for the same share of fine-tuning; None leaves it
+            alone.
 
     Raises:
         UserError: A value that cannot be, or an unfreeze that is never reached; without `max_epochs`, when fit starts.
@@ -47,6 +51,7 @@ class BackboneUnfreeze(L.Callback):
         batchnorm: str = "frozen",
         max_epochs: int | None = None,
         compiled: bool = False,
+        progressive_resizing: Sequence[int] | None = None,
     ) -> None:
         self.batchnorm = check_choice("finetune.batchnorm", batchnorm, freezing.BATCHNORM_POLICIES)
         self.compiled = compiled
@@ -58,6 +63,7 @@ class BackboneUnfreeze(L.Callback):
             "schedule": schedule,
             "warmup_epochs": warmup_epochs,
             "stage_epochs": stage_epochs,
+            "progressive_resizing": progressive_resizing,
         }
         self._max_epochs = max_epochs
         self._adapting: list[RemovableHandle] = []
@@ -83,6 +89,8 @@ class BackboneUnfreeze(L.Callback):
         training = freezing.training_modules(backbone, phase.stages)
         freezing.unfreeze(training, self.batchnorm)
         self._adapting = freezing.adapt_statistics(training) if self.batchnorm == "adapt" else []
+        if phase.upscale is not None:
+            backbone.upscale = phase.upscale  # type: ignore[assignment]  # no module, whatever nn.Module promises
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find out whose learning rate each parameter group has.

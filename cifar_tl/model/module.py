@@ -187,6 +187,7 @@ class ResNet50Classifier(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make a checkpoint, a weights-only one too, sufficient by itself."""
         checkpoint["cifar_tl"] = self.provenance
+        checkpoint["hyper_parameters"]["upscale"] = self.backbone.upscale  # of this epoch, where images grow
 
     def configure_optimizers(self) -> Optimizer:
         """Return one optimizer over all groups; it exists with both parts from step 0."""
