@@ -14,8 +14,8 @@ from cifar_tl.schedule import Phase, epochs_text, stages_text
 RUN_FILES = ("metrics.json", "predictions.npz", "train.log", ".hydra/config.yaml", "checkpoints/best.ckpt")
 
 CURVES: tuple[tuple[str, str, dict[str, str], dict[str, bool]], ...] = (
-    ("accuracy", "Accuracy", {"training (augmented)": "train/acc", "validation": "val/acc"}, {"percent": True}),
-    ("loss", "Loss", {"training (augmented)": "train/loss", "validation": "val/loss"}, {}),
+    ("accuracy", "Accuracy", {"training": "train/acc", "validation": "val/acc"}, {"percent": True}),
+    ("loss", "Loss", {"training": "train/loss", "validation": "val/loss"}, {}),
     ("calibration_error", "Expected calibration error, validation", {"ECE": "val/ece"}, {}),
     (
         "learning_rates",
