@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A SLURM of one node on this machine, for tests/cluster/test_slurm.py. As root, on Debian or Ubuntu:
+# A SLURM of one node on this machine, for tests/cluster/test_slurm_cluster.py. As root, on Debian or Ubuntu:
 #
 #     tests/cluster/slurm.sh test           # start, run the tests (with more arguments, pytest's), stop; some minutes
 #     tests/cluster/slurm.sh start FOLDER   # then, with SLURM_CONF=FOLDER/slurm.conf exported: sbatch, srun, squeue

@@ -34,7 +34,7 @@ def elsewhere(tmp_path, monkeypatch):
     """Work in a folder of the test's, with one thread, and with this package and its plugins."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)]))
 
 
 def slurm(*command):
