@@ -355,20 +355,27 @@ class Timed:
     """What a recipe came to on a device, and how long it took.
 
     Attributes:
-        label: Of the recipe.
+        recipe: Its name.
         minutes: Of the whole run.
         accuracy: A share.
         low: Lower end of its range.
         high: Upper end.
         device: On which it ran.
+        images_per_s: Of fine-tuning, if there was any.
     """
 
-    label: str
+    recipe: str
     minutes: float
     accuracy: float
     low: float
     high: float
     device: str
+    images_per_s: float | None
+
+    @property
+    def label(self) -> str:
+        """Its name, and how fast it was."""
+        return self.recipe if self.images_per_s is None else f"{self.recipe}, {self.images_per_s:,.0f} images/s"
 
 
 def pareto_front(results: Sequence[Timed]) -> list[Timed]:
@@ -388,7 +395,7 @@ def frontier(title: str, results: Sequence[Timed], references: Mapping[str, floa
         title: Of the figure.
         results: One or more.
         references: Shares to compare with, by name.
-        note: On the references.
+        note: What else is to be known.
     """
     figure, axes = _axes(4.2, width=7)
     for name, share in references.items():
@@ -425,7 +432,7 @@ def frontier(title: str, results: Sequence[Timed], references: Mapping[str, floa
     axes.set_xlabel("minutes of all epochs" + (f" on {results[0].device}" if len(by_device) == 1 else ""))
     figure.supxlabel(note, fontsize=7, x=0.99, ha="right", alpha=0.75)
     if len(by_device) > 1:
-        figure.legend(loc="outside lower left", fontsize=8)
+        figure.legend(loc="outside upper left", fontsize=8)
     with quiet_about_glyphs():
         figure.draw_without_rendering()  # the layout, which labels need and would disturb
         figure.set_layout_engine("none")

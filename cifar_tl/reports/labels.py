@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
+from random import Random
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,7 +20,8 @@ WAYS = (
 """From a point to the nearest corner of its label, or to the middle of the nearest side; the best first."""
 PER_LINE, PER_LEADER, PER_TEXT = 30, 100, 1000
 """What crossing a line, crossing the line that leads to a label, and hiding something cost, in pt of distance."""
-ROUNDS = 3
+ATTEMPTS, ROUNDS = 20, 3
+"""Orders in which labels are placed, until nothing is hidden; how often each label is placed in one."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def label_points(axes: Axes, labels: Sequence[tuple[str, float, float]], size: f
         half = np.array(measured.get_window_extent().size) / 2 + pt
         measured.remove()
         spots.append([])
-        for distance, way in product(range(NEAR, 60, 4), WAYS):
+        for distance, way in product(range(NEAR, 60, 6), WAYS):
             start, end = (place + length * pt * np.array(way) for length in (NEAR, distance))
             center = end + half * np.sign(way)
             box, leader = Bbox([center - half, center + half]), Path([start, end])
@@ -67,11 +69,7 @@ def label_points(axes: Axes, labels: Sequence[tuple[str, float, float]], size: f
             cost = distance + PER_TEXT * hidden + PER_LINE * sum(_crosses(line, box) for line in lines)
             cost += PER_LEADER * sum(_crosses(leader, point) for point in points)
             spots[-1].append(_Spot(float(cost), box, leader, way))
-    chosen: dict[int, _Spot] = {}
-    for number in [*range(len(labels))] * ROUNDS:  # after the first round, each can make room for those that came later
-        others = [spot for other, spot in chosen.items() if other != number]
-        costs = [spot.cost + sum(spot.clash(other) for other in others) for spot in spots[number]]
-        chosen[number] = spots[number][int(np.argmin(costs))]
+    chosen = _choose(spots)
     return [
         axes.annotate(
             text,
@@ -92,8 +90,29 @@ def label_points(axes: Axes, labels: Sequence[tuple[str, float, float]], size: f
             if np.ptp(spot.leader.vertices, axis=0).any()
             else None,
         )
-        for (text, x, y), place, spot in zip(labels, places, chosen.values(), strict=True)
+        for (text, x, y), place, spot in zip(labels, places, chosen, strict=True)
     ]
+
+
+def _choose(spots: Sequence[Sequence[_Spot]]) -> list[_Spot]:
+    """Return one of the spots of each label, so that together they cost little."""
+    random = Random(0)
+    best: list[_Spot] = []
+    lowest = float("inf")
+    order = list(range(len(spots)))
+    for _ in range(ATTEMPTS):
+        chosen: dict[int, _Spot] = {}
+        for _, number in product(range(ROUNDS), order):  # from the second round on, each makes room for later ones
+            others = [spot for other, spot in chosen.items() if other != number]
+            costs = [spot.cost + sum(spot.clash(other) for other in others) for spot in spots[number]]
+            chosen[number] = spots[number][int(np.argmin(costs))]
+        cost = sum(a.cost for a in chosen.values()) + sum(a.clash(b) for a, b in combinations(chosen.values(), 2))
+        if cost < lowest:
+            best, lowest = [chosen[number] for number in range(len(spots))], cost
+        if lowest < PER_TEXT:
+            break
+        random.shuffle(order)
+    return best
 
 
 def _crosses(line: Path, box: Bbox) -> bool:
