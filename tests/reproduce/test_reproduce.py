@@ -245,7 +245,7 @@ def test_the_report_of_a_sweep_over_ablations_has_their_table(tmp_path):
         ("results.more_seeds.best32=2", "results.more_seeds.best32=2 is not allowed: give a list"),
         ("seed=3", "are in conf/reproduce.yaml"),
         ("model.drop=0.1", "Unknown config key model.drop. Did you mean model.dropout?"),
-        ("results.recipes.best32=['experiment=best33']", "Could not find 'experiment/best33'"),
+        ("results.recipes.best32=['experiment=best33']", "experiment=best33: there is no such choice."),
         ("results.recipes.best32=['ablate=no_flipp']", "no_flip"),
     ],
 )
