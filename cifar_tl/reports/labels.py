@@ -8,7 +8,6 @@ from random import Random
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.path import Path
-from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
 NEAR, POINT = 6, 3.5
@@ -39,7 +38,7 @@ class _Spot:
         return PER_TEXT * self.box.overlaps(other.box) + PER_LEADER * cut
 
 
-def label_points(axes: Axes, labels: Sequence[tuple[str, float, float]], size: float, color: str) -> list[Annotation]:
+def label_points(axes: Axes, labels: Sequence[tuple[str, float, float]], size: float, color: str) -> None:
     """Write a text beside each point: clear of points and other texts, near, and off lines where that is not far.
 
     Args:
@@ -69,8 +68,9 @@ def label_points(axes: Axes, labels: Sequence[tuple[str, float, float]], size: f
             cost = distance + PER_TEXT * hidden + PER_LINE * sum(_crosses(line, box) for line in lines)
             cost += PER_LEADER * sum(_crosses(leader, point) for point in points)
             spots[-1].append(_Spot(float(cost), box, leader, way))
-    chosen = _choose(spots)
-    return [
+    for (text, x, y), place, spot in zip(labels, places, _choose(spots), strict=True):
+        line = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": POINT}
+        beside = not np.ptp(spot.leader.vertices, axis=0).any()
         axes.annotate(
             text,
             (x, y),
@@ -79,19 +79,8 @@ def label_points(axes: Axes, labels: Sequence[tuple[str, float, float]], size: f
             ha="center",
             va="center",
             fontsize=size,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": color,
-                "linewidth": 0.6,
-                "shrinkA": 0,
-                "shrinkB": POINT,
-                "relpos": tuple((1 - np.sign(spot.way)) / 2),
-            }
-            if np.ptp(spot.leader.vertices, axis=0).any()
-            else None,
+            arrowprops=None if beside else {**line, "relpos": tuple((1 - np.sign(spot.way)) / 2)},
         )
-        for (text, x, y), place, spot in zip(labels, places, chosen, strict=True)
-    ]
 
 
 def _choose(spots: Sequence[Sequence[_Spot]]) -> list[_Spot]:

@@ -99,7 +99,8 @@ def test_results_with_provenance_and_the_cliff(command):
     assert "a device; 2026-01-02; commit 0123abc; weights random; 32-true" in text
     assert "seed_baseline -10.0 points; best32 +10.0 points" in Path("outputs/reproduce/cliff.svg").read_text()
     assert Path("outputs/reproduce/cliff.png").is_file()
-    assert "outputs/reproduce/tables.md" in out
+    assert Path("outputs/reproduce/frontier.png").is_file()
+    assert all(f"outputs/reproduce/{name}" in out for name in ("tables.md", "cliff.svg", "frontier.svg"))
 
 
 def test_only_publish_writes_into_the_checkout(command, recipes):
