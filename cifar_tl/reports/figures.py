@@ -4,6 +4,8 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -13,9 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font_names
-from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 from numpy.typing import NDArray
 
+from cifar_tl.reports.labels import label_points
 from cifar_tl.runs.metrics import BINS, Floats, Ints, Reliability
 
 STYLE: Any = matplotlib.rc_params_from_file(Path(__file__).with_name("style.mplstyle"), use_default_template=False)
@@ -344,6 +347,96 @@ def cliff(title: str, recipes: Mapping[str, tuple[Sequence[int], Sequence[float]
     axes.set_xlabel("epoch")
     axes.set_title(title, pad=16)
     axes.legend(loc="best", title="points at the unfreeze", alignment="left")
+    return figure
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What a recipe came to on a device, and how long it took.
+
+    Attributes:
+        recipe: Its name.
+        minutes: Of the whole run.
+        accuracy: A share.
+        low: Lower end of its range.
+        high: Upper end.
+        device: On which it ran.
+        images_per_s: Of fine-tuning, if there was any.
+    """
+
+    recipe: str
+    minutes: float
+    accuracy: float
+    low: float
+    high: float
+    device: str
+    images_per_s: float | None
+
+    @property
+    def label(self) -> str:
+        """Its name, and how fast it was."""
+        return self.recipe if self.images_per_s is None else f"{self.recipe}, {self.images_per_s:,.0f} images/s"
+
+
+def pareto_front(results: Sequence[Timed]) -> list[Timed]:
+    """Return, by time, the results that are better than all that are as fast or faster; of equal ones the first."""
+    front: list[Timed] = []
+    for result in sorted(results, key=lambda result: (result.minutes, -result.accuracy)):
+        if not front or result.accuracy > front[-1].accuracy:
+            front.append(result)
+    return front
+
+
+@_styled
+def frontier(title: str, results: Sequence[Timed], references: Mapping[str, float], note: str) -> Figure:
+    """Draw accuracies over minutes, each device in its own colour and with a line along its Pareto front.
+
+    Args:
+        title: Of the figure.
+        results: One or more.
+        references: Shares to compare with, by name.
+        note: What else is to be known.
+    """
+    figure, axes = _axes(4.2, width=7)
+    for name, share in references.items():
+        axes.axhline(share, color=FAINT, linewidth=0.8, linestyle="--")
+        axes.annotate(
+            f"{100 * share:g}%  {name}",
+            (1, share),
+            (4, 0),
+            xycoords=axes.get_yaxis_transform(),
+            textcoords="offset points",
+            va="center",
+            fontsize=7,
+            alpha=0.75,
+        )
+    by_device: dict[str, list[Timed]] = {}
+    for result in results:
+        by_device.setdefault(result.device, []).append(result)
+    for color, (device, those) in zip(cycle(COLORS), by_device.items(), strict=False):
+        for r in those:
+            axes.plot([r.minutes] * 2, [r.low, r.high], color=color, linewidth=1.2)
+        axes.plot([r.minutes for r in those], [r.accuracy for r in those], "o", color=color, markersize=5, label=device)
+        front = pareto_front(those)
+        axes.plot([r.minutes for r in front], [r.accuracy for r in front], color=color, linewidth=0.8, alpha=0.7)
+    shares = [*references.values(), *(share for r in results for share in (r.accuracy, r.low, r.high))]
+    axes.set_ylim(min(shares) - 0.02, max(shares) + 0.02)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_xscale("log")
+    first, last = min(r.minutes for r in results) / 2, max(r.minutes for r in results) * 2
+    axes.set_xlim(first, last)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if last < 1000 * first else (1,)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_title(title)
+    axes.set_xlabel("minutes of all epochs" + (f" on {results[0].device}" if len(by_device) == 1 else ""))
+    figure.supxlabel(note, fontsize=7, x=0.99, ha="right", alpha=0.75)
+    if len(by_device) > 1:
+        figure.legend(loc="outside upper left", fontsize=8)
+    with quiet_about_glyphs():
+        figure.draw_without_rendering()  # the layout, which labels need and would disturb
+        figure.set_layout_engine("none")
+        label_points(axes, [(r.label, r.minutes, r.accuracy) for r in results], size=7.5, color=FAINT)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""The published tables, from the runs that cifar_tl.reproduce made: tables.md, a CSV per table, and the cliff."""
+"""The published tables, from the runs that cifar_tl.reproduce made: tables.md, a CSV per table, and two figures."""
 
 import json
 import shlex
@@ -11,13 +11,14 @@ import numpy as np
 from cifar_tl.reports import figures, svg
 from cifar_tl.reports.ablation import KEY, ablation
 from cifar_tl.reports.comparison import Group
+from cifar_tl.reports.original import PUBLISHED
 from cifar_tl.reproduce.jobs import Job, differences
 from cifar_tl.reproduce.publish import PROVENANCE, distinct
 from cifar_tl.runs.folder import Run, read_run
-from cifar_tl.runs.formatting import points
+from cifar_tl.runs.formatting import percent, percent_range, points
 from cifar_tl.runs.table import Table
 
-CLIFF = "cliff"
+CLIFF, FRONTIER = "cliff", "frontier"
 
 
 def write_tables(jobs: Sequence[Job], folder: Path) -> list[Path]:
@@ -25,7 +26,7 @@ def write_tables(jobs: Sequence[Job], folder: Path) -> list[Path]:
 
     Args:
         jobs: All that the tables are for.
-        folder: Gets tables.md, a CSV per table, cliff.svg and cliff.png.
+        folder: Gets tables.md, a CSV per table, and the figures CLIFF and FRONTIER as SVG and PNG.
 
     Returns:
         What was written.
@@ -51,6 +52,13 @@ def write_tables(jobs: Sequence[Job], folder: Path) -> list[Path]:
             svg.save(figure, folder, CLIFF, f"Validation accuracy per epoch. One epoch after the unfreeze: {jumps}.")
             written += [folder / f"{CLIFF}.{ending}" for ending in ("svg", "png")]
             texts.append(f"![Validation accuracy around the unfreeze: {jumps}]({CLIFF}.png)")
+        if part == "results" and (timed := timed_results(groups)):
+            title = "Test accuracy against time"
+            note = "Mean over the seeds and their range; with one seed, 95% interval. * Epoch chosen on the test set."
+            alt_text = f"{title}: {in_words(timed)}"
+            svg.save(figures.frontier(title, timed, PUBLISHED, note), folder, FRONTIER, alt_text)
+            written += [folder / f"{FRONTIER}.{ending}" for ending in ("svg", "png")]
+            texts.append(f"![{alt_text}]({FRONTIER}.png)")
     written[0].write_text("\n\n".join(texts) + "\n")
     return written
 
@@ -74,7 +82,7 @@ def results(groups: Sequence[Group]) -> Table:
         around = [_around_unfreeze(run) for run in group.runs]
         levels = [_mean([pair[side] for pair in around if pair is not None]) for side in (0, 1)]
         test = group.values("test/acc")
-        low, high = (min(test), max(test)) if len(test) > 1 else group.runs[0].metrics.get("test/acc_interval", (0, 1))
+        low, high = _range(group)
         rows.append(
             [
                 group.label,
@@ -84,7 +92,7 @@ def results(groups: Sequence[Group]) -> Table:
                 _mean(test),
                 f"{100 * low:.2f} to {100 * high:.2f}",
                 *(_mean(group.values(key)) for key in beside.values()),
-                f"{fmean(sum(run.metrics['seconds']) for run in group.runs) / 60:.1f}",
+                f"{_minutes(group):.1f}",
             ]
         )
     head = ["config", "n", "frozen", "+1 epoch", "best val", "test acc", "range", *beside, "minutes"]
@@ -94,6 +102,41 @@ def results(groups: Sequence[Group]) -> Table:
         "Minutes are those of the epochs, on average."
     )
     return Table("Results", head, rows, note)
+
+
+def timed_results(groups: dict[str, list[Group]]) -> list[figures.Timed]:
+    """Return the test accuracy and the minutes of each recipe, by scale, on each device that it was run on."""
+    found = []
+    for scale, group in ((scale, group) for scale, those in groups.items() for group in those):
+        tested = [run for run in group.runs if "test/acc" in run.metrics]
+        for device in dict.fromkeys(map(_device, tested)):
+            its = Group(group.label, group.overrides, [run for run in tested if _device(run) == device])
+            tuned = [run for run in its.runs if any(phase["stages"] for phase in run.metrics.get("plan", [])[-1:])]
+            found.append(
+                figures.Timed(
+                    group.label if len(groups) == 1 else f"{group.label} {scale}",
+                    _minutes(its),
+                    fmean(its.values("test/acc")),
+                    *_range(its),
+                    device,
+                    _images_per_s(tuned) if tuned else None,
+                )
+            )
+    return found
+
+
+def in_words(results: Sequence[figures.Timed]) -> str:
+    """Return what figures.frontier shows, as text."""
+    said, fronts = [], []
+    for device in dict.fromkeys(result.device for result in results):
+        its = [result for result in results if result.device == device]
+        said += [
+            f"{r.label}: {percent(r.accuracy)} ({percent_range(r.low, r.high)}) in {r.minutes:.1f} minutes on {device}"
+            for r in its
+        ]
+        fronts.append(f"{', '.join(r.recipe for r in figures.pareto_front(its))} on {device}")
+    lines = [f"{name.replace('*', ' (epoch chosen on the test set)')}: {100 * y:g}%" for name, y in PUBLISHED.items()]
+    return f"{'; '.join(said)}. On the Pareto front: {'; '.join(fronts)}. To compare with: {'; '.join(lines)}."
 
 
 def ladder(groups: dict[str, list[Group]]) -> Table:
@@ -125,7 +168,7 @@ def equal_images(groups: Sequence[Group]) -> Table:
             distinct(f"{run.metrics['images']['train']:,} x {len(run.metrics['epoch'])}" for run in group.runs),
             _mean(group.values("best/val/acc")),
             _mean(group.values("test/acc")),
-            f"{fmean(run.metrics['phases'][-1]['images_per_s'] for run in group.runs):,.0f}",
+            f"{_images_per_s(group.runs):,.0f}",
         ]
         for group in groups
     ]
@@ -180,6 +223,23 @@ def _groups(jobs: Sequence[Job], runs: dict[str, Run], part: str, scale: str) ->
                 group = groups.setdefault(recipe, Group(recipe, {KEY: recipe}, []))
                 group.runs += [runs[job.name]] if runs[job.name].finished else []
     return list(groups.values())
+
+
+def _range(group: Group) -> tuple[float, float]:
+    """Return the lowest and the highest test accuracy; with one seed the 95% interval."""
+    test = group.values("test/acc")
+    low, high = (min(test), max(test)) if len(test) > 1 else group.runs[0].metrics.get("test/acc_interval", (0, 1))
+    return low, high
+
+
+def _minutes(group: Group) -> float:
+    """Return the minutes of all epochs, on average."""
+    return fmean(sum(run.metrics["seconds"]) for run in group.runs) / 60
+
+
+def _images_per_s(runs: Sequence[Run]) -> float:
+    """Return the images per second of the last phase's training, on average."""
+    return fmean(run.metrics["phases"][-1]["images_per_s"] for run in runs)
 
 
 def _around_unfreeze(run: Run) -> tuple[float, float] | None:

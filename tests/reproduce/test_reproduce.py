@@ -99,7 +99,8 @@ def test_results_with_provenance_and_the_cliff(command):
     assert "a device; 2026-01-02; commit 0123abc; weights random; 32-true" in text
     assert "seed_baseline -10.0 points; best32 +10.0 points" in Path("outputs/reproduce/cliff.svg").read_text()
     assert Path("outputs/reproduce/cliff.png").is_file()
-    assert "outputs/reproduce/tables.md" in out
+    assert Path("outputs/reproduce/frontier.png").is_file()
+    assert all(f"outputs/reproduce/{name}" in out for name in ("tables.md", "cliff.svg", "frontier.svg"))
 
 
 def test_only_publish_writes_into_the_checkout(command, recipes):
@@ -245,7 +246,7 @@ def test_the_report_of_a_sweep_over_ablations_has_their_table(tmp_path):
         ("results.more_seeds.best32=2", "results.more_seeds.best32=2 is not allowed: give a list"),
         ("seed=3", "are in conf/reproduce.yaml"),
         ("model.drop=0.1", "Unknown config key model.drop. Did you mean model.dropout?"),
-        ("results.recipes.best32=['experiment=best33']", "Could not find 'experiment/best33'"),
+        ("results.recipes.best32=['experiment=best33']", "experiment=best33: there is no such choice."),
         ("results.recipes.best32=['ablate=no_flipp']", "no_flip"),
     ],
 )

@@ -1,0 +1,158 @@
+"""Accuracy against minutes: what is drawn of hand-made runs, and that it can be read."""
+
+from itertools import combinations
+
+import pytest
+from handmade import make_run
+from matplotlib.text import Text
+from omegaconf import OmegaConf
+
+from cifar_tl.reports import figures, svg
+from cifar_tl.reports.figures import Timed, pareto_front
+from cifar_tl.reports.original import PUBLISHED
+from cifar_tl.reproduce.jobs import Job
+from cifar_tl.reproduce.tables import write_tables
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """Make runs and the tables; return the figure that became frontier.svg, None if there is none."""
+    saved = {}
+    save = svg.save
+
+    def keep(figure, folder, name, alt_text):
+        saved[name] = figure
+        return save(figure, folder, name, alt_text)
+
+    def drawn(*runs):
+        jobs = []
+        for recipe, minutes, accuracy, metrics in runs:
+            folder = tmp_path / f"{recipe}{len(jobs)}"
+            interval = [accuracy - 0.01, accuracy + 0.01]
+            given = {"test/acc": accuracy, "test/acc_interval": interval, "seconds": [15 * minutes] * 4, **metrics}
+            make_run(folder, seed=len(jobs), images={"train": 2000}, **given)
+            uses = [("results", metrics.get("scale", "full"), recipe)]
+            jobs.append(Job(folder.name, folder, [], [], OmegaConf.create(), None, uses))
+        written = write_tables(jobs, tmp_path)
+        files = [path for path in written if path.stem == "frontier"]
+        assert files == ([tmp_path / "frontier.svg", tmp_path / "frontier.png"] if "frontier" in saved else [])
+        return saved.get("frontier")
+
+    monkeypatch.setattr(svg, "save", keep)
+    return drawn
+
+
+def lines(axes, marker):
+    """The coordinates of the lines of an axes, with or without markers, but for those across all of it."""
+    found = [line for line in axes.lines if line.get_linestyle() != "--"]
+    return [line.get_xydata().round(6).tolist() for line in found if (line.get_marker() == "o") == marker]
+
+
+def labels(figure):
+    return [text for text in figure.axes[0].texts if "%" not in text.get_text()]
+
+
+def boxes(figure):
+    figure.draw_without_rendering()
+    return [Text.get_window_extent(text) for text in labels(figure)]
+
+
+def test_a_point_per_recipe_with_its_range_and_a_line_along_the_front(drawn, tmp_path):
+    figure = drawn(
+        ("quick", 2, 0.80, {}),
+        ("better", 10, 0.90, {}),
+        ("better", 14, 0.94, {}),
+        ("beaten", 20, 0.85, {}),
+    )
+    axes = figure.axes[0]
+    assert lines(axes, marker=True) == [[[2, 0.8], [12, 0.92], [20, 0.85]]]
+    *bars, front = lines(axes, marker=False)
+    assert bars == [[[2, 0.79], [2, 0.81]], [[12, 0.9], [12, 0.94]], [[20, 0.84], [20, 0.86]]]
+    assert front == [[2, 0.8], [12, 0.92]]
+    assert [text.get_text() for text in labels(figure)] == [
+        "quick, 200 images/s",
+        "better, 200 images/s",
+        "beaten, 200 images/s",
+    ]
+    assert (axes.get_xscale(), axes.get_xlabel()) == ("log", "minutes of all epochs on a device")
+    assert not figure.legends
+    text = (tmp_path / "frontier.svg").read_text()
+    said = "better, 200 images/s: 92.00% (90.00 to 94.00) in 12.0 minutes on a device; beaten"
+    for words in (said, "On the Pareto front: quick, better on a device.", "original, claimed: 92%"):
+        assert words in text
+        assert words in (tmp_path / "tables.md").read_text()
+    assert "](frontier.png)" in (tmp_path / "tables.md").read_text()
+
+
+def test_what_others_published_is_drawn_across_and_named_at_the_right_end(drawn):
+    figure = drawn(("quick", 2, 0.80, {}))
+    axes = figure.axes[0]
+    across = [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"]
+    assert across == list(PUBLISHED.values()) == [0.693, 0.886, 0.92, 0.9725]
+    texts = {text.get_text(): text for text in axes.texts if "%" in text.get_text()}
+    assert list(texts)[1] == "88.6%  best public, 32x32*"
+    figure.draw_without_rendering()
+    for text, share in zip(texts.values(), across, strict=True):
+        box = Text.get_window_extent(text)
+        assert axes.bbox.x1 < box.x0 < box.x1 < figure.bbox.x1
+        assert box.y0 < axes.transData.transform((2, share))[1] < box.y1
+
+
+def test_runs_of_several_devices_are_not_compared(drawn):
+    figure = drawn(
+        ("quick", 2, 0.80, {}),
+        ("quick", 0.1, 0.81, {"device": "a GPU"}),
+        ("better", 10, 0.90, {}),
+    )
+    axes = figure.axes[0]
+    assert lines(axes, marker=True) == [[[2, 0.8], [10, 0.9]], [[0.1, 0.81]]]
+    assert [[2, 0.8], [10, 0.9]] in lines(axes, marker=False)  # though the GPU's run beats the first
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a device", "a GPU"]
+    assert axes.get_xlabel() == "minutes of all epochs"
+
+
+def test_a_recipe_on_two_scales_is_two_points(drawn):
+    figure = drawn(("quick", 2, 0.80, {}), ("quick", 1, 0.70, {"scale": "proxy"}))
+    assert [text.get_text() for text in labels(figure)] == ["quick full, 200 images/s", "quick proxy, 200 images/s"]
+
+
+def test_without_fine_tuning_there_is_no_speed_of_it(drawn):
+    plan = [{"name": "frozen", "start": 0, "end": 4, "stages": []}]
+    figure = drawn(("probe", 2, 0.80, {"plan": plan}))
+    assert [text.get_text() for text in labels(figure)] == ["probe"]
+
+
+def test_without_a_finished_run_there_is_no_figure(drawn, tmp_path):
+    assert drawn(("quick", 2, 0.80, {"status": "interrupted"})) is None
+    assert (tmp_path / "tables.md").read_text() == "# Tables\n"
+
+
+@pytest.mark.parametrize("count", [2, 7])
+@pytest.mark.parametrize("apart", [1.0, 1.05, 1.5])
+def test_labels_cover_neither_each_other_nor_points_and_stay_inside(count, apart):
+    results = [
+        Timed(f"recipe_{i}", 10 * apart**i, y, y - 0.003, y + 0.003, "a device", 1234.0)
+        for i, y in zip(range(count), (0.90, 0.902, 0.905, 0.895, 0.908, 0.91, 0.912), strict=False)
+    ]
+    figure = figures.frontier("title", results, PUBLISHED, "note")
+    axes, found = figure.axes[0], boxes(figure)
+    assert len(found) == count
+    assert not any(a.overlaps(b) for a, b in combinations(found, 2))
+    points = axes.transData.transform([(r.minutes, r.accuracy) for r in results])
+    assert not any(box.contains(*point) for box in found for point in points)
+    assert all(axes.bbox.count_contains(box.corners()) == 4 for box in found)
+
+
+@pytest.mark.parametrize(
+    ("results", "front"),
+    [
+        ([(1, 0.5), (2, 0.6), (3, 0.55), (4, 0.7)], [0, 1, 3]),
+        ([(4, 0.7), (1, 0.9)], [1]),
+        ([(1, 0.5), (1, 0.6), (2, 0.6)], [1]),
+        ([(1, 0.5), (1, 0.5)], [0]),
+        ([], []),
+    ],
+)
+def test_the_front_is_what_no_other_is_as_fast_and_as_good_as(results, front):
+    timed = [Timed(str(i), minutes, y, y, y, "a device", None) for i, (minutes, y) in enumerate(results)]
+    assert [int(result.recipe) for result in pareto_front(timed)] == front
