@@ -105,10 +105,14 @@ def results(groups: Sequence[Group]) -> Table:
 
 
 def timed_results(groups: dict[str, list[Group]]) -> list[figures.Timed]:
-    """Return the test accuracy and the minutes of each recipe, by scale, on each device that it was run on."""
+    """Return the test accuracy and the minutes of each recipe, by scale, on each device that it was run on.
+
+    Of files of conf/experiment alone: what has another name is a variation of one, to show something else.
+    """
     found = []
     for scale, group in ((scale, group) for scale, those in groups.items() for group in those):
-        tested = [run for run in group.runs if "test/acc" in run.metrics]
+        its_own = [run for run in group.runs if run.metrics.get("experiment") == group.label]
+        tested = [run for run in its_own if "test/acc" in run.metrics]
         for device in dict.fromkeys(map(_device, tested)):
             its = Group(group.label, group.overrides, [run for run in tested if _device(run) == device])
             tuned = [run for run in its.runs if any(phase["stages"] for phase in run.metrics.get("plan", [])[-1:])]

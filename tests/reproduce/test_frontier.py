@@ -29,7 +29,13 @@ def drawn(tmp_path, monkeypatch):
         for recipe, minutes, accuracy, metrics in runs:
             folder = tmp_path / f"{recipe}{len(jobs)}"
             interval = [accuracy - 0.01, accuracy + 0.01]
-            given = {"test/acc": accuracy, "test/acc_interval": interval, "seconds": [15 * minutes] * 4, **metrics}
+            given = {
+                "experiment": recipe,
+                "test/acc": accuracy,
+                "test/acc_interval": interval,
+                "seconds": [15 * minutes] * 4,
+                **metrics,
+            }
             make_run(folder, seed=len(jobs), images={"train": 2000}, **given)
             uses = [("results", metrics.get("scale", "full"), recipe)]
             jobs.append(Job(folder.name, folder, [], [], OmegaConf.create(), None, uses))
@@ -156,3 +162,8 @@ def test_labels_cover_neither_each_other_nor_points_and_stay_inside(count, apart
 def test_the_front_is_what_no_other_is_as_fast_and_as_good_as(results, front):
     timed = [Timed(str(i), minutes, y, y, y, "a device", None) for i, (minutes, y) in enumerate(results)]
     assert [int(result.recipe) for result in pareto_front(timed)] == front
+
+
+def test_a_variation_of_a_recipe_has_no_point(drawn):
+    runs = [("seed_baseline", 14, 0.67, {}), ("statistics_alone", 1, 0.66, {"experiment": "seed_baseline"})]
+    assert [text.get_text().split(",")[0] for text in labels(drawn(*runs))] == ["seed_baseline"]
