@@ -62,11 +62,14 @@ class Classifier(L.LightningModule):
     Args:
         classes: Classes.
         learning_rate: Of everything.
+        frozen: Train the head alone; the images still go through the rest in every epoch.
     """
 
-    def __init__(self, classes: int, learning_rate: float) -> None:
+    def __init__(self, classes: int, learning_rate: float, frozen: bool = False) -> None:
         super().__init__()
         self.model = torchvision.models.resnet50()
+        if frozen:
+            self.model.requires_grad_(False).eval()
         self.model.fc = dense_head(FEATURES, [128, 64], classes, 0.0)
         self.loss = nn.CrossEntropyLoss()
         self.accuracy = MulticlassAccuracy(classes, average="micro")
