@@ -77,6 +77,21 @@ def test_ratios_are_of_the_same_round():
     assert other["n"] == 3
 
 
+@pytest.mark.slow
+def test_the_frozen_phase_is_ten_epochs_and_the_features_of_both_views_once(tmp_path, monkeypatch):
+    def fit(trainer, module, datamodule):
+        for callback in trainer.callbacks:
+            if isinstance(callback, peers.Clock):
+                callback.images, callback.seconds = 100, 0.1
+            elif isinstance(callback, peers.TimedFeatures):
+                callback.views, callback.seconds_per_view = 2, 0.005
+
+    monkeypatch.setattr(peers.L.Trainer, "fit", fit)
+    speed = peers.ours(Setting("cpu", None, None, 1, 512, (), tmp_path), ["experiment=best32"])
+    assert speed("frozen") == pytest.approx(500)  # an image 1 ms in each epoch, and once 2 x 5 ms
+    assert speed("fine-tune") == pytest.approx(1000)
+
+
 def test_the_clock_leaves_out_the_first_steps_and_each_epochs_first(monkeypatch):
     ticks = iter([*range(WARM_UP), WARM_UP + 1, 100, 103])
     monkeypatch.setattr(peers.time, "perf_counter", lambda: float(next(ticks)))
