@@ -19,17 +19,23 @@ def main(arguments: list[str]) -> int:
         0, or 1 after a mistake, whose explanation is then on stderr.
     """
     parser = argparse.ArgumentParser(prog="python -m cifar_tl.benchmarks", description=__doc__)
-    names = ("pipeline", "frozen", "step", "startup", "runs")
+    names = ["pipeline", "frozen", "step", "startup", "runs"]
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--data-root", help="folder with CIFAR-10; without it, generated images")
     parser.add_argument("--weights", help="as in model.weights; without it, random ones")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each candidate (default: 5)")
     parser.add_argument("--limit", type=int, help="images to use at most, for a quick look")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[64, 128, 256, 512])
-    parser.add_argument("--only", nargs="+", choices=names, default=list(names))
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=[*names, "peers"],
+        default=names,
+        help="default: all but peers, which installs TensorFlow for Keras, 1.6 GB, into outputs/bench/keras-env",
+    )
     given = parser.parse_args(arguments)
 
-    from cifar_tl.benchmarks import frozen, pipeline, step, whole  # late: --help should not wait for torch
+    from cifar_tl.benchmarks import frozen, peers, pipeline, step, whole  # late: --help should not wait for torch
     from cifar_tl.benchmarks.setting import Setting
     from cifar_tl.build import quieten_lightning
     from cifar_tl.errors import UserError
@@ -42,6 +48,10 @@ def main(arguments: list[str]) -> int:
         "step": ("Fine-tune step", step.measure),
         "startup": ("Start-up", whole.startup),
         "runs": ("Whole 10 + 10 epoch runs, from command to test result", whole.runs),
+        "peers": (
+            "10 + 10 epochs on 45,000 images, training alone: seconds computed from the medians of images/s",
+            peers.measure,
+        ),
     }
     now = datetime.now(UTC)
     logging.basicConfig(level=logging.WARNING)

@@ -62,15 +62,23 @@ class Classifier(L.LightningModule):
     Args:
         classes: Classes.
         learning_rate: Of everything.
+        frozen: Train the head alone; the images still go through the rest in every epoch.
     """
 
-    def __init__(self, classes: int, learning_rate: float) -> None:
+    def __init__(self, classes: int, learning_rate: float, frozen: bool = False) -> None:
         super().__init__()
         self.model = torchvision.models.resnet50()
+        self.model.requires_grad_(not frozen)
         self.model.fc = dense_head(FEATURES, [128, 64], classes, 0.0)
         self.loss = nn.CrossEntropyLoss()
         self.accuracy = MulticlassAccuracy(classes, average="micro")
         self.learning_rate = learning_rate
+        self.frozen = frozen
+
+    def on_train_epoch_start(self) -> None:
+        """Keep the frozen BatchNorm in eval mode, as Lightning's page on transfer learning and Keras do."""
+        if self.frozen:
+            self.model.eval()
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the loss; log it and the accuracy."""

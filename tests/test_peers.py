@@ -1,0 +1,143 @@
+"""`--only peers`: the table, and the Keras program's process, with a stand-in for Keras."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torchvision
+from torchvision.models.resnet import Bottleneck
+
+from cifar_tl.benchmarks import peers
+from cifar_tl.benchmarks.__main__ import main
+from cifar_tl.benchmarks.setting import Setting
+from cifar_tl.benchmarks.step import WARM_UP
+from cifar_tl.errors import UserError
+
+STAND_IN = """
+import json, os, pathlib, sys
+
+pathlib.Path("keras.pid").write_text(str(os.getpid()))
+print("loading", file=sys.stderr)
+speeds = {"frozen": 1000, "fine-tune": 500}
+for line in sys.stdin:
+    print(json.dumps({"images_per_s": speeds[line.strip()]}), flush=True)
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    program = tmp_path / "stand_in.py"
+    program.write_text(STAND_IN)
+    monkeypatch.setattr(peers, "PROGRAM", program)
+    monkeypatch.setattr(peers, "keras_python", lambda: Path(sys.executable))
+    return program
+
+
+def is_gone(tmp_path):
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "keras.pid").read_text()), 0)
+    return True
+
+
+@pytest.mark.slow
+def test_peers_are_a_row_each_and_the_process_is_gone(stand_in, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torchvision.models, "resnet50", lambda: torchvision.models.ResNet(Bottleneck, [1, 1, 1, 1]))
+    recipes = {name: [*recipe, "data.batch_size=32"] for name, recipe in peers.RECIPES.items()}
+    for name, small in {"RECIPES": recipes, "BATCH_SIZE": 32, "TIMED": 64}.items():
+        monkeypatch.setattr(peers, name, small)
+    assert main(["--only", "peers", "--rounds", "1", "--limit", "20"]) == 0
+    (folder,) = (tmp_path / "outputs" / "bench").iterdir()
+    table = json.loads((folder / "bench.json").read_text())["peers"]
+    assert [row["what"] for row in table] == [peers.KERAS, peers.TUTORIAL, *peers.RECIPES]
+    assert (table[0]["frozen images/s"], table[0]["fine-tune images/s"]) == (1000, 500)
+    for row in table:
+        assert row["frozen images/s"] > 0 < row["fine-tune images/s"]
+        assert row["times as fast as Keras"] == pytest.approx(1350 / row["s of 10 + 10 epochs, computed"])
+    assert is_gone(tmp_path)
+    assert f"| {peers.KERAS} | 1,000 |" in capsys.readouterr().out
+
+
+def test_ratios_are_of_the_same_round():
+    figures = {
+        f"{peers.KERAS}: frozen": [100.0, 50.0, 100.0],
+        f"{peers.KERAS}: fine-tune": [100.0, 50.0, 100.0],
+        "other: frozen": [200.0, 100.0, 600.0],
+        "other: fine-tune": [200.0, 100.0, 200.0],
+    }
+    keras, other = peers.rows(figures)
+    assert keras["s of 10 + 10 epochs, computed"] == pytest.approx(9000)  # 2 x 450,000 images at 100 a second
+    assert (keras["times as fast as Keras"], keras["times low"], keras["times high"]) == (1, 1, 1)
+    assert (other["frozen images/s"], other["frozen low"], other["frozen high"]) == (200, 100, 600)
+    assert other["s of 10 + 10 epochs, computed"] == pytest.approx(4500)
+    ratios = (other["times as fast as Keras"], other["times low"], other["times high"])
+    assert ratios == pytest.approx((2, 2, 3))
+    assert other["n"] == 3
+
+
+@pytest.mark.slow
+def test_the_frozen_phase_is_ten_epochs_and_the_features_of_both_views_once(tmp_path, monkeypatch):
+    def fit(trainer, module, datamodule):
+        for callback in trainer.callbacks:
+            if isinstance(callback, peers.Clock):
+                callback.images, callback.seconds = 100, 0.1
+            elif isinstance(callback, peers.TimedFeatures):
+                callback.views, callback.seconds_per_view = 2, 0.005
+
+    monkeypatch.setattr(peers.L.Trainer, "fit", fit)
+    speed = peers.ours(Setting("cpu", None, None, 1, 512, (), tmp_path), ["experiment=best32"])
+    assert speed("frozen") == pytest.approx(500)  # an image 1 ms in each epoch, and once 2 x 5 ms
+    assert speed("fine-tune") == pytest.approx(1000)
+
+
+def test_the_clock_leaves_out_the_first_steps_and_each_epochs_first(monkeypatch):
+    ticks = iter([*range(WARM_UP), WARM_UP + 1, 100, 103])
+    monkeypatch.setattr(peers.time, "perf_counter", lambda: float(next(ticks)))
+    clock = peers.Clock()
+    for batch_idx in [*range(WARM_UP + 1), 0, 1]:
+        clock.on_train_batch_end(None, None, None, ([0] * 8, [0] * 8), batch_idx)
+    assert (clock.images, clock.seconds) == (16, 2 + 3)
+
+
+@pytest.mark.slow
+def test_keras_is_killed_after_an_error(stand_in, tmp_path):
+    def fail():
+        with peers.keras(Path(sys.executable), tmp_path / "log") as speed:
+            assert speed("frozen") == 1000
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert is_gone(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_keras_that_fails_is_one_sentence(stand_in, tmp_path, monkeypatch, capsys):
+    stand_in.write_text(STAND_IN.replace("for line", "sys.stdin.readline()\nsys.exit('out of memory')\nfor line"))
+    monkeypatch.setattr(peers, "tutorial", lambda setting: lambda phase: 1.0)
+    monkeypatch.setattr(peers, "RECIPES", {})
+    assert main(["--only", "peers"]) == 1
+    assert capsys.readouterr().err == "error: Keras ended with exit code 1 in its phase frozen: out of memory\n"
+    assert is_gone(tmp_path)
+
+
+@pytest.mark.slow
+def test_an_installation_that_fails_is_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    assert main(["--only", "peers"]) == 1
+    shown = capsys.readouterr()
+    assert f"Installing {peers.TENSORFLOW}" in shown.out
+    assert shown.err.startswith(f"error: {peers.TENSORFLOW} cannot be installed into outputs/bench/keras-env")
+    assert f"No matching distribution found for {peers.TENSORFLOW}" in shown.err
+    assert shown.err.count("\n") == 1
+    assert not list((tmp_path / "outputs/bench/keras-env").glob("*.installed"))  # the next call tries again
+
+
+def test_peers_are_measured_on_a_cpu_only(tmp_path):
+    with pytest.raises(UserError, match="--device cuda: give --device cpu"):
+        peers.measure(Setting("cuda", None, None, 1, None, (), tmp_path))
