@@ -28,6 +28,7 @@ def leave_run(folder, overrides, **metrics):
     after = next((value for name, value in ACCURACIES.items() if name in folder.name), 0.45)
     curve = {"val/acc": [0.3, 0.4, after, after + 0.1], "best/val/acc": after + 0.1, "images": {"train": 2000}}
     given, seed = [o for o in overrides if not o.startswith(("seed=", "hydra."))], folder.name[-1]
+    curve["experiment"] = next((o.partition("=")[2] for o in given if o.startswith("experiment=")), "default")
     make_run(folder, given, int(seed), **{**curve, "test/acc_interval": [0.8, 0.9], **metrics})
     OmegaConf.save(compose([*given, f"seed={seed}"]), folder / ".hydra" / "config.yaml")
 
