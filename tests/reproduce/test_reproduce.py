@@ -123,8 +123,8 @@ def test_only_publish_writes_into_the_checkout(command, recipes):
         "config",
         "seed_baseline",
         "best32",
-        "best64",
         "statistics_alone",
+        "best64",
     ]
 
 
