@@ -52,12 +52,18 @@ def test_loggers_write_where_they_should(run):
 @pytest.mark.slow
 @pytest.mark.parametrize("best", [2, 3])
 def test_images_that_grow_are_tested_as_large_as_they_were_in_the_best_epoch(compose, tmp_path, monkeypatch, best):
-    monkeypatch.setattr(ResNet50Classifier, "on_validation_epoch_end", lambda self: self.log("val/acc", accuracy(self)))
-    accuracy = lambda self: float(self.current_epoch == best)  # noqa: E731
     seen = []
     step = ResNet50Classifier.test_step
-    looks = lambda self, *batch: (seen.append(self.backbone.upscale), step(self, *batch))[1]  # noqa: E731
-    monkeypatch.setattr(ResNet50Classifier, "test_step", looks)
+
+    def best_in_that_epoch(self):
+        self.log("val/acc", float(self.current_epoch == best))
+
+    def notes_the_size(self, images_and_targets, batch_idx):
+        seen.append(self.backbone.upscale)
+        return step(self, images_and_targets, batch_idx)
+
+    monkeypatch.setattr(ResNet50Classifier, "on_validation_epoch_end", best_in_that_epoch)
+    monkeypatch.setattr(ResNet50Classifier, "test_step", notes_the_size)
     metrics = train(compose(*TINY, "model.upscale=2", "finetune.progressive_resizing=[1,3]"), tmp_path, "demo")
     assert metrics["best/epoch"] == best
     assert set(seen) == {{2: 1, 3: 3}[best]}
