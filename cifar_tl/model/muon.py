@@ -18,7 +18,9 @@ class Muon(Optimizer):
 
     timm's Muon gives the same steps. It multiplies wide matrices in every iteration and in bfloat16 on every device,
     and takes kernels one by one; for ResNet-50 on a CPU that cost more than the network's forward and backward pass.
-    Here the iteration runs on Gram matrices, in a given type, for all kernels of one shape at once.
+    Here the iteration runs on Gram matrices, in a given type, for all kernels of one shape at once, and large kernels
+    are cut into blocks that are orthogonalized each for itself (Khaled et al. 2025, arXiv:2510.16981, whose full steps
+    between we leave out).
 
     Args:
         groups: Parameter groups. Those with `muon: True` hold kernels, (out, in, ...), which are flattened to matrices
@@ -26,15 +28,19 @@ class Muon(Optimizer):
         momentum: Nesterov's, for Muon.
         iterations: Of Newton-Schulz.
         dtype: Of the matrix products of Newton-Schulz.
+        block: Rows of a block at most, the shorter side of a matrix being its rows.
 
-    Kernels move by `lr * 0.2 * sqrt(max(out, rest))` times an all but orthogonal matrix: as far as AdamW would at the
-    same rate (Liu et al. 2025, arXiv:2502.16982, section 2.2). Weight decay is decoupled in both.
+    Blocks move by `lr * 0.2 * sqrt(longer side)` times an all but orthogonal matrix: as far as AdamW would at the same
+    rate (Liu et al. 2025, arXiv:2502.16982, section 2.2). Weight decay is decoupled in both.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], momentum: float, iterations: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, groups: list[dict[str, Any]], momentum: float, iterations: int, dtype: torch.dtype, block: int
+    ) -> None:
         self.momentum = momentum
         self.iterations = iterations
         self.dtype = dtype
+        self.block = block
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "muon": False})
 
     @torch.no_grad()
@@ -64,7 +70,8 @@ class Muon(Optimizer):
             shapes[len(p), p[0].numel()].append(i)
         for (rows, columns), members in shapes.items():
             matrices = torch.stack([updates[i].reshape(rows, columns) for i in members])
-            directions = orthogonalized(matrices, self.iterations, self.dtype).to(params[0].dtype)
+            directions = blockwise_orthogonalized(matrices, self.block, self.iterations, self.dtype)
+            directions = directions.to(params[0].dtype)
             step = -lr * 0.2 * max(rows, columns) ** 0.5
             for i, direction in zip(members, directions, strict=True):
                 params[i].add_(direction.view_as(params[i]), alpha=step)
@@ -92,6 +99,28 @@ class Muon(Optimizer):
             eps=1e-8,
             maximize=False,
         )
+
+
+def blockwise_orthogonalized(matrices: Tensor, block: int, iterations: int, dtype: torch.dtype) -> Tensor:
+    """Orthogonalize equal blocks of matrices, cut along their shorter side, with at most `block` rows each.
+
+    The products of a matrix with n rows grow with the square and the cube of n.
+
+    Args:
+        matrices: (batch, rows, columns).
+        block: Rows of a block at most; a matrix with no more is one block.
+        iterations: As in `orthogonalized`.
+        dtype: As in `orthogonalized`.
+
+    Returns:
+        Of the same shape, in `dtype`.
+    """
+    batch, rows, columns = matrices.shape
+    if rows > columns:
+        return blockwise_orthogonalized(matrices.mT, block, iterations, dtype).mT
+    height = next(h for h in range(min(rows, block), 0, -1) if rows % h == 0)
+    blocks = matrices.reshape(batch * rows // height, height, columns)
+    return orthogonalized(blocks, iterations, dtype).view(batch, rows, columns)
 
 
 def orthogonalized(matrices: Tensor, iterations: int, dtype: torch.dtype) -> Tensor:

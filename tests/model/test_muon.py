@@ -6,7 +6,7 @@ from timm.optim.muon import Muon as TimmMuon
 from timm.optim.muon import zeropower_via_newtonschulz
 from torch import nn
 
-from cifar_tl.model.muon import COEFFICIENTS, Muon, orthogonalized
+from cifar_tl.model.muon import COEFFICIENTS, Muon, blockwise_orthogonalized, orthogonalized
 
 SHAPES = [(16, 8, 3, 3), (16, 8, 3, 3), (32, 4, 1, 1), (8, 64, 1, 1), (12, 12, 1, 1)]
 
@@ -30,6 +30,30 @@ def test_newton_schulz_on_gram_matrices_is_newton_schulz(shape, dtype):
     assert (got - expected).norm() < allowed * expected.norm()
 
 
+@pytest.mark.parametrize(
+    ("shape", "heights"), [((16, 40), [8, 8]), ((40, 16), [8, 8]), ((12, 40), [6, 6]), ((8, 9), [8])]
+)
+def test_blocks_of_the_shorter_side_are_orthogonalized_each_for_itself(shape, heights):
+    matrix = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    got = blockwise_orthogonalized(matrix, 8, 3, torch.float64)
+    shorter = 1 if shape[0] <= shape[1] else 2
+    expected = [
+        zeropower_via_newtonschulz(block.double(), 3, [COEFFICIENTS], dtype=torch.float64)
+        for block in matrix.split(heights, dim=shorter)
+    ]
+    torch.testing.assert_close(got, torch.cat(expected, dim=shorter))
+
+
+def test_a_step_cuts_large_kernels_into_blocks():
+    kernel = nn.Parameter(torch.zeros(16, 8, 3, 3))
+    optimizer = Muon([{"params": [kernel], "muon": True, "lr": 1.0}], 0.0, 3, torch.float32, block=4)
+    kernel.grad = torch.randn(kernel.shape, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    blocks = kernel.grad.reshape(4, 4, 72)
+    expected = torch.cat([zeropower_via_newtonschulz(b, 3, [COEFFICIENTS], dtype=torch.float32) for b in blocks])
+    torch.testing.assert_close(kernel.detach(), (-0.2 * 72**0.5 * expected).view_as(kernel), rtol=1e-3, atol=1e-4)
+
+
 def test_steps_are_timms():
     ours, theirs = parameters(), parameters()
     muon = Muon(
@@ -40,6 +64,7 @@ def test_steps_are_timms():
         momentum=0.9,
         iterations=3,
         dtype=torch.bfloat16,
+        block=256,
     )
     options = {"nesterov": True, "momentum": 0.9, "ns_coefficients": "original", "ns_steps": 3}
     timm = TimmMuon(
@@ -67,7 +92,7 @@ def test_a_parameter_without_a_gradient_stays_as_it_is():
     kernels, vectors = parameters()
     before = [p.detach().clone() for p in kernels]
     optimizer = Muon(
-        [{"params": kernels, "weight_decay": 0.1, "muon": True}, {"params": vectors}], 0.9, 3, torch.float32
+        [{"params": kernels, "weight_decay": 0.1, "muon": True}, {"params": vectors}], 0.9, 3, torch.float32, 256
     )
     for group in optimizer.param_groups:
         group["lr"] = 0.1
@@ -86,7 +111,8 @@ def test_its_state_survives_a_checkpoint():
 
     def make():
         kernels = parameters()[0]
-        optimizer = Muon([{"params": kernels, "muon": True, "weight_decay": 0.1, "lr": 0.01}], 0.9, 3, torch.float32)
+        groups = [{"params": kernels, "muon": True, "weight_decay": 0.1, "lr": 0.01}]
+        optimizer = Muon(groups, 0.9, 3, torch.float32, 256)
         return optimizer, kernels
 
     straight, kernels = make()
