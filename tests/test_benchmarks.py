@@ -13,9 +13,12 @@ def test_every_benchmark_runs_and_leaves_figures(tmp_path, monkeypatch, capsys):
     assert main(["--limit", "20", "--rounds", "1", "--batch-sizes", "256"]) == 0
     (folder,) = (tmp_path / "outputs" / "bench").iterdir()
     result = json.loads((folder / "bench.json").read_text())
-    expected = {"pipeline": 3, "frozen": 3, "step": 5, "startup": 2, "runs": 1}
+    expected = {"pipeline": 3, "frozen": 3, "step": 7, "startup": 2, "runs": 1}
     assert {name: len(result[name]) for name in expected} == expected
     assert all(row["median"] > 0 for name in expected for row in result[name])
+    shares = [row["median"] for row in result["step"] if row["unit"] == "of a step"]
+    assert len(shares) == 2
+    assert all(0 < share < 1 for share in shares)
     assert "peers" not in result  # installs TensorFlow, which only who asks for gets
     assert result["runs"][0]["host GiB"] > 0
     assert result["device"] in capsys.readouterr().out

@@ -57,6 +57,47 @@ class Clock(L.Callback):
             self.seconds = time.perf_counter() - self.seconds
 
 
+class OptimizerClock(L.Callback):
+    """Time the optimizer's part of the steps after the first ones; on a GPU, each part waits for the device.
+
+    Args:
+        setting: To wait for the device.
+
+    Attributes:
+        share: Of these steps' seconds, from the end of the backward pass to the end of the step.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self._steps = 0
+        self._backward_done = self._last = 0.0
+        self._optimizer = self._all = 0.0
+
+    @property
+    def share(self) -> float:
+        """Return the optimizer's share, 0..1."""
+        return self._optimizer / self._all
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: object) -> None:
+        """Start: the backward pass is done."""
+        self._backward_done = self._now()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Stop, and add the step."""
+        now = self._now()
+        self._steps += 1
+        if self._steps > WARM_UP:
+            self._optimizer += now - self._backward_done
+            self._all += now - self._last
+        self._last = now
+
+    def _now(self) -> float:
+        self.setting.synchronize()
+        return time.perf_counter()
+
+
 def fit_options(setting: Setting, steps: int) -> dict[str, Any]:
     """Return what both of Lightning's loops are built with."""
     return {
@@ -74,19 +115,25 @@ def fit_options(setting: Setting, steps: int) -> dict[str, Any]:
 
 
 def measure(setting: Setting) -> list[dict[str, Any]]:
-    """Return images a second of each loop at each batch size; on a GPU with its share of the peak arithmetic."""
-    rows = []
+    """Return images a second of each loop at each batch size, on a GPU with its share of the peak arithmetic, and the
+    share of a step that the optimizer takes.
+    """
+    rows: list[dict[str, Any]] = []
     for batch_size in setting.batch_sizes:
-        figures = take_turns(candidates(setting, batch_size), setting.rounds, warm_up=0)  # each turn has its own
+        loops, shares = candidates(setting, batch_size)
+        figures = take_turns(loops, setting.rounds, warm_up=0)  # each turn has its own
         new = summary(figures, "images/s", f"batch {batch_size}: bare loop")
         if setting.device == "cuda":
             add_share_of_peak(new, setting)
-        rows += new
+        rows += new + summary(take_turns(shares, setting.rounds, warm_up=0), "of a step")
     return rows
 
 
-def candidates(setting: Setting, batch_size: int) -> dict[str, Callable[[], float]]:
-    """Return the loops, each as a function that runs some steps and returns images a second."""
+Candidates = dict[str, Callable[[], float]]
+
+
+def candidates(setting: Setting, batch_size: int) -> tuple[Candidates, Candidates]:
+    """Return functions that run some steps: of each loop, for images a second; of each optimizer, for its share."""
     config = setting.config("finetune=full", f"data.batch_size={batch_size}")
     timed = max(4, 512 // batch_size)
     steps = WARM_UP + timed
@@ -97,8 +144,7 @@ def candidates(setting: Setting, batch_size: int) -> dict[str, Callable[[], floa
         prepare_for(setting.device, module)
         return module
 
-    def ours(compiled: bool = False, optimizer: str = "adamw", **options: Any) -> float:
-        clock = Clock(setting, steps)
+    def fit(clock: L.Callback, compiled: bool = False, optimizer: str = "adamw", **options: Any) -> None:
         callbacks = [EpochSeed(0), build_unfreeze(config), FreezeGuard(0, max_epochs=config.trainer.max_epochs), clock]
         options = {**fit_options(setting, steps), **options}
         trainer = L.Trainer(**options, callbacks=callbacks, benchmark=setting.device == "cuda")
@@ -106,7 +152,16 @@ def candidates(setting: Setting, batch_size: int) -> dict[str, Callable[[], floa
         if compiled:
             module.backbone.compile()
         trainer.fit(module, datamodule=datamodule)
+
+    def ours(**options: Any) -> float:
+        clock = Clock(setting, steps)
+        fit(clock, **options)
         return timed * batch_size / clock.seconds
+
+    def share(optimizer: str) -> float:
+        clock = OptimizerClock(setting)
+        fit(clock, optimizer=optimizer)
+        return clock.share
 
     def bare() -> float:
         module = ours_module().to(setting.device)
@@ -148,7 +203,12 @@ def candidates(setting: Setting, batch_size: int) -> dict[str, Callable[[], floa
     else:
         loops["cifar_tl, bf16-mixed"] = partial(ours, precision="bf16-mixed")
     loops["cifar_tl, Muon"] = partial(ours, optimizer="muon")
-    return {f"batch {batch_size}: {name}": loop for name, loop in loops.items()}
+    shares: Candidates = {"optimizer, AdamW": partial(share, "adamw"), "optimizer, Muon": partial(share, "muon")}
+
+    def named(functions: Candidates) -> Candidates:
+        return {f"batch {batch_size}: {name}": function for name, function in functions.items()}
+
+    return named(loops), named(shares)
 
 
 def flops_per_image() -> float:
