@@ -16,11 +16,11 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 class Muon(Optimizer):
     """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) beside AdamW.
 
-    timm's Muon gives the same steps. It multiplies wide matrices in every iteration and in bfloat16 on every device,
-    and takes kernels one by one; for ResNet-50 on a CPU that cost more than the network's forward and backward pass.
-    Here the iteration runs on Gram matrices, in a given type, for all kernels of one shape at once, and large kernels
-    are cut into blocks that are orthogonalized each for itself (Khaled et al. 2025, arXiv:2510.16981, whose full steps
-    between we leave out).
+    timm's Muon gives the same steps to kernels of one block. It multiplies wide matrices in every iteration and in
+    bfloat16 on every device, and takes kernels one by one; for ResNet-50 on a CPU that cost more than the network's
+    forward and backward pass. Here the iteration runs on Gram matrices, in a given type, for all kernels of one shape
+    at once, and large kernels are cut into blocks that are orthogonalized each for itself (Khaled et al. 2025,
+    arXiv:2510.16981, without their full steps between).
 
     Args:
         groups: Parameter groups. Those with `muon: True` hold kernels, (out, in, ...), which are flattened to matrices
