@@ -115,9 +115,7 @@ def fit_options(setting: Setting, steps: int) -> dict[str, Any]:
 
 
 def measure(setting: Setting) -> list[dict[str, Any]]:
-    """Return images a second of each loop at each batch size, on a GPU with its share of the peak arithmetic, and the
-    share of a step that the optimizer takes.
-    """
+    """Return images a second of each loop, on a GPU with its share of the peak, and the optimizer's share of a step."""
     rows: list[dict[str, Any]] = []
     for batch_size in setting.batch_sizes:
         loops, shares = candidates(setting, batch_size)
