@@ -209,6 +209,15 @@ def test_validation_that_falls_at_the_unfreeze_is_a_collapse():
     assert "model.filter_rms" in warning
 
 
+def test_validation_that_falls_at_a_change_of_scale_is_a_collapse():
+    schedule = FinetuneSchedule(
+        max_epochs=4, unfreeze_at_epoch=1, head_lr=1e-3, backbone_lr=1e-2, progressive_resizing=[1, 2, 3]
+    )
+    epochs = [{"epoch": e, "val/acc": a, "train/loss": 1.0} for e, a in enumerate([0.5, 0.6, 0.58, 0.5])]
+    (warning,) = collapse_warnings([{**epoch, "val/loss": 1.0} for epoch in epochs], schedule)
+    assert "fell from 58.00% to 50.00% in the first epoch of 'fine-tune at 96x96'" in warning
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_gradients_are_clipped_in_mixed_precision(compose, tmp_path, optimizer):

@@ -25,7 +25,7 @@ TEST = ("acc", "acc_interval", "loss", "ece", "precision", "recall", "f1", "conf
 """Metrics of the test, under `test/`; the per-class ones are lists in the order of the classes."""
 
 COLLAPSE = 0.05
-"""Validation accuracy lost in the first unfrozen epoch that is worth a warning."""
+"""Validation accuracy lost in the first epoch of a phase that is worth a warning."""
 
 
 def write_metrics(folder: Path, content: Mapping[str, Any]) -> None:
@@ -176,11 +176,14 @@ def collapse_warnings(epochs: Sequence[Mapping[str, Any]], schedule: FinetuneSch
             )
             break
     by_epoch = {epoch["epoch"]: epoch["val/acc"] for epoch in epochs}
-    before, after = by_epoch.get(schedule.unfreeze_at_epoch - 1), by_epoch.get(schedule.unfreeze_at_epoch)
-    if before is not None and after is not None and before - after > COLLAPSE:
+    for phase in schedule.phases[1:]:
+        before, after = by_epoch.get(phase.start - 1), by_epoch.get(phase.start)
+        if before is None or after is None or before - after <= COLLAPSE:
+            continue
+        at_unfreeze = phase.start == schedule.unfreeze_at_epoch
         warnings.append(
-            f"Validation accuracy fell from {100 * before:.2f}% to {100 * after:.2f}% in the first epoch after the "
-            f"unfreeze. Likely: {learning_rates}."
+            f"Validation accuracy fell from {100 * before:.2f}% to {100 * after:.2f}% in the first epoch "
+            f"{'after the unfreeze' if at_unfreeze else f'of {phase.name!r}'}. Likely: {learning_rates}."
         )
     return warnings
 
