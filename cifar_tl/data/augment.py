@@ -1,7 +1,7 @@
 """Augmentation of whole batches with draws per image, on whatever device the images are on."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class Augment:
     @property
     def only_flips(self) -> "Augment":
         """The same flips, and nothing else."""
-        return Augment(self.flip, 0, 0, 0, 0, 0, 0, 0)
+        return Augment(self.flip, *[0] * (len(fields(self)) - 1))
 
     @property
     def views(self) -> int:
