@@ -127,7 +127,6 @@ def build_datamodule(cfg: DictConfig) -> CIFAR10DataModule:
 
 def build_module(cfg: DictConfig, classes: Any) -> ResNet50Classifier:
     """Build the LightningModule of a config, with a random backbone."""
-    precision = resolve_precision(cfg.trainer.precision, resolve_accelerator(cfg.trainer.accelerator))
     return ResNet50Classifier(
         classes=list(classes),
         upscale=cfg.model.upscale,
@@ -138,8 +137,6 @@ def build_module(cfg: DictConfig, classes: Any) -> ResNet50Classifier:
         weight_decay=cfg.finetune.weight_decay,
         label_smoothing=cfg.finetune.label_smoothing,
         conventions=cfg.model.conventions,
-        # whoever trains in bfloat16 has a device that is fast in it
-        muon_dtype="bfloat16" if precision.startswith("bf16") else "float32",
     )
 
 

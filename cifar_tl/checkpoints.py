@@ -33,6 +33,9 @@ FORMAT = 1
 COMPLETED = ("data", "augment", "model", "finetune", "trainer")
 """Groups of the config in which keys that an older checkpoint does not have get today's defaults."""
 
+FORMER_ARGUMENTS = {"muon_dtype"}
+"""Of the LightningModule in older checkpoints; they change nothing of a trained model."""
+
 
 class PacedCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints when due: at once as long as that takes a fiftieth of the time, else the newest ones later.
@@ -258,7 +261,8 @@ def load_trained(path: Path) -> Trained:
         if len(facts["classes"]) != len(checkpoint["hyper_parameters"]["classes"]):
             raise ValueError("it names another number of classes than it tells apart")
         config = _completed(saved_config)
-        module = ResNet50Classifier(**checkpoint["hyper_parameters"])
+        arguments = {k: v for k, v in checkpoint["hyper_parameters"].items() if k not in FORMER_ARGUMENTS}
+        module = ResNet50Classifier(**arguments)
         module.load_state_dict(checkpoint["state_dict"])
         epoch = int(checkpoint["epoch"])
     except (KeyError, TypeError, ValueError, RuntimeError, OmegaConfBaseException) as error:

@@ -63,7 +63,7 @@ def resolve_precision(requested: str, accelerator: str) -> str:
 def flush_denormals() -> None:
     """Have this CPU take numbers below 1e-38 for zero, which is what they are to a training, and not compute with them.
 
-    The momentum of weights without gradients halves every 14 steps, until a run of some epochs computes with a million
+    The momentum of weights without gradients halves every 7 steps, until a run of some epochs computes with a million
     such numbers, each a hundred times slower than others: 1,059,071 of 23 million, and an eighth of the speed, in the
     18th epoch of best32. To be called before torch computes: threads that it has started do not hear of it.
     """

@@ -80,6 +80,7 @@ def older(content):
     config, facts = content["cifar_tl"]["config"], content["cifar_tl"]["facts"]
     del config["model"]["upscale"], config["data"]["one_hot"], config["augment"], content["hyper_parameters"]["upscale"]
     facts["normalisation"] = facts.pop("normalization")
+    content["hyper_parameters"]["muon_dtype"] = "bfloat16"
     facts["split_sha256"] = "0" * 64
 
 

@@ -42,7 +42,6 @@ class ResNet50Classifier(L.LightningModule):
         momentum: For `sgd` and `muon`.
         weight_decay: For weight matrices and kernels; biases and norms have none.
         label_smoothing: Share of the target spread over all classes, in the training loss only.
-        muon_dtype: `float32` or `bfloat16`, of the matrix products of `muon`.
         conventions: One of CONVENTIONS, whose defaults the layers and optimizers have.
     """
 
@@ -56,7 +55,6 @@ class ResNet50Classifier(L.LightningModule):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         label_smoothing: float = 0.0,
-        muon_dtype: str = "float32",
         conventions: str = "torch",
     ) -> None:
         super().__init__()
@@ -66,7 +64,6 @@ class ResNet50Classifier(L.LightningModule):
         self.classes = list(classes)
         self.optimizer = optimizer
         self.momentum = momentum
-        self.muon_dtype: torch.dtype = getattr(torch, muon_dtype)
         self.weight_decay = check_number("finetune.weight_decay", weight_decay, 0)
         self.label_smoothing = check_number("finetune.label_smoothing", label_smoothing, 0, below=1)
         self.backbone = Backbone(upscale)
@@ -192,4 +189,4 @@ class ResNet50Classifier(L.LightningModule):
     def configure_optimizers(self) -> Optimizer:
         """Return one optimizer over all groups; it exists with both parts from step 0."""
         groups = parameter_groups(self.head, self.backbone, self.weight_decay)
-        return build_optimizer(self.optimizer, groups, self.momentum, self.muon_dtype, self.adam_eps)
+        return build_optimizer(self.optimizer, groups, self.momentum, self.adam_eps)

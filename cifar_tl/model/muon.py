@@ -1,7 +1,8 @@
 """Muon for the backbone's kernels and AdamW for everything else, in one optimizer."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,28 +19,24 @@ class Muon(Optimizer):
 
     timm's Muon gives the same steps to kernels of one block. It multiplies wide matrices in every iteration and in
     bfloat16 on every device, and takes kernels one by one; for ResNet-50 on a CPU that cost more than the network's
-    forward and backward pass. Here the iteration runs on Gram matrices, in a given type, for all kernels of one shape
-    at once, and large kernels are cut into blocks that are orthogonalized each for itself (Khaled et al. 2025,
-    arXiv:2510.16981, without their full steps between).
+    forward and backward pass. Here the iteration runs on Gram matrices, for all kernels of one shape at once, and large
+    kernels are cut into blocks that are orthogonalized each for itself (Khaled et al. 2025, arXiv:2510.16981, without
+    their full steps between).
 
     Args:
         groups: Parameter groups. Those with `muon: True` hold kernels, (out, in, ...), which are flattened to matrices
             of (out, rest); the others are trained by AdamW.
         momentum: Nesterov's, for Muon.
         iterations: Of Newton-Schulz.
-        dtype: Of the matrix products of Newton-Schulz.
         block: Rows of a block at most, the shorter side of a matrix being its rows.
 
     Blocks move by `lr * 0.2 * sqrt(longer side)` times an all but orthogonal matrix: as far as AdamW would at the same
     rate (Liu et al. 2025, arXiv:2502.16982, section 2.2). Weight decay is decoupled in both.
     """
 
-    def __init__(
-        self, groups: list[dict[str, Any]], momentum: float, iterations: int, dtype: torch.dtype, block: int
-    ) -> None:
+    def __init__(self, groups: list[dict[str, Any]], momentum: float, iterations: int, block: int) -> None:
         self.momentum = momentum
         self.iterations = iterations
-        self.dtype = dtype
         self.block = block
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "muon": False})
 
@@ -69,8 +66,9 @@ class Muon(Optimizer):
         for i, p in enumerate(params):
             shapes[len(p), p[0].numel()].append(i)
         for (rows, columns), members in shapes.items():
-            matrices = torch.stack([updates[i].reshape(rows, columns) for i in members])
-            directions = blockwise_orthogonalized(matrices, self.block, self.iterations, self.dtype)
+            matrices = torch.stack([updates[i].reshape(rows, columns) for i in members]).float()
+            with full_precision():
+                directions = blockwise_orthogonalized(matrices, self.block, self.iterations)
             directions = directions.to(params[0].dtype)
             step = -lr * 0.2 * max(rows, columns) ** 0.5
             for i, direction in zip(members, directions, strict=True):
@@ -101,7 +99,18 @@ class Muon(Optimizer):
         )
 
 
-def blockwise_orthogonalized(matrices: Tensor, block: int, iterations: int, dtype: torch.dtype) -> Tensor:
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Multiply float32 matrices as what they are, even where GPUs are allowed to round them to TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def blockwise_orthogonalized(matrices: Tensor, block: int, iterations: int) -> Tensor:
     """Orthogonalize equal blocks of matrices, cut along their shorter side, with at most `block` rows each.
 
     The products of a matrix with n rows grow with the square and the cube of n.
@@ -110,41 +119,40 @@ def blockwise_orthogonalized(matrices: Tensor, block: int, iterations: int, dtyp
         matrices: (batch, rows, columns).
         block: Rows of a block at most; a matrix with no more is one block.
         iterations: As in `orthogonalized`.
-        dtype: As in `orthogonalized`.
 
     Returns:
-        Of the same shape, in `dtype`.
+        Of the same shape.
     """
     batch, rows, columns = matrices.shape
     if rows > columns:
-        return blockwise_orthogonalized(matrices.mT, block, iterations, dtype).mT
+        return blockwise_orthogonalized(matrices.mT, block, iterations).mT
     height = next(h for h in range(min(rows, block), 0, -1) if rows % h == 0)
     blocks = matrices.reshape(batch * rows // height, height, columns)
-    return orthogonalized(blocks, iterations, dtype).view(batch, rows, columns)
+    return orthogonalized(blocks, iterations).view(batch, rows, columns)
 
 
-def orthogonalized(matrices: Tensor, iterations: int, dtype: torch.dtype) -> Tensor:
+def orthogonalized(matrices: Tensor, iterations: int) -> Tensor:
     """Bring the singular values of matrices close to 1 by Newton-Schulz iterations on their Gram matrices.
 
     Every iterate of Newton-Schulz is a polynomial of the Gram matrix times the matrix that it started from. The
     polynomial is built up among square matrices, and meets the wide one once at the end: for the kernels of ResNet-50,
-    two to nine times as wide as high, about half the products.
+    two to nine times as wide as high, about half the products. It takes float32: a Gram matrix that is rounded to
+    bfloat16 or TF32 has negative eigenvalues where the spectrum is steep, and the iteration, which would bring singular
+    values to 1, multiplies these by thousands.
 
     Args:
-        matrices: (batch, rows, columns).
+        matrices: (batch, rows, columns), float32 or float64.
         iterations: 5 are usual; fewer move weak directions less.
-        dtype: Of the products.
 
     Returns:
-        Of the same shape, in `dtype`.
+        Of the same shape.
     """
     if matrices.shape[1] > matrices.shape[2]:
-        return orthogonalized(matrices.mT, iterations, dtype).mT
+        return orthogonalized(matrices.mT, iterations).mT
     a, b, c = COEFFICIENTS
-    x = matrices.to(dtype)
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     gram = x @ x.mT
-    polynomial = torch.eye(x.shape[1], dtype=dtype, device=x.device).expand_as(gram)
+    polynomial = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand_as(gram)
     for i in range(iterations):
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # a I + b G + c G^2
         factor.diagonal(dim1=1, dim2=2).add_(a)

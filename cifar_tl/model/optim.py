@@ -34,13 +34,7 @@ def parameter_groups(head: nn.Module, backbone: nn.Module, weight_decay: float) 
     return groups
 
 
-def build_optimizer(
-    name: str,
-    groups: list[dict[str, Any]],
-    momentum: float,
-    muon_dtype: torch.dtype = torch.float32,
-    adam_eps: float = 1e-8,
-) -> Optimizer:
+def build_optimizer(name: str, groups: list[dict[str, Any]], momentum: float, adam_eps: float = 1e-8) -> Optimizer:
     """Build an optimizer whose learning rates are 0 until their owner, BackboneUnfreeze, sets them.
 
     Args:
@@ -49,7 +43,6 @@ def build_optimizer(
             same rate (Liu et al. 2025, arXiv:2502.16982, section 2.2).
         groups: From `parameter_groups`.
         momentum: Nesterov's, for `sgd` and for the kernels under `muon`.
-        muon_dtype: Of Muon's matrix products; the type that the device multiplies fastest.
         adam_eps: Added to the denominator by `adam` and `adamw`.
 
     Raises:
@@ -63,7 +56,7 @@ def build_optimizer(
         case "muon":
             momentum = check_number("finetune.momentum", momentum, 0, below=1)
             groups = [g | {"muon": g["name"] == "backbone"} for g in groups]
-            return Muon(groups, momentum, MUON_ITERATIONS, muon_dtype, MUON_BLOCK)
+            return Muon(groups, momentum, MUON_ITERATIONS, MUON_BLOCK)
         case _:
             momentum = check_number("finetune.momentum", momentum, 0, below=1)
             sgd = torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=momentum > 0, fused=True)
