@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cifar_tl.build import build_augment, build_module, build_unfreeze
 from cifar_tl.data.loader import ArrayLoader
+from cifar_tl.model.optim import match_parameters
 
 register = backend_registration._setup_privateuseone_for_python_backend
 
@@ -127,6 +128,27 @@ def test_a_step_stays_on_the_device_without_waiting(place, compose, optimizer, d
         steps.step()
     assert not waits
     assert all(p.device == p.grad.device == place for p in module.parameters())
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw", "adam", "sgd"])
+def test_an_optimizer_whose_state_was_read_on_the_cpu_goes_on_on_the_device(place, compose, optimizer):
+    def step():
+        with Device():
+            cross_entropy(module(images), targets).backward()
+            steps.step()
+
+    with Device():
+        module, images, targets = on(place, compose, f"finetune.optimizer={optimizer}")
+        steps = module.configure_optimizers()
+    step()
+    with Device():
+        saved = tree_map_only(torch.Tensor, torch.Tensor.cpu, steps.state_dict())
+        steps = module.configure_optimizers()
+        steps.load_state_dict(saved)
+        match_parameters(steps)
+    step()
+    states = [value for state in steps.state.values() for value in state.values()]
+    assert {value.device for value in states if isinstance(value, torch.Tensor)} <= {place}
 
 
 def test_an_evaluation_stays_on_the_device(place, compose):

@@ -22,7 +22,7 @@ from cifar_tl.data.batch import Batch, class_indices
 from cifar_tl.errors import check_choice, check_number
 from cifar_tl.model.backbone import FEATURES, Backbone
 from cifar_tl.model.head import dense_head
-from cifar_tl.model.optim import build_optimizer, match_strides, parameter_groups, restore_options
+from cifar_tl.model.optim import build_optimizer, match_parameters, parameter_groups, restore_options
 
 CONVENTIONS = ("torch", "keras")
 
@@ -116,7 +116,7 @@ class ResNet50Classifier(L.LightningModule):
     def on_train_start(self) -> None:
         """Fit the optimizer's state, if it came from a checkpoint, to this device and to this config."""
         for optimizer in self.trainer.optimizers:
-            match_strides(optimizer)
+            match_parameters(optimizer)
             restore_options(optimizer, self.configure_optimizers())
 
     def on_train_epoch_start(self) -> None:

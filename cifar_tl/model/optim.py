@@ -79,16 +79,20 @@ def restore_options(optimizer: Optimizer, fresh: Optimizer) -> None:
 
 
 @torch.no_grad()
-def match_strides(optimizer: Optimizer) -> None:
-    """Give every state of an optimizer the strides of its parameter.
+def match_parameters(optimizer: Optimizer) -> None:
+    """Give every state of an optimizer that was loaded the device and the strides of its parameter.
 
     Fused optimizers go through the memory of both side by side. States that were saved on a GPU, where kernels are
-    channels_last, would update the wrong weights of a contiguous parameter on the CPU, without a word.
+    channels_last, would update the wrong weights of a contiguous parameter on the CPU, without a word. They count steps
+    on the parameter's device, where neither torch nor Lightning brings the count of an optimizer of one's own.
     """
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
-            like_parameter = isinstance(value, torch.Tensor) and value.shape == parameter.shape
-            if like_parameter and value.stride() != parameter.stride():
+            if not isinstance(value, torch.Tensor):
+                continue
+            if value.ndim == 0:
+                state[name] = value.to(parameter.device)
+            elif value.shape == parameter.shape and value.stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 

@@ -6,7 +6,7 @@ from cifar_tl.data.batch import class_indices, one_hot
 from cifar_tl.errors import UserError
 from cifar_tl.model.head import dense_head
 from cifar_tl.model.module import ResNet50Classifier
-from cifar_tl.model.optim import build_optimizer, match_strides, optimizer_text, parameter_groups
+from cifar_tl.model.optim import build_optimizer, match_parameters, optimizer_text, parameter_groups
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_states_from_another_device_take_the_strides_of_their_parameters(name):
         for p, q in zip(others, parameters, strict=True):
             p.copy_(q)
     resumed.load_state_dict(saved.state_dict())
-    match_strides(resumed)
+    match_parameters(resumed)
     steps(resumed, others, 2)
     straight, expected = make(torch.contiguous_format)
     steps(straight, expected, 2)
