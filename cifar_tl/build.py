@@ -180,7 +180,13 @@ def build_callbacks(
         OwnSignals(),
         EpochSeed(cfg.seed),
         build_unfreeze(cfg),
-        FreezeGuard(finetune.unfreeze_at_epoch, finetune.stage_epochs, finetune.batchnorm, max_epochs),
+        FreezeGuard(
+            finetune.unfreeze_at_epoch,
+            finetune.stage_epochs,
+            finetune.progressive_resizing,
+            finetune.batchnorm,
+            max_epochs,
+        ),
         FeatureCache(
             datamodule,
             unfreeze_at_epoch,

@@ -168,23 +168,29 @@ class FinetuneSchedule:
         Returns:
             `head` and `backbone`; the backbone's is 0 while it is frozen.
         """
-        frozen = epoch < self.unfreeze_at_epoch
-        start, end = (0, self.unfreeze_at_epoch) if frozen else (self.unfreeze_at_epoch, self.max_epochs)
-        done = epoch - start + batch / batches
-        factor = 1.0
-        if self.schedule == "cosine":
-            factor = 0.5 * (1 + math.cos(math.pi * min(1.0, done / (end - start))))
+        start, _ = self._segment(epoch)
+        warmup = 1.0
         if self.warmup_epochs > 0:
-            factor *= min(1.0, (done + 1 / batches) / self.warmup_epochs)
-        if frozen:
-            return {"head": self.head_lr * factor, "backbone": 0.0}
-        return {"head": self.head_lr_unfrozen * factor, "backbone": self.backbone_lr * factor}
+            warmup = min(1.0, (epoch - start + (batch + 1) / batches) / self.warmup_epochs)
+        return {name: rate * warmup for name, rate in self._scheduled(epoch, batch / batches).items()}
 
     def peak_learning_rates(self, phase: Phase) -> dict[str, float]:
-        """Return the learning rates that a phase's schedule starts from, of head and backbone."""
-        if not phase.stages:
-            return {"head": self.head_lr, "backbone": 0.0}
-        return {"head": self.head_lr_unfrozen, "backbone": self.backbone_lr}
+        """Return the highest learning rates of a phase, of head and backbone: those it starts from, warm-up aside."""
+        return self._scheduled(phase.start, 0.0)
+
+    def _segment(self, epoch: int) -> tuple[int, int]:
+        frozen = epoch < self.unfreeze_at_epoch
+        return (0, self.unfreeze_at_epoch) if frozen else (self.unfreeze_at_epoch, self.max_epochs)
+
+    def _scheduled(self, epoch: int, share: float) -> dict[str, float]:
+        """Return the learning rates where `share` of an epoch is over, without warm-up."""
+        start, end = self._segment(epoch)
+        factor = 1.0
+        if self.schedule == "cosine":
+            factor = 0.5 * (1 + math.cos(math.pi * min(1.0, (epoch - start + share) / (end - start))))
+        if epoch < self.unfreeze_at_epoch:
+            return {"head": self.head_lr * factor, "backbone": 0.0}
+        return {"head": self.head_lr_unfrozen * factor, "backbone": self.backbone_lr * factor}
 
 
 def epochs_text(phase: Phase) -> str:

@@ -175,7 +175,9 @@ def resumed_weights(cfg: DictConfig, last: Path) -> dict[str, Any]:
     saved = read_checkpoint(last)["cifar_tl"]
     before, now = flat(saved["config"]), flat(plain(cfg))
     changed = {key: (before.get(key), value) for key, value in now.items() if before.get(key, value) != value}
-    if lost := {key: values for key, values in changed.items() if key.startswith(FIXED)}:
+    # where images grow, the number of epochs says when they have grown
+    fixed = FIXED if cfg.finetune.progressive_resizing is None else (*FIXED, "trainer.max_epochs")
+    if lost := {key: values for key, values in changed.items() if key.startswith(fixed)}:
         texts = ", ".join(f"{key}={new} (the run has {old})" for key, (old, new) in lost.items())
         raise UserError(
             f"a resumed run cannot change {texts}: what it has trained so far depends on it. Leave it out, or start a "

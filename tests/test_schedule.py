@@ -76,6 +76,19 @@ def test_cosine_runs_from_the_peak_to_zero_within_each_segment():
     assert cosine.learning_rates(19, 99, 100)["backbone"] < 1e-7
 
 
+@pytest.mark.parametrize("split", [{"progressive_resizing": [2, 3, 4]}, {"stage_epochs": 2}])
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_the_rates_that_a_phase_is_announced_with_are_its_highest(schedule, split):
+    several = plan(schedule=schedule, **split)
+    for phase in several.phases:
+        steps = [
+            several.learning_rates(epoch, batch, 100) for epoch in range(phase.start, phase.end) for batch in range(100)
+        ]
+        peak = several.peak_learning_rates(phase)
+        assert peak == {name: max(step[name] for step in steps) for name in ("head", "backbone")}
+    assert plan(schedule=schedule, warmup_epochs=1.0, **split).peak_learning_rates(several.phases[-1]) == peak
+
+
 def test_warmup_rises_linearly_and_never_starts_at_zero():
     warm = plan(warmup_epochs=2.0)
     assert warm.learning_rates(10, 0, 100)["backbone"] == pytest.approx(1e-4 / 200)

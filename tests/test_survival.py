@@ -265,6 +265,16 @@ def test_a_resumed_run_refuses_what_it_cannot_change(compose, half, tmp_path, ch
         train(compose(*FAST, change, f"resume={half}"), half, "demo")
 
 
+def test_a_resumed_run_whose_images_grow_keeps_its_number_of_epochs(compose, half, tmp_path):
+    run = shutil.copytree(half, tmp_path / "run")
+    last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    last["cifar_tl"]["config"]["finetune"]["progressive_resizing"] = [1, 2]
+    torch.save(last, run / "checkpoints" / "last.ckpt")
+    keys = ("finetune.progressive_resizing=[1,2]", "trainer.max_epochs=9")
+    with pytest.raises(UserError, match=r"a resumed run cannot change trainer\.max_epochs=9 \(the run has "):
+        train(compose(*FAST, *keys, f"resume={run}"), run, "demo")
+
+
 def test_a_resumed_run_honours_other_changes_and_says_so(compose, half, tmp_path, caplog):
     shutil.copytree(half, tmp_path / "run")
     changes = ("finetune.weight_decay=0.5", "finetune.label_smoothing=0", "trainer.max_epochs=4")

@@ -1,5 +1,7 @@
 """A proof, early in every phase, that the backbone is frozen when it should be and moves when it should."""
 
+from collections.abc import Sequence
+
 import lightning as L
 import torch
 from torch import Tensor
@@ -38,6 +40,7 @@ class FreezeGuard(L.Callback):
     Args:
         unfreeze_at_epoch: As given to BackboneUnfreeze.
         stage_epochs: As given to BackboneUnfreeze.
+        progressive_resizing: As given to BackboneUnfreeze.
         batchnorm: The BatchNorm policy; under `frozen` the statistics of training stages must stay as they are.
         max_epochs: Epochs of the whole run; None for the Trainer's.
 
@@ -51,11 +54,13 @@ class FreezeGuard(L.Callback):
         self,
         unfreeze_at_epoch: int | None,
         stage_epochs: int = 0,
+        progressive_resizing: Sequence[int] | None = None,
         batchnorm: str = "frozen",
         max_epochs: int | None = None,
     ) -> None:
         self.unfreeze_at_epoch = unfreeze_at_epoch
         self.stage_epochs = stage_epochs
+        self.progressive_resizing = progressive_resizing or ()
         self.batchnorm = batchnorm
         self._max_epochs = max_epochs
         self._before: dict[str, Tensor] = {}
@@ -67,7 +72,7 @@ class FreezeGuard(L.Callback):
         """Work out the phases."""
         if stage == "fit":
             epochs = trainer.max_epochs if self._max_epochs is None else self._max_epochs
-            self.phases = Phases(epochs or 0, self.unfreeze_at_epoch, self.stage_epochs)
+            self.phases = Phases(epochs or 0, self.unfreeze_at_epoch, self.stage_epochs, self.progressive_resizing)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count the steps that the optimizers take."""

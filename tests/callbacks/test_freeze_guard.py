@@ -59,6 +59,20 @@ def test_guard_catches_a_backbone_that_is_never_thawed(compose, tmp_path, monkey
         train_with_bug(compose, tmp_path)
 
 
+@pytest.mark.slow
+def test_guard_checks_every_scale_of_images(compose, tmp_path, monkeypatch):
+    apply = BackboneUnfreeze.apply
+
+    def breaks(self, module, phase):
+        apply(self, module, phase)
+        module.backbone.requires_grad_(phase.upscale == 1)
+
+    monkeypatch.setattr(BackboneUnfreeze, "apply", breaks)
+    keys = (*TINY, "finetune.unfreeze_at_epoch=1", "finetune.progressive_resizing=[1,2]", "trainer.max_epochs=3")
+    with pytest.raises(FreezeViolationError, match=r"epoch 2, phase 'fine-tune at 64x64'.*no gradient"):
+        command.train(compose(*keys), tmp_path, "demo")
+
+
 def test_guard_catches_batchnorm_left_training(compose, tmp_path, monkeypatch):
     # what Lightning's BackboneFinetuning does: no gradient, but statistics that move
     monkeypatch.setattr(freezing, "freeze", lambda module: module.requires_grad_(False))
