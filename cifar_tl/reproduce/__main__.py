@@ -94,13 +94,15 @@ def run_job(job: Job, what: str) -> bool:
         log.info("The old run is now in %s", set_aside(job))
     folder = f"hydra.run.dir='{job.folder}'"
     if what != "evaluate":
-        arguments = [f"resume='{job.folder}'"] if what == "resume" else [*job.overrides, *job.passed, folder]
+        resume = [f"resume='{job.folder}'", *job.places]
+        arguments = resume if what == "resume" else [*job.overrides, *job.passed, folder]
         if not command("cifar_tl.train", arguments):
             return False
     if job.evaluate is None:
         return True
     trainer = job.config.trainer
     arguments = [f"checkpoint='{job.checkpoint}'", f"trainer.accelerator={trainer.accelerator}", *job.evaluate]
+    arguments += [override for override in job.places if override.startswith("data.root=")]
     return command("cifar_tl.evaluate", [*arguments, f"hydra.run.dir='{job.evaluation.parent}'"])
 
 

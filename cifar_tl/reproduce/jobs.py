@@ -52,6 +52,11 @@ class Job:
     uses: list[tuple[str, str, str]] = field(default_factory=list)
 
     @property
+    def places(self) -> list[str]:
+        """The overrides of `passed` that change no result, such as where the data are today; see IGNORED_KEYS."""
+        return [override for override in self.passed if override.lstrip("+~").partition("=")[0] in IGNORED_KEYS]
+
+    @property
     def evaluation(self) -> Path:
         """What cifar_tl.evaluate leaves."""
         return self.folder / "evaluation" / "evaluation.json"
@@ -75,7 +80,8 @@ def plan_jobs(cfg: DictConfig, passed: Sequence[str], folder: Path) -> list[Job]
     """
     jobs: dict[str, Job] = {}
     only = PARTS if cfg.only is None else [cfg.only] if isinstance(cfg.only, str) else cfg.only
-    for part in [check_choice("only", part, PARTS) for part in only]:
+    only = [check_choice("only", part, PARTS) for part in only]
+    for part in PARTS:  # also where few are asked for: a run that parts share has one folder, whichever part asks
         recipes = cfg[part].recipes if cfg[part].recipes is not None else _ablations()
         for scale, shared in cfg[part].scales.items():
             for recipe, overrides in recipes.items():
@@ -84,10 +90,11 @@ def plan_jobs(cfg: DictConfig, passed: Sequence[str], folder: Path) -> list[Job]
                     config = compose([*given, *passed])
                     name = f"{part}-{recipe}-{scale}-seed{seed}"
                     job = jobs.setdefault(_identity(config), Job(name, folder / name, given, list(passed), config))
-                    job.uses.append((part, str(scale), str(recipe)))
-                    if "evaluate" in cfg[part]:
+                    if part in only:
+                        job.uses.append((part, str(scale), str(recipe)))
+                    if part in only and "evaluate" in cfg[part]:
                         job.evaluate = list(cfg[part].evaluate)
-    return list(jobs.values())
+    return [job for job in jobs.values() if job.uses]
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
@@ -130,7 +137,7 @@ def state(job: Job) -> tuple[str, str]:
     if different:
         return "replace", f"was run with {'; '.join(different)}"
     if run.finished and "test/acc" in run.metrics:
-        if job.evaluate is not None and not job.evaluation.is_file():
+        if job.evaluate is not None and not _evaluated(job):
             return "evaluate", "trained, to be evaluated"
         return "keep", f"finished {run.metrics['started'][:10]}, commit {str(run.metrics.get('git_commit'))[:7]}"
     if (job.folder / LAST).is_file():
@@ -147,6 +154,12 @@ def set_aside(job: Job) -> Path:
     new.parent.mkdir(parents=True, exist_ok=True)
     shutil.move(job.folder, new)
     return new
+
+
+def _evaluated(job: Job) -> bool:
+    saved = job.evaluation.parent / ".hydra" / "overrides.yaml"
+    asked: Any = OmegaConf.load(saved) if saved.is_file() else []
+    return job.evaluation.is_file() and all(override in asked for override in job.evaluate or ())
 
 
 def _seeds(cfg: DictConfig, part: str, recipe: str) -> list[int]:

@@ -50,12 +50,14 @@ def recipes(tmp_path_factory, monkeypatch):
 def command(tmp_path, monkeypatch, capsys):
     """Run the command in an empty folder; what it calls is noted, and leaves hand-made runs."""
     monkeypatch.chdir(tmp_path)
-    called, failing = [], []
+    called, failing, evaluated, resumed = [], [], [], []
 
     def play(module, arguments):
         keys = {key: value.strip("'") for key, _, value in (a.partition("=") for a in arguments)}
         if module == "cifar_tl.evaluate":
-            Path(keys["hydra.run.dir"]).mkdir()
+            evaluated.append(keys)
+            (Path(keys["hydra.run.dir"]) / ".hydra").mkdir(parents=True, exist_ok=True)
+            (Path(keys["hydra.run.dir"]) / ".hydra" / "overrides.yaml").write_text(json.dumps(arguments))
             (Path(keys["hydra.run.dir"]) / "evaluation.json").write_text('{"test/acc": 0, "test/flip/acc": 0.875}')
             return True
         folder = Path(keys.get("resume", keys.get("hydra.run.dir")))
@@ -63,18 +65,20 @@ def command(tmp_path, monkeypatch, capsys):
         if folder.name in failing:
             return False
         if "resume" in keys:
+            resumed.append(keys)
             arguments = json.loads((folder / ".hydra" / "overrides.yaml").read_text())
             shutil.rmtree(folder)
         leave_run(folder, arguments)
         return True
 
-    def run(*arguments):
-        called.clear()
-        code = reproduce.main([*PASSED, *arguments])
+    def run(*arguments, passed=PASSED):
+        for calls in (called, evaluated, resumed):
+            calls.clear()
+        code = reproduce.main([*passed, *arguments])
         return code, *capsys.readouterr()
 
     monkeypatch.setattr(reproduce, "command", play)
-    run.called, run.failing = called, failing
+    run.called, run.failing, run.evaluated, run.resumed = called, failing, evaluated, resumed
     return run
 
 
@@ -193,13 +197,44 @@ def test_the_ladder_shares_runs_with_the_results_and_correlates_ranks(command):
     names = [name for name, _ in command.called]
     assert names[:2] == RESULTS
     assert sorted(names[2:]) == [
-        "ladder-best32-proxy-seed0",
+        "ablation-bn_train-subset-seed0",
+        "ablation-none-subset-seed0",
         "ladder-best32_bn_train-full-seed0",
-        "ladder-best32_bn_train-proxy-seed0",
         "ladder-seed_baseline-proxy-seed0",
     ]
     assert [row["recipe"] for row in rows("ladder")][-1] == "seed_baseline"
     assert "correlation of full and proxy: 1.00 (n = 3 recipes)" in Path("outputs/reproduce/tables.md").read_text()
+
+
+def test_runs_that_parts_share_are_found_whichever_part_asks(command):
+    command("only=[results]")
+    _, out, _ = command("only=[ladder]")
+    assert not {name for name, _ in command.called} & {"ladder-best32-full-seed0", *RESULTS}
+    assert "results-best32-full-seed0" in out
+    assert [row["recipe"] for row in rows("ladder")] == ["best32", "best32_bn_train", "seed_baseline"]
+    command("only=[ladder]", "tables_only=true")
+    assert "Not finished" not in Path("outputs/reproduce/tables.md").read_text()
+
+
+def test_data_that_have_moved_are_read_where_they_are_now(command):
+    command("only=[results]", passed=(*PASSED[1:], "data.root=old"))
+    folder = Path("outputs/reproduce", RESULTS[0])
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps({**metrics, "status": "interrupted"}))
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "last.ckpt").touch()
+    command("only=[results]", passed=(*PASSED[1:], "data.root=new"))
+    assert [keys["data.root"] for keys in command.resumed] == ["new"]
+    assert [keys["data.root"] for keys in command.evaluated] == ["new"]
+
+
+def test_another_evaluation_is_made_of_finished_runs(command):
+    command("only=[results]")
+    command("only=[results]", "results.evaluate=['tta=true','cifar10_1=v6']")
+    assert command.called == []
+    assert [keys["cifar10_1"] for keys in command.evaluated] == ["v6", "v6"]
+    command("only=[results]")
+    assert command.evaluated == []
 
 
 def test_equal_images(command):
