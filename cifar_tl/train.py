@@ -167,7 +167,7 @@ def fill_backbone(cfg: DictConfig, module: ResNet50Classifier) -> dict[str, Any]
 
 
 def resumed_weights(cfg: DictConfig, last: Path) -> dict[str, Any]:
-    """Return what `fill_backbone` did when the run was started; say what is changed, and refuse what cannot be.
+    """Return what `fill_backbone` did when the run was started, and what is changed; refuse what cannot be.
 
     Raises:
         UserError: No checkpoint, or a key is changed that what is trained already depends on.
@@ -183,10 +183,11 @@ def resumed_weights(cfg: DictConfig, last: Path) -> dict[str, Any]:
             f"a resumed run cannot change {texts}: what it has trained so far depends on it. Leave it out, or start a "
             f"new run with it."
         )
+    changed.pop("resume", None)
     for key, (old, new) in changed.items():
-        if key != "resume":
-            log.info("changed    %s=%s from here on (the run had %s)", key, new, old)
-    return {key: saved["facts"].get(key) for key in ("weights_sha256", "filter_rms")}
+        log.info("changed    %s=%s from here on (the run had %s)", key, new, old)
+    weights = {key: saved["facts"].get(key) for key in ("weights_sha256", "filter_rms")}
+    return {**weights, "changed": {key: new for key, (_, new) in changed.items()}}
 
 
 def test_best(

@@ -66,6 +66,9 @@ def test_resumed_run_equals_straight_run(straight, compose, tmp_path, monkeypatc
     for key in ("train/loss", "train/acc", "val/loss", "val/acc", "lr/head", "lr/backbone", "test/acc", "test/loss"):
         assert before[key] == after[key], key
     assert before["config_sha256"] == after["config_sha256"]
+    assert [start["epoch"] for start in before["starts"]] == [0]
+    assert [start["epoch"] for start in after["starts"]] == [0, epoch]
+    assert [start["changed"] for start in after["starts"]] == [None, {}]
 
 
 def assert_same(a, b):

@@ -19,6 +19,7 @@ from cifar_tl import cli
 from cifar_tl.checkpoints import BestCheckpoint, PacedCheckpointIO
 from cifar_tl.errors import UserError
 from cifar_tl.model.module import ResNet50Classifier
+from cifar_tl.reports.run_page import write_run_report
 from cifar_tl.runs.resume import resume_command, run_lock, with_overrides_of_resumed_run
 from cifar_tl.train import train
 
@@ -282,6 +283,11 @@ def test_a_resumed_run_honours_other_changes_and_says_so(compose, half, tmp_path
         metrics = train(compose(*FAST, *changes, f"resume={tmp_path / 'run'}"), tmp_path / "run", "demo")
     assert "changed    finetune.weight_decay=0.5 from here on (the run had 0.05)" in caplog.text
     assert metrics["epoch"] == [0, 1, 2, 3]
+    assert [start["epoch"] for start in metrics["starts"]] == [0, 3]
+    assert metrics["starts"][1]["changed"]["finetune.weight_decay"] == 0.5
+    page = write_run_report(tmp_path / "run").read_text()
+    assert "resumed at epoch 3" in page
+    assert "finetune.weight_decay=0.5" in page
     state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"][0]
     assert [group["weight_decay"] for group in state["param_groups"]] == [0.5, 0.0, 0.5, 0.0]
 

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Timer
 from cifar_tl import hardware
 from cifar_tl.build import build_trainer, check_trainer
 from cifar_tl.callbacks.epoch_timer import EpochTimer
-from cifar_tl.errors import UserError
+from cifar_tl.errors import Interrupted, UserError
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.reports.run_page import write_run_report
 from cifar_tl.train import train
@@ -50,6 +50,24 @@ def test_max_steps_cuts_an_epoch_short_and_the_record_says_so(compose, tmp_path,
     assert said in metrics["warnings"]
     assert said in caplog.text
     assert said in write_run_report(tmp_path).read_text()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_while_it_is_tested_records_the_same_when_it_goes_on(compose, tmp_path, monkeypatch):
+    def killed(*arguments):
+        raise SystemExit  # as after Ctrl-C
+
+    keys = (*TINY, "+trainer.max_steps=8")
+    with monkeypatch.context() as patched:
+        patched.setattr(ResNet50Classifier, "test_step", killed)
+        with pytest.raises(Interrupted):
+            train(compose(*keys), tmp_path, "demo")
+    before = json.loads((tmp_path / "metrics.json").read_text())
+    after = train(compose(*keys, f"resume={tmp_path}"), tmp_path, "demo")
+    assert after["status"] == "finished"
+    assert "The training ended in epoch 2 of 0..3: trainer.max_steps=8 is reached." in after["warnings"]
+    for key in ("warnings", "features", "starts", "epoch", "plan"):
+        assert after[key] == before[key], key
 
 
 @pytest.mark.slow

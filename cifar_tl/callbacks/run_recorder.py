@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 from cifar_tl.callbacks.epoch_timer import EpochTimer
 from cifar_tl.errors import Pruned
 from cifar_tl.hardware import peak_memory
-from cifar_tl.runs.record import PER_EPOCH, best_epoch, collapse_warnings, metrics_of_test, write_metrics
+from cifar_tl.runs.record import PER_EPOCH, START, best_epoch, collapse_warnings, metrics_of_test, write_metrics
 from cifar_tl.schedule import FinetuneSchedule
 
 log = logging.getLogger(__name__)
@@ -35,10 +35,18 @@ class RunRecorder(EpochTimer):
         self.schedule = schedule
         self.facts = dict(facts)
         self.epochs: list[dict[str, Any]] = []
+        self.starts: list[dict[str, Any]] = []
         self.result: dict[str, Any] = {}
         self.status = "running"
         self._warned: list[str] = []
         self._early_end: list[str] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note what this run is started with, beside what it was started with before."""
+        epoch = trainer.current_epoch
+        self.starts = [start for start in self.starts if start["epoch"] < epoch]  # others have left nothing
+        self.starts.append({"epoch": epoch, **{key: self.facts.get(key) for key in START}})
+        super().on_train_start(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add the epoch to the history, write it, and warn of a training that has collapsed."""
@@ -64,7 +72,7 @@ class RunRecorder(EpochTimer):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say why a training ends before its last epoch is over."""
         last, of = self.epochs[-1]["epoch"], self.schedule.max_epochs
-        if self.complete and last + 1 >= of:
+        if self._early_end or (self.complete and last + 1 >= of):
             return
         self._early_end = [f"The training ended in epoch {last} of 0..{of - 1}: {_reason_of_early_end(trainer)}."]
         if best_epoch(self.epochs) is None:
@@ -72,6 +80,10 @@ class RunRecorder(EpochTimer):
         if trainer.is_global_zero:
             log.warning("warning: %s", self._early_end[0])
         self.write(trainer)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say it in a run that was resumed with nothing left to train, too: Lightning ends no training there."""
+        self.on_train_end(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Record how the run ended."""
@@ -94,11 +106,15 @@ class RunRecorder(EpochTimer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history, as plain values."""
-        return {"epochs": self.epochs}
+        features = self.facts.get("features", "")
+        return {"epochs": self.epochs, "starts": self.starts, "complete": self.complete, "features": features}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the history of the run that is resumed."""
         self.epochs = list(state_dict["epochs"])
+        self.starts = list(state_dict.get("starts", []))  # older checkpoints have these epochs alone
+        self.complete = state_dict.get("complete", True)
+        self.facts["features"] = state_dict.get("features", "")
 
     def phase_speeds(self) -> list[dict[str, Any]]:
         """Return per phase its epochs so far, wall-clock seconds and training images per second."""
@@ -132,7 +148,8 @@ class RunRecorder(EpochTimer):
             ],
             "phases": self.phase_speeds(),
             **{name: [epoch[name] for epoch in self.epochs] for name in columns if self.epochs},
-            **self.facts,
+            **{key: value for key, value in self.facts.items() if key != "changed"},
+            "starts": self.starts,
         }
 
     def write(self, trainer: L.Trainer) -> None:

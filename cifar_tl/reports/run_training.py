@@ -116,6 +116,10 @@ def repeat(run: Run) -> dict[str, Any]:
         dirty = " with uncommitted changes" if metrics.get("git_dirty") else ""
         rows.append(("commit", f"{metrics['git_commit'] or 'not run from a checkout'}{dirty}"))
     rows += [(name, "none" if metrics[key] is None else metrics[key]) for key, name in FACTS.items() if key in metrics]
+    for start in metrics.get("starts", [])[1:]:
+        changes = ", ".join(f"{key}={value}" for key, value in (start["changed"] or {}).items())
+        facts = f"{start['started']}, commit {start['git_commit']}, {start['device']}, {start['precision']}"
+        rows.append((f"resumed at epoch {start['epoch']}", f"{facts}; changed: {changes or 'nothing'}"))
     images = dict(metrics.get("images", {}))
     if images and run.test_confusion is not None:
         images["test"] = int(run.test_confusion.sum())

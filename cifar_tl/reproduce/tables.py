@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 
@@ -277,11 +278,16 @@ def _provenance(part: str, jobs: Sequence[Job], runs: dict[str, Run]) -> list[st
 
 
 def _device(run: Run) -> str:
-    return str(run.metrics.get("device"))
+    return distinct(str(start.get("device")) for start in _starts(run))
 
 
 def _precision(run: Run) -> str:
-    return str(run.metrics.get("precision"))
+    return distinct(str(start.get("precision")) for start in _starts(run))
+
+
+def _starts(run: Run) -> list[dict[str, Any]]:
+    """Return the facts of each start of a run; records of before there were several have the last one's."""
+    return run.metrics.get("starts") or [run.metrics]
 
 
 def _weights(run: Run) -> str:
@@ -300,11 +306,13 @@ def _filters(run: Run) -> str:
 
 
 def _commit(run: Run) -> str:
-    return str(run.metrics.get("git_commit"))[:7] + (" with changes" if run.metrics.get("git_dirty") else "")
+    return distinct(
+        str(start.get("git_commit"))[:7] + (" with changes" if start.get("git_dirty") else "") for start in _starts(run)
+    )
 
 
 def _date(run: Run) -> str:
-    return str(run.metrics.get("started"))[:10]
+    return distinct(str(start.get("started"))[:10] for start in _starts(run))
 
 
 def _mean(values: Sequence[float]) -> str:

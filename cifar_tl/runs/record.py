@@ -24,6 +24,9 @@ PER_EPOCH = ("train/loss", "train/acc", "val/loss", "val/acc", "val/ece", "lr/he
 TEST = ("acc", "acc_interval", "loss", "ece", "precision", "recall", "f1", "confusion")
 """Metrics of the test, under `test/`; the per-class ones are lists in the order of the classes."""
 
+START = ("started", "git_commit", "git_dirty", "device", "threads", "precision", "changed")
+"""Facts of each start of a run, by the epoch from which on they hold; a run has one more with every resume."""
+
 COLLAPSE = 0.05
 """Validation accuracy lost in the first epoch of a phase that is worth a warning."""
 

@@ -157,6 +157,18 @@ def test_finished_runs_are_kept_interrupted_ones_go_on_and_others_are_set_aside(
     assert f"{RESULTS[0]} was run with model.dropout=0.5, now 0.0." in (folder.parent / "tables.md").read_text()
 
 
+def test_a_run_that_was_resumed_names_every_commit_and_device(command):
+    command("only=[results]", "~results.recipes.seed_baseline")
+    path = Path("outputs/reproduce", RESULTS[1], "metrics.json")
+    metrics = json.loads(path.read_text())
+    first = {key: metrics.get(key) for key in ("device", "precision", "started", "git_dirty")}
+    starts = [{**first, "epoch": 0, "git_commit": "1" * 40}, {**first, "device": "another", "git_commit": "2" * 40}]
+    path.write_text(json.dumps({**metrics, "starts": starts}))
+    command("only=[results]", "~results.recipes.seed_baseline", "tables_only=true")
+    (row,) = rows("results")
+    assert (row["commit"], row["device"]) == ("1111111, 2222222", "a device, another")
+
+
 def test_other_weights_under_the_same_name_are_other_weights(command, tmp_path):
     weights = tmp_path / "weights.pth"
     weights.write_bytes(b"these")
