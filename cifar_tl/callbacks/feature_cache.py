@@ -1,6 +1,7 @@
 """Features of the frozen backbone, computed once instead of in every epoch."""
 
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -21,6 +22,8 @@ from cifar_tl.data.augment import Augment
 from cifar_tl.data.datamodule import CIFAR10DataModule
 from cifar_tl.errors import UserError, check_choice
 from cifar_tl.files import replacing
+from cifar_tl.model import backbone as backbone_code
+from cifar_tl.model import cpu_kernels
 from cifar_tl.model.backbone import FEATURES
 
 log = logging.getLogger(__name__)
@@ -199,11 +202,14 @@ class FeatureCache(L.Callback):
             images, _ = self.datamodule.splits[split]
             assert isinstance(images, Tensor)
             digest.update(images.cpu().contiguous().numpy().data)
+        for code in (backbone_code, cpu_kernels):
+            digest.update(inspect.getsource(code).encode())
         facts = {
             "views": self.views,
             "mean": list(self.datamodule.mean),
             "std": list(self.datamodule.std),
             "upscale": backbone.upscale,
+            "eps": [m.eps for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)],  # in no state dict
             "precision": trainer.precision,
             "device": trainer.strategy.root_device.type,
             "torch": torch.__version__,

@@ -88,6 +88,12 @@ def test_features_are_kept_and_read_by_the_next_run(compose, tmp_path, monkeypat
     other_split = command.train(compose(*overrides, "data.split_seed=1"), tmp_path / "other", "demo")
     assert other_split["split_sha256"] != first["split_sha256"]
     assert len(list((tmp_path / "features").iterdir())) == 2
+    command.train(compose(*overrides, "model.conventions=keras"), tmp_path / "keras", "demo")  # another eps
+    assert len(list((tmp_path / "features").iterdir())) == 3
+    with monkeypatch.context() as patched:
+        patched.setattr("inspect.getsource", lambda module: "other code")
+        command.train(compose(*overrides), tmp_path / "code", "demo")
+    assert len(list((tmp_path / "features").iterdir())) == 4
 
     kept.write_bytes(kept.read_bytes()[:1000])
     third = command.train(compose(*overrides), tmp_path / "third", "demo")
