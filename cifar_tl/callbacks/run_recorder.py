@@ -61,7 +61,7 @@ class RunRecorder(EpochTimer):
                 "train_seconds": self.train_seconds,
             }
         )
-        for warning in collapse_warnings(self.epochs, self.schedule):
+        for warning in self._collapse_warnings():
             if warning not in self._warned and trainer.is_global_zero:
                 log.warning("warning: %s", warning)
                 self._warned.append(warning)
@@ -109,6 +109,9 @@ class RunRecorder(EpochTimer):
         features = self.facts.get("features", "")
         return {"epochs": self.epochs, "starts": self.starts, "complete": self.complete, "features": features}
 
+    def _collapse_warnings(self) -> list[str]:
+        return collapse_warnings(self.epochs, self.schedule, self.facts["images"]["val"])
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the history of the run that is resumed."""
         self.epochs = list(state_dict["epochs"])
@@ -139,7 +142,7 @@ class RunRecorder(EpochTimer):
         best = best_epoch(self.epochs)
         return {
             "status": self.status,
-            "warnings": collapse_warnings(self.epochs, self.schedule) + self._early_end,
+            "warnings": self._collapse_warnings() + self._early_end,
             **self.result,
             **({} if best is None else {"best/epoch": best["epoch"], "best/val/acc": best["val/acc"]}),
             "plan": [

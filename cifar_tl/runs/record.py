@@ -28,7 +28,7 @@ START = ("started", "git_commit", "git_dirty", "device", "threads", "precision",
 """Facts of each start of a run, by the epoch from which on they hold; a run has one more with every resume."""
 
 COLLAPSE = 0.05
-"""Validation accuracy lost in the first epoch of a phase that is worth a warning."""
+"""Validation accuracy lost in the first epoch of a phase that is worth a warning, if so many images can tell it."""
 
 
 def write_metrics(folder: Path, content: Mapping[str, Any]) -> None:
@@ -155,12 +155,13 @@ def best_epoch(epochs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     return max(validated, key=lambda epoch: epoch["val/acc"], default=None)
 
 
-def collapse_warnings(epochs: Sequence[Mapping[str, Any]], schedule: FinetuneSchedule) -> list[str]:
+def collapse_warnings(epochs: Sequence[Mapping[str, Any]], schedule: FinetuneSchedule, images: int) -> list[str]:
     """Return what went wrong with a training, with the likely reasons and the keys to change; nothing if all is well.
 
     Args:
         epochs: One row per epoch, with `epoch` and PER_EPOCH.
         schedule: Of the run.
+        images: That validation accuracies are of. A fall within two standard errors is none.
     """
     learning_rates = (
         f"finetune.backbone_lr={schedule.backbone_lr:g} or finetune.head_lr_unfrozen={schedule.head_lr_unfrozen:g} is "
@@ -181,7 +182,10 @@ def collapse_warnings(epochs: Sequence[Mapping[str, Any]], schedule: FinetuneSch
     by_epoch = {epoch["epoch"]: epoch["val/acc"] for epoch in epochs}
     for phase in schedule.phases[1:]:
         before, after = by_epoch.get(phase.start - 1), by_epoch.get(phase.start)
-        if before is None or after is None or before - after <= COLLAPSE:
+        if before is None or after is None:
+            continue
+        standard_error = math.sqrt((before * (1 - before) + after * (1 - after)) / images)
+        if before - after <= max(COLLAPSE, 2 * standard_error):
             continue
         at_unfreeze = phase.start == schedule.unfreeze_at_epoch
         warnings.append(
