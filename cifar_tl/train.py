@@ -11,6 +11,7 @@ import gc
 import logging
 import math
 import shlex
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ from cifar_tl.model.weights import load_weights
 from cifar_tl.reports.run_page import write_run_report
 from cifar_tl.runs.formatting import duration_text, percent, result_text
 from cifar_tl.runs.record import METRICS, read_metrics
-from cifar_tl.runs.resume import is_first_process, kept_result, resume_command, run_lock
+from cifar_tl.runs.resume import is_first_process, kept_result, resume_command, run_lock, save_overrides
 from cifar_tl.schedule import epochs_text, stages_text
 
 log = logging.getLogger(__name__)
@@ -128,6 +129,10 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     weights = fill_backbone(cfg, module) if cfg.resume is None else resumed_weights(cfg, last)
     datamodule.prepare_data()
     datamodule.setup("fit")
+    if cfg.resume is not None:
+        check_data_of_resumed_run(datamodule, last)
+        if is_first_process():
+            save_overrides(cfg, folder)
 
     facts = {**run_facts(cfg, datamodule, experiment), **weights}
     module.provenance = {"format": FORMAT, "config": plain(cfg), "facts": facts}
@@ -188,6 +193,27 @@ def resumed_weights(cfg: DictConfig, last: Path) -> dict[str, Any]:
         log.info("changed    %s=%s from here on (the run had %s)", key, new, old)
     weights = {key: saved["facts"].get(key) for key in ("weights_sha256", "filter_rms")}
     return {**weights, "changed": {key: new for key, (_, new) in changed.items()}}
+
+
+def check_data_of_resumed_run(datamodule: CIFAR10DataModule, last: Path) -> None:
+    """Refuse other images than the run has trained on: some may have been, or become, those it is validated on.
+
+    Raises:
+        UserError: The images, their classes or the way they are split have changed.
+    """
+    facts = read_checkpoint(last)["cifar_tl"]["facts"]
+    gone, new = (sorted(set(a) - set(b)) for a, b in pairwise((facts["classes"], datamodule.classes, facts["classes"])))
+    if gone or new:
+        raise UserError(
+            f"the run's classes have changed since it was started: gone {', '.join(gone) or 'none'}; new "
+            f"{', '.join(new) or 'none'}. Restore them, or start a new run. data.root= says where the run's data is."
+        )
+    if facts["split_sha256"] not in (datamodule.split_sha256, datamodule.indices_sha256):
+        raise UserError(
+            f"the run's training or validation images have changed since it was started (SHA-256 "
+            f"{datamodule.split_sha256[:12]}, the run's {facts['split_sha256'][:12]}): images that it has trained on "
+            f"could be validated on. Restore them, or start a new run. data.root= says where the run's data is."
+        )
 
 
 def test_best(

@@ -95,7 +95,8 @@ def test_resume_repeats_the_runs_own_overrides_in_its_own_folder(tmp_path):
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / "last.ckpt").touch()
     arguments = with_overrides_of_resumed_run(["resume=last", "trainer.max_epochs=30"], tmp_path / "outputs")
-    assert arguments == ["seed=3", "trainer.max_epochs=30", f"resume='{run}'", f"hydra.run.dir='{run}'"]
+    how = ["hydra.output_subdir=null", f"hydra.run.dir='{run}'"]
+    assert arguments == ["seed=3", "trainer.max_epochs=30", f"resume='{run}'", *how]
 
 
 @pytest.mark.parametrize("arguments", [["resume=nowhere"], ["resume=last"], ["-m", "resume=last"]])

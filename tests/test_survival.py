@@ -302,6 +302,54 @@ def test_a_run_that_was_killed_before_it_could_save_is_started_again_in_its_fold
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["epoch"] == [0, 1]
 
 
+@pytest.fixture
+def resumable(half, tmp_path):
+    """A copy of `half` as a command would have left it, in the command's folder; what Hydra saved of it."""
+    run = shutil.copytree(half, tmp_path / "run")
+    (run / ".hydra").mkdir()
+    (run / ".hydra" / "overrides.yaml").write_text(json.dumps(FAST))
+    (run / ".hydra" / "config.yaml").write_text("as it was")
+    return run / ".hydra"
+
+
+@pytest.mark.parametrize("mistake", ["data.batch_size=0", "seed=5", "finetune.schedule=cosin"])
+def test_a_resume_that_is_refused_leaves_the_run_as_it_was(command, resumable, mistake):
+    before = {path.name: path.read_text() for path in resumable.iterdir()}
+    code, _, err = command("resume=run", mistake)
+    assert code == 1
+    assert mistake.partition("=")[0] in err
+    with run_lock(resumable.parent):
+        assert command("resume=run", "finetune.weight_decay=0.5")[0] == 1
+    assert {path.name: path.read_text() for path in resumable.iterdir()} == before
+
+
+@pytest.mark.slow
+def test_a_resume_that_is_accepted_is_what_the_next_one_goes_on_with(command, resumable):
+    code, _, err = command("resume=run", "finetune.weight_decay=0.5", "trainer.max_epochs=4")
+    assert code == 0, err
+    assert "finetune.weight_decay=0.5" in (resumable / "overrides.yaml").read_text()
+    assert "weight_decay: 0.5" in (resumable / "config.yaml").read_text()
+    assert command("resume=run", "trainer.max_epochs=5")[0] == 0
+    metrics = json.loads((resumable.parent / "metrics.json").read_text())
+    assert [start["changed"].get("finetune.weight_decay") for start in metrics["starts"][1:]] == [0.5, None]
+
+
+@pytest.mark.parametrize(
+    ("fact", "value", "said"),
+    [
+        ("split_sha256", "0" * 64, r"training or validation images have changed.*data\.root="),
+        ("classes", ["zebra", *"123456789"], "classes have changed since it was started: gone .*zebra.*; new "),
+    ],
+)
+def test_a_resumed_run_refuses_other_images_than_it_has_trained_on(compose, half, tmp_path, fact, value, said):
+    run = shutil.copytree(half, tmp_path / "run")
+    last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    last["cifar_tl"]["facts"][fact] = value
+    torch.save(last, run / "checkpoints" / "last.ckpt")
+    with pytest.raises(UserError, match=said):
+        train(compose(*FAST, f"resume={run}"), run, "demo")
+
+
 def test_a_folder_in_use_is_refused_before_its_config_is_overwritten(command, tmp_path):
     with run_lock(tmp_path / "run"):
         code, _, err = command(*FAST, "hydra.run.dir=run")

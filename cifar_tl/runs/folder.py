@@ -1,6 +1,6 @@
 """Run folders read back: whatever of a run is there, and the names of what is not."""
 
-import re
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,7 +82,7 @@ class Run:
         """The command that repeats the run."""
         if self.overrides is None:
             return None
-        return " ".join(["python -m cifar_tl.train", *(_quoted(o) for o in self.overrides)])
+        return " ".join(["python -m cifar_tl.train", *map(shlex.quote, self.overrides)])
 
 
 def is_run(folder: Path) -> bool:
@@ -179,7 +179,3 @@ def _measured(test: SplitPredictions, classes: int) -> dict[str, Any]:
     details = {f"test/{name}": [getattr(each, name) for each in by_class] for name in ("precision", "recall", "f1")}
     scalars = {f"test/{name}": value for name, value in scores(test.logits, test.targets).items()}
     return metrics_of_test(scalars, {**details, "test/confusion": confusion.tolist()}, len(test.targets))
-
-
-def _quoted(override: str) -> str:
-    return override if re.fullmatch(r"[\w.,:=/@+~%-]+", override) else f"'{override}'"

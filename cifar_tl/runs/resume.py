@@ -10,9 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
 
 from cifar_tl import slurm
 from cifar_tl.errors import UserError, check_path
+from cifar_tl.files import replacing
 from cifar_tl.runs.record import read_metrics
 
 LAST = Path("checkpoints") / "last.ckpt"
@@ -77,7 +80,19 @@ def with_overrides_of_resumed_run(arguments: list[str], outputs: Path = Path("ou
         )
     theirs = [a for a in yaml.safe_load(saved.read_text(encoding="utf-8")) if not a.startswith("resume=")]
     ours = [a for a in arguments if not a.startswith("resume=")]
-    return [*theirs, *ours, f"resume={_quoted(folder)}", f"hydra.run.dir={_quoted(folder)}"]
+    # Hydra would save its config and overrides before anything is checked: see save_overrides
+    how = ["hydra.output_subdir=null", f"hydra.run.dir={_quoted(folder)}"]
+    return [*theirs, *ours, f"resume={_quoted(folder)}", *how]
+
+
+def save_overrides(cfg: DictConfig, folder: Path) -> None:
+    """Save in the folder of a run that goes on what Hydra saves of a run that starts, now that nothing is refused."""
+    if not HydraConfig.initialized() or HydraConfig.get().output_subdir is not None:
+        return
+    saved = {"config": cfg, "overrides": HydraConfig.get().overrides.task}
+    for name, values in saved.items():
+        with replacing(folder / ".hydra" / f"{name}.yaml") as partial:
+            OmegaConf.save(values, partial)
 
 
 def _sweep_arguments(arguments: list[str], folder: Path) -> list[str]:
