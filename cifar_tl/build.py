@@ -42,7 +42,7 @@ from cifar_tl.data.datamodule import CIFAR10DataModule, Source
 from cifar_tl.data.folder import ImageFolders
 from cifar_tl.data.synthetic import Synthetic
 from cifar_tl.errors import UserError, check_choice, check_int, check_path, suggest
-from cifar_tl.hardware import environment, resolve_accelerator, resolve_precision
+from cifar_tl.hardware import PRECISIONS, environment, resolve_accelerator, resolve_precision
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.runs.record import config_sha256, git_state
 from cifar_tl.runs.resume import is_first_process
@@ -294,6 +294,8 @@ def check_trainer(trainer: Mapping[Any, Any]) -> None:
         if key not in TRAINER_KEYS:
             allowed = f"{suggest(str(key), TRAINER_KEYS)} Keys: {', '.join(sorted(TRAINER_KEYS))}."
             raise UserError(f"trainer.{key} is not honoured. {INSTEAD.get(key) or allowed.strip()}")
+    check_choice("trainer.precision", trainer.get("precision", "auto"), PRECISIONS)
+    check_int("trainer.accumulate_grad_batches", trainer.get("accumulate_grad_batches", 1), 1)
     check_int("trainer.log_every_n_steps", trainer.get("log_every_n_steps", 1), 1)
     if (steps := trainer.get("max_steps", -1)) != -1:
         check_int("trainer.max_steps", steps, 1)

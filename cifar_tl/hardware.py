@@ -15,6 +15,8 @@ from torch import nn
 from cifar_tl.errors import UserError, check_choice
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
+"""Values of trainer.precision. Those of Lightning in which weights are not float32 round steps away."""
 PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "torchmetrics")
 
 
@@ -54,8 +56,12 @@ def gpu_in_turn(job: int, accelerator: str) -> list[int] | int:
 
 
 def resolve_precision(requested: str, accelerator: str) -> str:
-    """Return Lightning's precision for trainer.precision: `auto` is bf16-mixed where a GPU computes in it."""
-    if requested != "auto":
+    """Return Lightning's precision for trainer.precision: `auto` is bf16-mixed where a GPU computes in it.
+
+    Raises:
+        UserError: None of PRECISIONS.
+    """
+    if check_choice("trainer.precision", requested, PRECISIONS) != "auto":
         return requested
     return "bf16-mixed" if accelerator == "cuda" and torch.cuda.get_device_capability() >= (8, 0) else "32-true"
 

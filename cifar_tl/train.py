@@ -18,6 +18,7 @@ from typing import Any
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
 from cifar_tl import slurm
@@ -156,6 +157,8 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
         raise UserError(
             f"the GPU ran out of memory at data.batch_size={cfg.data.batch_size}. Lower it. ({error})"
         ) from error
+    except MisconfigurationException as error:  # of a key, that only the data make impossible
+        raise UserError(f"trainer: Lightning's Trainer refuses its keys: {error}") from error
     except Pruned as pruned:
         log.info("%s", pruned)
         return read_metrics(folder)

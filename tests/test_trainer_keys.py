@@ -110,6 +110,12 @@ def test_no_time_at_all_is_said(compose, tmp_path, hours_from_step):
 
 
 @pytest.mark.slow
+def test_a_share_of_an_epoch_that_is_no_step_is_refused(compose, tmp_path):
+    with pytest.raises(UserError, match=r"Lightning's Trainer refuses its keys.*0\.01"):
+        train(compose(*TINY, "+trainer.limit_train_batches=0.01"), tmp_path, "demo")
+
+
+@pytest.mark.slow
 def test_a_limit_of_training_steps_is_kept(compose, tmp_path, monkeypatch):
     images = []
     end = EpochTimer.on_train_epoch_end
@@ -143,6 +149,8 @@ def test_gradients_of_several_batches_make_one_step(compose, tmp_path):
         ({"log_every_n_steps": 0}, "log_every_n_steps=0"),
         ({"log_every_n_steps": None}, "log_every_n_steps=None"),
         ({"max_steps": 0}, "max_steps=0"),
+        ({"accumulate_grad_batches": 0}, "accumulate_grad_batches=0"),
+        ({"precision": "bf16-true"}, "precision=bf16-true is not allowed: choose auto, 32-true, bf16-mixed, 16-mixed"),
         ({"limit_train_batches": 0}, "leaves nothing to train on"),
         ({"check_val_every_n_epoch": 0}, "check_val_every_n_epoch=0"),
         ({"check_val_every_n_epoch": 21}, "never reached"),

@@ -170,7 +170,8 @@ def test_steps_that_the_scaler_skips_are_not_counted(compose, tmp_path, monkeypa
     build = command.build_trainer
 
     def scaled(keys, plugins, **extra):
-        return build({**keys, "precision": None}, plugins=[*plugins, Scaled()], **extra)
+        monkeypatch.setattr("cifar_tl.build.resolve_precision", lambda *_: None)  # the plugin's
+        return build(keys, plugins=[*plugins, Scaled()], **extra)
 
     monkeypatch.setattr(command, "build_trainer", scaled)
     metrics = command.train(compose(*overrides, "finetune.unfreeze_at_epoch=1"), tmp_path, "demo")
