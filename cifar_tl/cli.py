@@ -167,7 +167,8 @@ def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: li
             sys.argv = [before[0], *map(_path_as_text, _flags_first(with_overrides_of_resumed_run(arguments)))]
             main()
             if multirun and (sweep := SweepCallback.current) is not None:
-                failures, jobs = sweep.failures()
+                told, count = sweep.failures()
+                failures, jobs = (told, count) if count else (failures, jobs)  # no table where none could be written
         except BaseException as error:
             if signals.stopped(error):
                 if not signals.end(error) and multirun:

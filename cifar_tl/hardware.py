@@ -5,6 +5,7 @@ import platform
 import resource
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -127,8 +128,16 @@ def device_name(accelerator: str) -> str:
     return f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
+def forget_peak_memory() -> None:
+    """Start the peaks of `peak_memory` anew, where the system can: a process may have had another run before."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_memory(accelerator: str) -> dict[str, float]:
-    """Return the peak memory of this process so far, in GiB: `host`, and `gpu` if there is a CUDA GPU in use."""
+    """Return the peak memory of this process, in GiB: `host`, and `gpu` if there is a CUDA GPU in use."""
     status = Path("/proc/self/status")
     if status.is_file():
         # not ru_maxrss: on Linux a new process inherits its parent's

@@ -49,6 +49,9 @@ def requeue(preempted_only: bool) -> bool:
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return False
+    if {"SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"} <= os.environ.keys():
+        # one task of an array has the number of the whole array
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     query = ["squeue", "--noheader", "--jobs", job, "--Format=State,PreemptTime"]
     try:
         state, preempted = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout.split()

@@ -41,6 +41,7 @@ from cifar_tl.errors import Interrupted, Pruned, UserError, check_int
 from cifar_tl.files import remove_partial_files
 from cifar_tl.hardware import (
     flush_denormals,
+    forget_peak_memory,
     gpu_in_turn,
     is_out_of_memory,
     prepare_for,
@@ -121,6 +122,7 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     build_schedule(cfg)  # its mistakes before anything is read
     check_trainer(cfg.trainer)
     select_gpu(cfg.trainer.devices)
+    forget_peak_memory()
     datamodule = build_datamodule(cfg)
     module = build_module(cfg, datamodule.classes)
     prepare_for(resolve_accelerator(cfg.trainer.accelerator), module)
@@ -180,7 +182,13 @@ def resumed_weights(cfg: DictConfig, last: Path) -> dict[str, Any]:
     Raises:
         UserError: No checkpoint, or a key is changed that what is trained already depends on.
     """
-    saved = read_checkpoint(last)["cifar_tl"]
+    checkpoint = read_checkpoint(last)
+    saved, done = checkpoint["cifar_tl"], checkpoint["epoch"] + 1
+    if cfg.trainer.max_epochs < done:
+        raise UserError(
+            f"trainer.max_epochs={cfg.trainer.max_epochs} is less than the {done} epochs that the run has trained: "
+            f"leave it out, or raise it."
+        )
     before, now = flat(saved["config"]), flat(plain(cfg))
     changed = {key: (before.get(key), value) for key, value in now.items() if before.get(key, value) != value}
     # where images grow, the number of epochs says when they have grown
@@ -306,7 +314,5 @@ def interrupted_text(folder: Path, last: Path) -> str:
     if not last.is_file():
         return "Interrupted before the first epoch was over: nothing to resume. Start the run again."
     metrics = read_metrics(folder)
-    return (
-        f"Interrupted. {len(metrics['epoch'])} of {metrics['plan'][-1]['end']} epochs are saved in {last}. Continue "
-        f"with\n  {resume_command(folder)}"
-    )
+    done, of = len(metrics.get("epoch", [])), metrics["plan"][-1]["end"]
+    return f"Interrupted. {done} of {of} epochs are saved in {last}. Continue with\n  {resume_command(folder)}"

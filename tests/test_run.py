@@ -1,12 +1,14 @@
 """Runs as a whole: what they leave behind, and that their figures can be had again from the checkpoint."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY
 
+from cifar_tl import hardware
 from cifar_tl.checkpoints import load_trained
 from cifar_tl.errors import UserError
 from cifar_tl.evaluate import evaluate
@@ -192,6 +194,15 @@ def test_a_training_that_collapses_says_so(compose, tmp_path, caplog):
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert metrics["train/loss"][2] is None
     assert metrics["status"] == "finished"
+
+
+def test_a_run_has_its_own_peak_of_memory_in_a_process_that_had_another():
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("the system does not let a process forget its peak")
+    torch.ones(2**27)  # half a GiB
+    before = hardware.peak_memory("cpu")["host"]
+    hardware.forget_peak_memory()
+    assert hardware.peak_memory("cpu")["host"] < before - 0.25
 
 
 def test_validation_that_falls_at_the_unfreeze_is_a_collapse():

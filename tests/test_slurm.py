@@ -111,6 +111,13 @@ def test_a_job_is_started_again_unless_somebody_has_ended_it(
     assert (calls.read_text() if calls.exists() else "") == "requeue 12\n" * (by_sigterm + by_sigusr1)
 
 
+def test_a_task_of_an_array_asks_for_itself_alone(environ, programs):
+    calls = programs("RUNNING", "N/A")
+    environ(SLURM_JOB_ID="12", SLURM_ARRAY_JOB_ID="12", SLURM_ARRAY_TASK_ID="3")
+    assert slurm.requeue(preempted_only=False)
+    assert calls.read_text() == "requeue 12_3\n"
+
+
 def test_where_slurms_programs_are_missing_nothing_is_started_again(environ, tmp_path):
     environ(SLURM_JOB_ID="12", PATH=str(tmp_path))
     assert not slurm.requeue(preempted_only=False)

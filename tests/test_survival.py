@@ -16,8 +16,9 @@ from conftest import TINY
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from cifar_tl import cli
+from cifar_tl.callbacks.run_recorder import RunRecorder
 from cifar_tl.checkpoints import BestCheckpoint, PacedCheckpointIO
-from cifar_tl.errors import UserError
+from cifar_tl.errors import Interrupted, UserError
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.reports.run_page import write_run_report
 from cifar_tl.runs.resume import resume_command, run_lock, with_overrides_of_resumed_run
@@ -332,6 +333,27 @@ def test_a_resume_that_is_accepted_is_what_the_next_one_goes_on_with(command, re
     assert command("resume=run", "trainer.max_epochs=5")[0] == 0
     metrics = json.loads((resumable.parent / "metrics.json").read_text())
     assert [start["changed"].get("finetune.weight_decay") for start in metrics["starts"][1:]] == [0.5, None]
+
+
+def test_epochs_that_are_trained_cannot_be_taken_back(compose, half, tmp_path):
+    run = shutil.copytree(half, tmp_path / "run")
+    last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    torch.save({**last, "epoch": 4}, run / "checkpoints" / "last.ckpt")
+    with pytest.raises(UserError, match=r"trainer\.max_epochs=3 is less than the 5 epochs that the run has trained"):
+        train(compose(*FAST, f"resume={run}"), run, "demo")
+    assert (run / "metrics.json").read_text() == (half / "metrics.json").read_text()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("the other processes do not answer"), KeyboardInterrupt()])
+def test_a_resume_that_ends_before_it_trains_leaves_the_record_as_it_was(compose, half, tmp_path, monkeypatch, error):
+    def fails(*arguments, **named):
+        raise error
+
+    run = shutil.copytree(half, tmp_path / "run")
+    monkeypatch.setattr(RunRecorder, "setup", fails)
+    with pytest.raises((RuntimeError, Interrupted)):
+        train(compose(*FAST, "trainer.max_epochs=5", f"resume={run}"), run, "demo")
+    assert (run / "metrics.json").read_text() == (half / "metrics.json").read_text()
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,16 @@ def states(sweep):
     return found
 
 
+def test_a_sweeps_folder_may_be_named_by_way_of_another_one(command, tmp_path):
+    def task(cfg):
+        raise UserError("no")
+
+    code, _, err = command(task, "-m", "seed=1,2", "hydra.sweep.dir=other/../sweep")
+    assert code == 1
+    assert "error: job 1 (seed=2): no" in err
+    assert (tmp_path / "sweep" / "sweep.csv").is_file()
+
+
 @pytest.mark.slow
 def test_a_sweep_of_12_jobs_that_is_killed_twice_has_12_results_none_computed_twice(tmp_path):
     sweep, finished = tmp_path / "sweep", {}

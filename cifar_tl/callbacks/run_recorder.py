@@ -38,11 +38,13 @@ class RunRecorder(EpochTimer):
         self.starts: list[dict[str, Any]] = []
         self.result: dict[str, Any] = {}
         self.status = "running"
+        self._training = False
         self._warned: list[str] = []
         self._early_end: list[str] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note what this run is started with, beside what it was started with before."""
+        self._training = True
         epoch = trainer.current_epoch
         self.starts = [start for start in self.starts if start["epoch"] < epoch]  # others have left nothing
         self.starts.append({"epoch": epoch, **{key: self.facts.get(key) for key in START}})
@@ -86,7 +88,9 @@ class RunRecorder(EpochTimer):
         self.on_train_end(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Record how the run ended."""
+        """Record how the run ended; where one that goes on has not come to train, its record stays as it is."""
+        if self.facts.get("changed") is not None and not self._training:
+            return
         self.status = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
         if isinstance(exception, Pruned):
             self.status, self.result = "pruned", {"pruned": str(exception)}

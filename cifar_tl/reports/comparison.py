@@ -32,7 +32,7 @@ class Group:
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Put runs whose overrides differ in the seed alone together; groups are in the order of their first runs."""
-    given = [_by_key(run.overrides or [f"folder={run.folder}"]) for run in runs]
+    given = [_by_key([f"folder={run.folder}"] if run.overrides is None else run.overrides) for run in runs]
     keys = dict.fromkeys(key for overrides in given for key in overrides if key != "seed")
     differing = [key for key in keys if len({overrides.get(key) for overrides in given}) > 1]
     last = [key.rsplit(".", 1)[-1] for key in differing]

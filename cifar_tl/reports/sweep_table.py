@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ class SweepTable(SweepCallback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Note the sweep's folder."""
-        self._folder = Path(config.hydra.sweep.dir).absolute()
+        # as Hydra makes those of its jobs, links not followed
+        self._folder = Path(os.path.abspath(config.hydra.sweep.dir))  # noqa: PTH100
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Add a job of a sweep to the table, or replace its line."""

@@ -64,6 +64,13 @@ def test_paired_difference_is_that_of_the_images(sweep):
     assert difference.seeds == [1, 2, 10]
 
 
+def test_a_run_without_overrides_is_of_the_setting_of_those_that_have_a_seed(tmp_path):
+    runs = read_runs([make_run(tmp_path / str(seed), seed=seed) for seed in (0, 1)])
+    runs[0].overrides = []
+    (group,) = group_runs(runs)
+    assert len(group.runs) == 2
+
+
 def test_runs_of_other_seeds_or_images_are_not_paired(tmp_path):
     a, b = make_run(tmp_path / "a", ["x=1"], seed=1), make_run(tmp_path / "b", ["x=2"], seed=2)
     one, two = group_runs(read_runs([a, b]))
