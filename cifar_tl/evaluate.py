@@ -34,7 +34,7 @@ from cifar_tl.hardware import prepare_for, resolve_accelerator, select_gpu
 from cifar_tl.model.tta import AUGMENTED, SINGLE, View
 from cifar_tl.runs.formatting import percent, percent_range, result_text
 from cifar_tl.runs.metrics import Ints, fit_temperature, scores
-from cifar_tl.runs.record import metrics_of_test
+from cifar_tl.runs.record import finite, metrics_of_test
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,9 @@ def main(cfg: DictConfig) -> None:
     result = evaluate(cfg)
     path = Path(HydraConfig.get().runtime.output_dir) / "evaluation.json"
     with writing_for(path, "hydra.run.dir"):
-        write_text(path, json.dumps({"checkpoint": str(cfg.checkpoint), **result}, indent=1) + "\n")
+        write_text(
+            path, json.dumps(finite({"checkpoint": str(cfg.checkpoint), **result}), indent=1, allow_nan=False) + "\n"
+        )
     log.info("\nresults     %s", path)
 
 
@@ -132,7 +134,7 @@ class ExtraEvaluations:
         self.temperature = check_flag("temperature", cfg.temperature)
         self.version = cfg.cifar10_1
         self.corruptions = robustness.chosen_corruptions(cfg.cifar10_c) if cfg.cifar10_c is not None else []
-        self.root = Path(trained.config.data.get("root") or "data")  # generated images have no root
+        self.root = check_path("data.root", trained.config.data.get("root") or "data")  # generated images have no root
         if (self.version is not None or self.corruptions) and trained.classes != Cifar10.classes:
             raise UserError(
                 f"cifar10_1= and cifar10_c= are for models with CIFAR-10's classes; those of {cfg.checkpoint} are "

@@ -19,6 +19,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: It cannot be written there.
     """
+    path = path.resolve() if path.is_symlink() else path  # the link stays one
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,8 +79,8 @@ def check_writable(path: Path, key: str = "output") -> None:
     """
     with writing_for(path, key):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise PermissionError(0, "is a folder, or in one that is write-protected")
+        if (path.exists() and not path.is_file()) or not os.access(path.parent, os.W_OK):
+            raise PermissionError(0, "is a folder or a device, or in a folder that is write-protected")
 
 
 @contextmanager

@@ -283,6 +283,7 @@ def command(cifar_checkpoint, root, monkeypatch, capsys):
     [
         (["cifar10_1=v5"], None, "cifar10_1=v5 is not allowed: choose v4, v6"),
         (["cifar10_c=fogg"], None, "Did you mean fog?"),
+        (["cifar10_c=[all,fog]"], None, "a name in cifar10_c=all is not allowed: choose "),
         (["data.limit=al"], None, "data.limit=al is not allowed: give a whole number"),
         (["data.root=[a,b]"], None, "data.root=['a', 'b'] is not allowed: give one path."),
         (["tta=maybe"], None, "tta=maybe is not allowed: give true or false"),

@@ -60,8 +60,9 @@ def chosen_corruptions(choice: str | Sequence[str]) -> list[str]:
     """
     if choice == "all":
         return list(CORRUPTIONS)
-    names = [choice] if isinstance(choice, str) else list(choice)
-    return [check_choice("cifar10_c", name, ("all", *CORRUPTIONS, *EXTRA_CORRUPTIONS)) for name in names]
+    if isinstance(choice, str):
+        return [check_choice("cifar10_c", choice, ("all", *CORRUPTIONS, *EXTRA_CORRUPTIONS))]
+    return [check_choice("a name in cifar10_c", name, (*CORRUPTIONS, *EXTRA_CORRUPTIONS)) for name in choice]
 
 
 def cifar10_c(root: Path, corruption: str) -> tuple[NDArray[np.generic], Tensor]:

@@ -57,7 +57,12 @@ def fit_temperature(logits: NDArray[np.floating], targets: Ints) -> float:
     Args:
         logits: (examples, classes), of images that the model was not trained on.
         targets: (examples,), class indices.
+
+    Returns:
+        Between COLDEST and HOTTEST; NaN of logits that are not finite.
     """
+    if not np.isfinite(logits).all():
+        return math.nan
     logits = logits.astype(np.float64)
     of_target = logits[np.arange(len(targets)), targets]
     low, high = COLDEST, HOTTEST

@@ -37,7 +37,7 @@ def write_metrics(folder: Path, content: Mapping[str, Any]) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    write_text(folder / METRICS, json.dumps({"format": FORMAT, **_finite(content)}, indent=1, allow_nan=False) + "\n")
+    write_text(folder / METRICS, json.dumps({"format": FORMAT, **finite(content)}, indent=1, allow_nan=False) + "\n")
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
@@ -115,12 +115,12 @@ def faults(metrics: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Return a value with null for every number that is not finite, which JSON has no word for."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -1,5 +1,7 @@
 """The metrics of a report, recomputed by others: scikit-learn, torchmetrics, SciPy."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -106,6 +108,10 @@ def test_temperature_of_known_logits():
     targets = (softmax(logits).cumsum(axis=1) < rng.random((50_000, 1))).sum(axis=1)
     assert fit_temperature(logits, targets) == pytest.approx(1, abs=0.02)
     assert fit_temperature(3 * logits, targets) == pytest.approx(3 * fit_temperature(logits, targets), rel=1e-6)
+
+
+def test_logits_that_are_not_finite_have_no_temperature():
+    assert math.isnan(fit_temperature(np.array([[np.nan, 1.0], [0.0, 1.0]]), np.array([0, 1])))
 
 
 def test_temperature_is_a_bound_where_everything_is_right_or_wrong():
