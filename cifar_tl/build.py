@@ -23,6 +23,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
 
 from cifar_tl import slurm
@@ -46,7 +47,7 @@ from cifar_tl.hardware import PRECISIONS, environment, resolve_accelerator, reso
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.runs.record import config_sha256, git_state
 from cifar_tl.runs.resume import is_first_process
-from cifar_tl.schedule import FinetuneSchedule
+from cifar_tl.schedule import STAGES, FinetuneSchedule
 
 FROZEN_AUGMENT = ("none", "flip", "full")
 
@@ -267,7 +268,7 @@ def build_trainer(trainer: Mapping[Any, Any], **extra: Any) -> L.Trainer:
         "num_sanity_val_steps": 0,
         "enable_model_summary": False,
         "enable_progress_bar": bool(progress_bar()),
-        "benchmark": accelerator == "cuda",
+        "benchmark": accelerator == "cuda" and not trainer.get("deterministic"),  # it picks algorithms by their time
         **extra,
         "plugins": [*cluster_environment(), *extra.get("plugins", [])],
     }
@@ -306,6 +307,23 @@ def check_trainer(trainer: Mapping[Any, Any]) -> None:
         raise UserError(
             f"trainer.check_val_every_n_epoch={every} is never reached, at trainer.max_epochs={trainer['max_epochs']}: "
             f"validation chooses the epoch that is tested."
+        )
+
+
+def check_strategy(trainer: L.Trainer, schedule: FinetuneSchedule) -> None:
+    """Refuse several processes that would wait for gradients of what is frozen.
+
+    Raises:
+        UserError: DistributedDataParallel, which a frozen phase follows or precedes, is not told that parameters may be
+            unused.
+    """
+    if trainer.world_size == 1 or not isinstance(trainer.strategy, DDPStrategy):
+        return
+    finds_unused = trainer.strategy._ddp_kwargs.get("find_unused_parameters", False)
+    if not finds_unused and any(phase.stages != STAGES for phase in schedule.phases):
+        raise UserError(
+            f"{trainer.world_size} processes would wait for gradients that a frozen backbone does not have. Give "
+            f"trainer=ddp, with trainer.devices= or trainer.num_nodes= as you like."
         )
 
 

@@ -71,8 +71,9 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         data.root = str(check_path("data.root", cfg.data.root))
     if cfg.data.eval_batch_size is not None:
         data.eval_batch_size = cfg.data.eval_batch_size
-    select_gpu(cfg.trainer.devices)
-    prepare_for(resolve_accelerator(cfg.trainer.accelerator), trained.module)
+    accelerator = resolve_accelerator(cfg.trainer.accelerator)
+    select_gpu(cfg.trainer.devices, accelerator)
+    prepare_for(accelerator, trained.module)
     extra = ExtraEvaluations(cfg, trained)
     datamodule = build_datamodule(trained.config)
     check_classes(trained, datamodule)

@@ -77,13 +77,14 @@ def flush_denormals() -> None:
     torch.set_flush_denormal(True)
 
 
-def select_gpu(devices: object) -> None:
+def select_gpu(devices: object, accelerator: str) -> None:
     """Make the GPU that trainer.devices names the current one: its name, capability and memory are asked, not GPU 0's.
 
     Args:
         devices: As Lightning takes them: a number, `auto`, `[1]` or `1,`; of several GPUs, a process has one.
+        accelerator: From `resolve_accelerator`. Where it is not `cuda`, GPUs are left alone: they may be full.
     """
-    if not torch.cuda.is_available():
+    if accelerator != "cuda":
         return
     process = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
     named = [d for d in devices.split(",") if d.strip()] if isinstance(devices, str) and "," in devices else devices
@@ -128,11 +129,11 @@ def device_name(accelerator: str) -> str:
     return f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
-def forget_peak_memory() -> None:
+def forget_peak_memory(accelerator: str) -> None:
     """Start the peaks of `peak_memory` anew, where the system can: a process may have had another run before."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    if torch.cuda.is_available():
+    if accelerator == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
 

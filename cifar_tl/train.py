@@ -29,6 +29,7 @@ from cifar_tl.build import (
     build_module,
     build_schedule,
     build_trainer,
+    check_strategy,
     check_trainer,
     flat,
     plain,
@@ -121,11 +122,12 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     L.seed_everything(check_int("seed", cfg.seed, 0), workers=True, verbose=False)
     build_schedule(cfg)  # its mistakes before anything is read
     check_trainer(cfg.trainer)
-    select_gpu(cfg.trainer.devices)
-    forget_peak_memory()
+    accelerator = resolve_accelerator(cfg.trainer.accelerator)
+    select_gpu(cfg.trainer.devices, accelerator)
+    forget_peak_memory(accelerator)
     datamodule = build_datamodule(cfg)
     module = build_module(cfg, datamodule.classes)
-    prepare_for(resolve_accelerator(cfg.trainer.accelerator), module)
+    prepare_for(accelerator, module)
     if cfg.model.compile:
         module.backbone.compile()
     last = folder / "checkpoints" / LAST
@@ -147,6 +149,7 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
         plugins=[PacedCheckpointIO()],
         default_root_dir=folder,
     )
+    check_strategy(trainer, build_schedule(cfg))
     for logger in trainer.loggers:
         logger.log_hyperparams(plain(cfg))
     log.info("%s", plan_text(cfg, datamodule, facts, folder))

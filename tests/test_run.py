@@ -201,7 +201,7 @@ def test_a_run_has_its_own_peak_of_memory_in_a_process_that_had_another():
         pytest.skip("the system does not let a process forget its peak")
     torch.ones(2**27)  # half a GiB
     before = hardware.peak_memory("cpu")["host"]
-    hardware.forget_peak_memory()
+    hardware.forget_peak_memory("cpu")
     assert hardware.peak_memory("cpu")["host"] < before - 0.25
 
 

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,12 +13,15 @@ from conftest import TINY
 from lightning.pytorch.callbacks import Timer
 
 from cifar_tl import hardware
-from cifar_tl.build import build_trainer, check_trainer
+from cifar_tl.build import build_trainer, check_strategy, check_trainer
 from cifar_tl.callbacks.epoch_timer import EpochTimer
 from cifar_tl.errors import Interrupted, UserError
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.reports.run_page import write_run_report
+from cifar_tl.schedule import FinetuneSchedule
 from cifar_tl.train import train
+
+CPU = {"accelerator": "cpu", "devices": 1, "strategy": "auto", "precision": "32-true", "max_epochs": 3}
 
 
 def last_epoch(folder, name="last"):
@@ -216,5 +220,29 @@ def test_the_device_asked_for_is_the_one_that_is_named(monkeypatch, devices, env
         monkeypatch.delenv(variable, raising=False)
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
-    hardware.select_gpu(devices)
+    hardware.select_gpu(devices, "cpu")  # GPUs that are not asked for may be full
+    assert chosen == []
+    hardware.select_gpu(devices, "cuda")
     assert chosen == [index]
+
+
+def test_several_processes_that_would_wait_for_the_frozen_backbone_are_refused(compose, tmp_path):
+    with pytest.raises(UserError, match=r"2 processes would wait for gradients.*trainer=ddp"):
+        train(compose(*TINY, "trainer.devices=2"), tmp_path, "demo")
+    check_strategy(build_trainer({**CPU, "devices": 2}), FinetuneSchedule(3, 0, 1e-3, 1e-3))
+    check_strategy(
+        build_trainer({**CPU, "devices": 2, "strategy": "ddp_find_unused_parameters_true"}),
+        FinetuneSchedule(3, 1, 1e-3, 1e-3),
+    )
+
+
+@pytest.mark.parametrize(("key", "benchmark"), [({}, True), ({"deterministic": True}, False)])
+def test_a_deterministic_run_does_not_choose_algorithms_by_their_time(monkeypatch, key, benchmark):
+    given = {}
+    monkeypatch.setattr("cifar_tl.build.resolve_accelerator", lambda name: "cuda")
+    monkeypatch.setattr("cifar_tl.build.resolve_precision", lambda *_: "32-true")
+    monkeypatch.setattr(
+        "cifar_tl.build.L.Trainer", lambda **keys: given.update(keys) or SimpleNamespace(num_devices=1, num_nodes=1)
+    )
+    build_trainer({**CPU, **key})
+    assert given["benchmark"] == benchmark
