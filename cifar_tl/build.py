@@ -314,8 +314,7 @@ def check_strategy(trainer: L.Trainer, schedule: FinetuneSchedule) -> None:
     """Refuse several processes that would wait for gradients of what is frozen.
 
     Raises:
-        UserError: DistributedDataParallel, which a frozen phase follows or precedes, is not told that parameters may be
-            unused.
+        UserError: There is a frozen phase, and DistributedDataParallel is not told that parameters may be unused.
     """
     if trainer.world_size == 1 or not isinstance(trainer.strategy, DDPStrategy):
         return
