@@ -1,7 +1,7 @@
 """Muon for the backbone's kernels and AdamW for everything else, in one optimizer."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,9 +19,9 @@ class Muon(Optimizer):
 
     timm's Muon gives the same steps to kernels of one block. It multiplies wide matrices in every iteration and in
     bfloat16 on every device, and takes kernels one by one; for ResNet-50 on a CPU that cost more than the network's
-    forward and backward pass. Here the iteration runs on Gram matrices, for all kernels of one shape at once, and large
-    kernels are cut into blocks that are orthogonalized each for itself (Khaled et al. 2025, arXiv:2510.16981, without
-    their full steps between).
+    forward and backward pass. Here the iteration runs on Gram matrices, for all of one size at once, and large kernels
+    are cut into blocks that are orthogonalized each for itself (Khaled et al. 2025, arXiv:2510.16981, without their
+    full steps between).
 
     Args:
         groups: Parameter groups. Those with `muon: True` hold kernels, (out, in, ...), which are flattened to matrices
@@ -60,19 +60,23 @@ class Muon(Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - self.momentum)
-        updates = torch._foreach_lerp(grads, buffers, self.momentum)
+        updates = list(torch._foreach_lerp(grads, buffers, self.momentum))
         torch._foreach_mul_(params, 1 - lr * weight_decay)
-        shapes: dict[tuple[int, int], list[int]] = defaultdict(list)
+        shapes: dict[torch.Size, list[int]] = defaultdict(list)
         for i, p in enumerate(params):
-            shapes[len(p), p[0].numel()].append(i)
-        for (rows, columns), members in shapes.items():
-            matrices = torch.stack([updates[i].reshape(rows, columns) for i in members]).float()
-            with full_precision():
-                directions = blockwise_orthogonalized(matrices, self.block, self.iterations)
-            directions = directions.to(params[0].dtype)
-            step = -lr * 0.2 * max(rows, columns) ** 0.5
-            for i, direction in zip(members, directions, strict=True):
-                params[i].add_(direction.view_as(params[i]), alpha=step)
+            shapes[p.shape].append(i)
+        # channels last, as kernels lie in memory: the order of columns changes nothing, and other orders take copies
+        matrices = [
+            torch.stack([updates[i].movedim(1, -1).flatten(1) for i in members]).float() for members in shapes.values()
+        ]
+        with full_precision():
+            directions = orthogonalized(matrices, self.block, self.iterations)
+        torch._foreach_mul_(directions, [-lr * 0.2 * max(d.shape[1:]) ** 0.5 for d in directions])
+        for (shape, members), direction in zip(shapes.items(), directions, strict=True):
+            kernels = direction.to(params[0].dtype).view(-1, shape[0], *shape[2:], shape[1]).movedim(-1, 2)
+            for i, kernel in zip(members, kernels, strict=True):
+                updates[i] = kernel
+        torch._foreach_add_(params, updates)
 
     def _adamw(self, params: list[Tensor], lr: float, weight_decay: float) -> None:
         for p in params:
@@ -110,53 +114,65 @@ def full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def blockwise_orthogonalized(matrices: Tensor, block: int, iterations: int) -> Tensor:
-    """Orthogonalize equal blocks of matrices, cut along their shorter side, with at most `block` rows each.
-
-    The products of a matrix with n rows grow with the square and the cube of n.
-
-    Args:
-        matrices: (batch, rows, columns).
-        block: Rows of a block at most; a matrix with no more is one block.
-        iterations: As in `orthogonalized`.
-
-    Returns:
-        Of the same shape.
-    """
-    batch, rows, columns = matrices.shape
-    if rows > columns:
-        return blockwise_orthogonalized(matrices.mT, block, iterations).mT
-    height = next(h for h in range(min(rows, block), 0, -1) if rows % h == 0)
-    blocks = matrices.reshape(batch * rows // height, height, columns)
-    return orthogonalized(blocks, iterations).view(batch, rows, columns)
-
-
-def orthogonalized(matrices: Tensor, iterations: int) -> Tensor:
-    """Bring the singular values of matrices close to 1 by Newton-Schulz iterations on their Gram matrices.
+def orthogonalized(matrices: Sequence[Tensor], block: int, iterations: int) -> list[Tensor]:
+    """Bring the singular values of blocks of matrices close to 1 by Newton-Schulz iterations on their Gram matrices.
 
     Every iterate of Newton-Schulz is a polynomial of the Gram matrix times the matrix that it started from. The
     polynomial is built up among square matrices, and meets the wide one once at the end: for the kernels of ResNet-50,
-    two to nine times as wide as high, about half the products. It takes float32: a Gram matrix that is rounded to
-    bfloat16 or TF32 has negative eigenvalues where the spectrum is steep, and the iteration, which would bring singular
-    values to 1, multiplies these by thousands.
+    two to nine times as wide as high, about half the products. Gram matrices of one size iterate together, whatever
+    the width of their blocks: ResNet-50's kernels of 20 shapes have two.
+
+    It takes float32: a Gram matrix that is rounded to bfloat16 or TF32 has negative eigenvalues where the spectrum is
+    steep, and the iteration, which would bring singular values to 1, multiplies these by thousands.
 
     Args:
-        matrices: (batch, rows, columns), float32 or float64.
+        matrices: Each (batch, rows, columns), float32 or float64, all of one type.
+        block: Rows of a block at most, the shorter side of a matrix being cut into equal blocks. The products of a
+            block with n rows grow with the square and the cube of n.
         iterations: 5 are usual; fewer move weak directions less.
 
     Returns:
-        Of the same shape.
+        Of the same shapes.
     """
-    if matrices.shape[1] > matrices.shape[2]:
-        return orthogonalized(matrices.mT, iterations).mT
+    blocks = [in_blocks(m if m.shape[1] <= m.shape[2] else m.mT, block) for m in matrices]
+    heights: dict[int, list[int]] = defaultdict(list)
+    for i, x in enumerate(blocks):
+        heights[x.shape[1]].append(i)
+    results = list(matrices)
+    for members in heights.values():
+        polynomials = newton_schulz(torch.cat([blocks[i] @ blocks[i].mT for i in members]), iterations)
+        for i, polynomial in zip(members, polynomials.split([len(blocks[i]) for i in members]), strict=True):
+            batch, rows, columns = matrices[i].shape
+            wide = torch.bmm(polynomial, blocks[i]).view(batch, min(rows, columns), max(rows, columns))
+            results[i] = wide if rows <= columns else wide.mT
+    return results
+
+
+def in_blocks(matrices: Tensor, block: int) -> Tensor:
+    """Cut (batch, rows, columns) into equal blocks of at most `block` rows, (batch * blocks, height, columns)."""
+    batch, rows, columns = matrices.shape
+    height = next(h for h in range(min(rows, block), 0, -1) if rows % h == 0)
+    return matrices.reshape(batch * rows // height, height, columns)
+
+
+def newton_schulz(gram: Tensor, iterations: int) -> Tensor:
+    """Return what the iteration multiplies each matrix X with: a polynomial of its Gram matrix X X^T.
+
+    Args:
+        gram: (batch, n, n); the root of its trace is the norm by which X is divided first.
+        iterations: Of Newton-Schulz, at least 1.
+
+    Returns:
+        (batch, n, n).
+    """
     a, b, c = COEFFICIENTS
-    x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    gram = x @ x.mT
-    polynomial = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand_as(gram)
+    scale = gram.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-14).rsqrt()[:, None, None]
+    gram = gram * scale**2
+    polynomial = scale
     for i in range(iterations):
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # a I + b G + c G^2
         factor.diagonal(dim1=1, dim2=2).add_(a)
-        polynomial = factor if i == 0 else factor @ polynomial
+        polynomial = factor * scale if i == 0 else factor @ polynomial
         if i + 1 < iterations:
             gram = factor @ gram @ factor  # all of them are polynomials of one matrix, and commute
-    return torch.bmm(polynomial, x)
+    return polynomial

@@ -6,7 +6,7 @@ from timm.optim.muon import Muon as TimmMuon
 from timm.optim.muon import zeropower_via_newtonschulz
 from torch import nn
 
-from cifar_tl.model.muon import COEFFICIENTS, Muon, blockwise_orthogonalized, orthogonalized
+from cifar_tl.model.muon import COEFFICIENTS, Muon, newton_schulz, orthogonalized
 
 SHAPES = [(16, 8, 3, 3), (16, 8, 3, 3), (32, 4, 1, 1), (8, 64, 1, 1), (12, 12, 1, 1)]
 
@@ -24,7 +24,7 @@ def test_newton_schulz_on_gram_matrices_is_newton_schulz(shape, dtype):
     matrix = torch.randn(2, *shape, generator=generator)
     matrix[0] += 10 * torch.randn(shape[0], 1, generator=generator) * torch.randn(1, shape[1], generator=generator)
     expected = zeropower_via_newtonschulz(matrix.double(), 3, [COEFFICIENTS], dtype=torch.float64)
-    got = orthogonalized(matrix.to(dtype), 3)
+    (got,) = orthogonalized([matrix.to(dtype)], 128, 3)
     assert got.dtype == dtype
     allowed = {torch.float64: 1e-9, torch.float32: 1e-4}[dtype]
     assert (got - expected).norm() < allowed * expected.norm()
@@ -35,13 +35,25 @@ def test_newton_schulz_on_gram_matrices_is_newton_schulz(shape, dtype):
 )
 def test_blocks_of_the_shorter_side_are_orthogonalized_each_for_itself(shape, heights):
     matrix = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-    got = blockwise_orthogonalized(matrix.double(), 8, 3)
+    (got,) = orthogonalized([matrix.double()], 8, 3)
     shorter = 1 if shape[0] <= shape[1] else 2
     expected = [
         zeropower_via_newtonschulz(block.double(), 3, [COEFFICIENTS], dtype=torch.float64)
         for block in matrix.split(heights, dim=shorter)
     ]
     torch.testing.assert_close(got, torch.cat(expected, dim=shorter))
+
+
+def test_matrices_of_one_height_iterate_together(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 16, 40), (1, 48, 8), (3, 8, 9), (1, 4, 4)]  # blocks of 8 rows, but the last with 4
+    matrices = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    alone = [orthogonalized([m], 8, 3)[0] for m in matrices]
+    iterated = []
+    monkeypatch.setattr("cifar_tl.model.muon.newton_schulz", lambda *a: iterated.append(a[0]) or newton_schulz(*a))
+    for together, expected in zip(orthogonalized(matrices, 8, 3), alone, strict=True):
+        torch.testing.assert_close(together, expected)
+    assert [tuple(gram.shape) for gram in iterated] == [(4 + 1 + 3, 8, 8), (1, 4, 4)]
 
 
 def test_a_step_cuts_large_kernels_into_blocks():
@@ -117,6 +129,21 @@ def test_steps_are_timms():
     for before, mine, others in zip(start, ours[0], theirs[0], strict=True):
         assert (mine - others).norm() < 0.05 * (others - before).norm()  # bfloat16 on both sides
     torch.testing.assert_close(ours[1], theirs[1])
+
+
+def test_steps_do_not_depend_on_how_kernels_lie_in_memory():
+    kernels = {}
+    for layout in (torch.contiguous_format, torch.channels_last):
+        kernels[layout] = [nn.Parameter(p.detach().to(memory_format=layout)) for p in parameters()[0]]
+        optimizer = Muon([{"params": kernels[layout], "muon": True, "lr": 0.1}], 0.9, 5, 8)
+        generator = torch.Generator().manual_seed(1)
+        for p in kernels[layout]:
+            p.grad = torch.randn(p.shape, generator=generator).to(memory_format=layout)
+        optimizer.step()
+    for contiguous, channels_last, before in zip(*kernels.values(), parameters()[0], strict=True):
+        assert channels_last.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(contiguous, channels_last, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(contiguous, before, atol=1e-2)
 
 
 def test_a_parameter_without_a_gradient_stays_as_it_is():
