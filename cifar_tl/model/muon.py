@@ -141,7 +141,7 @@ def orthogonalized(matrices: Sequence[Tensor], block: int, iterations: int) -> l
     results = list(matrices)
     for members in heights.values():
         polynomials = newton_schulz(torch.cat([blocks[i] @ blocks[i].mT for i in members]), iterations)
-        for i, polynomial in zip(members, polynomials.split([len(blocks[i]) for i in members]), strict=True):
+        for i, polynomial in zip(members, torch.split(polynomials, [len(blocks[i]) for i in members]), strict=True):
             batch, rows, columns = matrices[i].shape
             wide = torch.bmm(polynomial, blocks[i]).view(batch, min(rows, columns), max(rows, columns))
             results[i] = wide if rows <= columns else wide.mT
