@@ -30,7 +30,7 @@ from cifar_tl.data.cifar10 import Cifar10
 from cifar_tl.data.datamodule import CIFAR10DataModule
 from cifar_tl.errors import UserError, check_flag, check_int, check_path
 from cifar_tl.files import write_text, writing_for
-from cifar_tl.hardware import prepare_for, resolve_accelerator, select_gpu
+from cifar_tl.hardware import advice_when_out_of_memory, prepare_for, resolve_accelerator, select_gpu
 from cifar_tl.model.tta import AUGMENTED, SINGLE, View
 from cifar_tl.runs.formatting import percent, percent_range, result_text
 from cifar_tl.runs.metrics import Ints, fit_temperature, scores
@@ -87,15 +87,16 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         extra.make_validation_split(datamodule)  # before the test, not after it
     precision = cfg.trainer.precision or trained.facts["precision"]
     trainer = build_trainer({**cfg.trainer, "precision": precision}, logger=False, enable_checkpointing=False)
-    (scalars,) = trainer.test(trained.module, datamodule=datamodule, verbose=False)
-    examples = datamodule.sizes["test"]
-    result = metrics_of_test(scalars, trained.module.test_details, examples)
-    log.info("%s", result_text(result, examples))
-    for name, *values in zip(
-        trained.classes, result["test/precision"], result["test/recall"], result["test/f1"], strict=True
-    ):
-        log.info("  %-12s precision %.4f  recall %.4f  F1 %.4f", name, *values)
-    return result | extra.evaluate(trainer, datamodule)
+    with advice_when_out_of_memory(f"Lower data.eval_batch_size={data.eval_batch_size}."):
+        (scalars,) = trainer.test(trained.module, datamodule=datamodule, verbose=False)
+        examples = datamodule.sizes["test"]
+        result = metrics_of_test(scalars, trained.module.test_details, examples)
+        log.info("%s", result_text(result, examples))
+        for name, *values in zip(
+            trained.classes, result["test/precision"], result["test/recall"], result["test/f1"], strict=True
+        ):
+            log.info("  %-12s precision %.4f  recall %.4f  F1 %.4f", name, *values)
+        return result | extra.evaluate(trainer, datamodule)
 
 
 def check_classes(trained: Trained, datamodule: CIFAR10DataModule) -> None:

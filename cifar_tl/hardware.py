@@ -4,8 +4,8 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,24 @@ def prepare_for(accelerator: str, module: nn.Module) -> None:
     if accelerator == "cuda":
         module.to(memory_format=torch.channels_last)
         torch.set_float32_matmul_precision("high")  # TF32 where the precision is 32-true
+
+
+@contextmanager
+def advice_when_out_of_memory(advice: str) -> Iterator[None]:
+    """Say what to do where a GPU's memory is full.
+
+    Args:
+        advice: Which keys, with the values that they have.
+
+    Raises:
+        UserError: Instead of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"the GPU ran out of memory. {advice} ({error})") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

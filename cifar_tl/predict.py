@@ -35,7 +35,7 @@ from cifar_tl.data.inputs import InputFile, UnreadableFile, open_inputs
 from cifar_tl.data.walk import skipped_text
 from cifar_tl.errors import UserError, check_choice, check_int, check_path
 from cifar_tl.files import check_writable, replacing, writing_for
-from cifar_tl.hardware import prepare_for, resolve_accelerator
+from cifar_tl.hardware import advice_when_out_of_memory, prepare_for, resolve_accelerator
 from cifar_tl.model.classifier import ImageClassifier
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ def classify(cfg: DictConfig, total: int | None, files: Iterable[InputFile]) -> 
     warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with a file stands in its row
     resized = 0
     rows: list[Row] = []
-    with progress(total) as advance:
+    with progress(total) as advance, advice_when_out_of_memory(f"Lower batch_size={batch_size}."):
         for batch in batches(attempts(files, threads), batch_size):
             resized += sum(not isinstance(image, str) and image.resized for _, image in batch)
             rows += predict_batch(classifier, trained.classes, top_k, batch, device)

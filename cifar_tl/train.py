@@ -41,10 +41,10 @@ from cifar_tl.data.datamodule import CIFAR10DataModule
 from cifar_tl.errors import Interrupted, Pruned, UserError, check_int
 from cifar_tl.files import remove_partial_files
 from cifar_tl.hardware import (
+    advice_when_out_of_memory,
     flush_denormals,
     forget_peak_memory,
     gpu_in_turn,
-    is_out_of_memory,
     prepare_for,
     resolve_accelerator,
     select_gpu,
@@ -153,15 +153,11 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     for logger in trainer.loggers:
         logger.log_hyperparams(plain(cfg))
     log.info("%s", plan_text(cfg, datamodule, facts, folder))
+    sizes = f"data.batch_size={cfg.data.batch_size}, or data.eval_batch_size={cfg.data.eval_batch_size}"
     try:
-        trainer.fit(module, datamodule=datamodule, ckpt_path=last if cfg.resume else None, weights_only=True)
-        return test_best(trainer, module, datamodule, folder)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"the GPU ran out of memory at data.batch_size={cfg.data.batch_size}. Lower it. ({error})"
-        ) from error
+        with advice_when_out_of_memory(f"Lower {sizes} if it was validating or testing."):
+            trainer.fit(module, datamodule=datamodule, ckpt_path=last if cfg.resume else None, weights_only=True)
+            return test_best(trainer, module, datamodule, folder)
     except MisconfigurationException as error:  # of a key, that only the data make impossible
         raise UserError(f"trainer: Lightning's Trainer refuses its keys: {error}") from error
     except Pruned as pruned:

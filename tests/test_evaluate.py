@@ -16,7 +16,8 @@ from cifar_tl.data.cifar10 import Cifar10
 from cifar_tl.data.splits import split_train_val
 from cifar_tl.data.synthetic import Synthetic
 from cifar_tl.errors import UserError
-from cifar_tl.evaluate import evaluate, main
+from cifar_tl.evaluate import Evaluation, evaluate, main
+from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.model.tta import AUGMENTED, identity, mirrored, shifted_in, shifted_out
 
 
@@ -80,6 +81,17 @@ def test_precision_is_the_runs(compose, tiny_checkpoint, tmp_path):
         for precision in ("null", "bf16-mixed", "32-true")
     }
     assert loss["null"] == loss["bf16-mixed"] != loss["32-true"]
+
+
+@pytest.mark.parametrize("where", ["test", "more views"])
+def test_a_full_gpu_gets_advice(compose, tiny_checkpoint, monkeypatch, where):
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(*((ResNet50Classifier, "test_step") if where == "test" else (Evaluation, "logits")), full)
+    overrides = (f"checkpoint='{tiny_checkpoint}'", "trainer.accelerator=cpu", "tta=true", "data.eval_batch_size=7")
+    with pytest.raises(UserError, match=r"out of memory\. Lower data\.eval_batch_size=7\."):
+        evaluate(compose(*overrides, config_name="evaluate"))
 
 
 def test_flip_and_shift_are_airbenchs(evaluated, checkpoint):

@@ -202,6 +202,16 @@ def test_probabilities_are_the_softmax_of_the_checkpoints_logits(run, tiny_check
     assert sum(got) == pytest.approx(1, abs=1e-5)
 
 
+def test_a_full_gpu_gets_advice(run, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    picture().save(tmp_path / "image.png")
+    monkeypatch.setattr("cifar_tl.predict.predict_batch", full)
+    with pytest.raises(UserError, match=r"out of memory\. Lower batch_size=3\."):
+        run(tmp_path / "image.png", "batch_size=3")
+
+
 def test_resizing_is_antialiased(tmp_path):
     from cifar_tl.data.decode import decode
 

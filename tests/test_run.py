@@ -254,7 +254,7 @@ def test_a_full_gpu_gets_advice_whoever_notices_it(compose, tmp_path, monkeypatc
         raise error
 
     monkeypatch.setattr(ResNet50Classifier, "training_step", full)
-    with pytest.raises(UserError, match=r"out of memory at data\.batch_size=16\. Lower it"):
+    with pytest.raises(UserError, match=r"out of memory\. Lower data\.batch_size=16, or data\.eval_batch_size=500 if"):
         train(compose(*TINY), tmp_path, "demo")
 
 
