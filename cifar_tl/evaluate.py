@@ -58,7 +58,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
     Returns:
         `test/acc`, `test/acc_interval`, `test/loss`, `test/ece` and the per-class metrics of the single view, as the
-        run had them. Then, if asked for: `test/flip/*` and `test/flip_shift/*`; `temperature`, `val/*` and
+        run had them, and `test_sha256`, the run's where the images are the run's. Then, if asked for: `test/flip/*` and `test/flip_shift/*`; `temperature`, `val/*` and
         `*/calibrated/*`; `cifar10.1_v6/*`; `cifar10_c/*`.
 
     Raises:
@@ -92,6 +92,9 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         examples = datamodule.sizes["test"]
         result = metrics_of_test(scalars, trained.module.test_details, examples)
         log.info("%s", result_text(result, examples))
+        result["test_sha256"] = again = datamodule.test_sha256
+        if again != (theirs := trained.facts.get("test_sha256", again)):
+            log.info("note        not the run's own test images (SHA-256 %s, the run's %s)", again[:12], theirs[:12])
         for name, *values in zip(
             trained.classes, result["test/precision"], result["test/recall"], result["test/f1"], strict=True
         ):

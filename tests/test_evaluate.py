@@ -192,6 +192,17 @@ def test_all_test_images_after_a_limited_run(compose, tiny_checkpoint, tmp_path)
     assert (images(), images("data.limit=all"), images("data.limit=15")) == (10, 20, 15)
 
 
+def test_other_test_images_than_the_runs_are_said_to_be_others(compose, tiny_checkpoint, tiny_run, caplog):
+    overrides = (f"checkpoint='{tiny_checkpoint}'", "trainer.accelerator=cpu")
+    recorded = json.loads((tiny_run / "metrics.json").read_text())["test_sha256"]
+    with caplog.at_level("INFO"):
+        assert evaluate(compose(*overrides, config_name="evaluate"))["test_sha256"] == recorded
+        assert "not the run's own" not in caplog.text
+        other = evaluate(compose(*overrides, "data.limit=10", config_name="evaluate"))["test_sha256"]
+    assert other != recorded
+    assert f"not the run's own test images (SHA-256 {other[:12]}, the run's {recorded[:12]})" in caplog.text
+
+
 def test_the_test_folder_alone_is_enough(compose, tiny_checkpoint, tmp_path):
     images, targets = Synthetic(60, 20).test()
     for number, (image, target) in enumerate(zip(images, targets.tolist(), strict=True)):
