@@ -34,7 +34,9 @@ log = logging.getLogger(__name__)
 
 OPEN = ("trainer.", "callbacks.", "logger.", "hydra.", "hydra/")
 """Where `+key=value` may add keys."""
-DISK_ERRORS = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST, errno.EDQUOT)
+DISK_ERRORS = (errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST, errno.EDQUOT)
+READING_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE)
+"""What reading meets, too."""
 PATH_KEYS = {
     *("checkpoint", "input", "output", "data.root", "model.weights", "finetune.features_folder", "resume"),
     *("hydra.run.dir", "hydra.sweep.dir"),
@@ -309,9 +311,10 @@ def _explained(error: BaseException, config_name: str) -> str | None:
         )
     if isinstance(error, ValueError) and isinstance(error.__cause__, OSError):  # the log file's handler cannot be made
         error = error.__cause__
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+    if isinstance(error, OSError) and error.errno in (*DISK_ERRORS, *READING_ERRORS):
+        is_input = "If it is to be read, give a path that can be. " if error.errno in READING_ERRORS else ""
         return (
-            f"{error.filename or 'output'}: {error.strerror}. Runs are written under ./outputs; "
+            f"{error.filename or 'output'}: {error.strerror}. {is_input}Runs are written under ./outputs; "
             f"choose another place with hydra.run.dir=FOLDER (hydra.sweep.dir=FOLDER for -m), or make room there."
         )
     return None

@@ -108,6 +108,16 @@ def test_a_mistake_gets_a_readable_error(command, arguments, said):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("arguments", [["data=folder", "data.root={}"], ["model.weights={}", *TINY[1:]]])
+def test_a_path_that_the_system_refuses_to_look_at_is_no_matter_of_outputs_alone(command, arguments):
+    long = "x" * 300
+    code, _, err = command("experiment=demo", *(argument.format(long) for argument in arguments))
+    assert code == 1
+    assert long in err
+    assert "File name too long. If it is to be read, give a path that can be." in err
+    assert "Traceback" not in err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 @pytest.mark.parametrize("accelerator", ["cuda", "gpu"])
 def test_cuda_asked_for_and_absent(command, accelerator):
