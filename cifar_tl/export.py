@@ -8,6 +8,7 @@ if __name__ == "__main__":  # before what takes seconds to import
     sys.exit(cli.run("cifar_tl.export:main", "export", sys.argv[1:]))
 
 import hashlib
+import io
 import json
 import logging
 import warnings
@@ -295,7 +296,9 @@ def _write_torch_export(model: nn.Module, example: Tensor, metadata: Metadata, o
     program = torch.export.export(model, (example,), dynamic_shapes=_dynamic_batch())
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # with the paths of this machine
-    torch.export.save(program, path, extra_files=metadata)
+    content = io.BytesIO()  # torch's own writer has no word for a full disk
+    torch.export.save(program, content, extra_files=metadata)
+    path.write_bytes(content.getbuffer())
 
 
 def _load_torch_export(path: Path) -> tuple[Run, Metadata]:

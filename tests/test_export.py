@@ -1,6 +1,7 @@
 """Export: files that stand on their own and give the checkpoint's logits, or no file."""
 
 import json
+import resource
 import subprocess
 import sys
 import zipfile
@@ -198,6 +199,20 @@ def test_an_earlier_file_survives_a_refused_export(compose, tiny_checkpoint, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.slow
+def test_a_file_that_cannot_be_written_whole_is_none(compose, tiny_checkpoint, tmp_path, format):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    config = compose(f"checkpoint='{tiny_checkpoint}'", f"format={format}", config_name="export")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))  # as a full disk, but that it has other words
+    try:
+        with pytest.raises(UserError, match=r"output=.* cannot be written: File too large"):
+            export(config, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_image_of_the_data_travels_in_the_file(exported):
     # torch.export stores its example input, and with a slice of a larger tensor all of that
     content = exported["torch_export"].read_bytes()
