@@ -165,15 +165,17 @@ def test_jobs_at_the_same_time_take_gpus_in_turn(command, monkeypatch, gpus, acc
 
 def test_a_sweep_goes_on_with_its_launcher_or_with_another_one(tmp_path):
     overrides = {
-        "hydra": ["hydra/launcher=local", "hydra.launcher.n_jobs=4", "hydra.sweep.dir=x", "hydra.mode=MULTIRUN"],
+        "hydra": ["hydra/launcher=local", "hydra.launcher.n_jobs=4", "hydra.sweep.dir=x", "hydra.mode=MULTIRUN"]
+        + ["hydra.sweep.subdir=s${seed}"],
         "task": ["seed=0,1"],
     }
     (tmp_path / "multirun.yaml").write_text(yaml.safe_dump({"hydra": {"overrides": overrides}}))
     folder = [f"resume='{tmp_path}'", f"hydra.sweep.dir='{tmp_path}'"]
+    rest = ["hydra.sweep.subdir=s${seed}", *folder]
     goes_on = with_overrides_of_resumed_run(["-m", f"resume={tmp_path}"])
-    assert goes_on == ["-m", "seed=0,1", "hydra/launcher=local", "hydra.launcher.n_jobs=4", *folder]
+    assert goes_on == ["-m", "seed=0,1", "hydra/launcher=local", "hydra.launcher.n_jobs=4", *rest]
     another = with_overrides_of_resumed_run(["-m", f"resume={tmp_path}", "hydra/launcher=basic"])
-    assert another == ["-m", "seed=0,1", "hydra/launcher=basic", *folder]
+    assert another == ["-m", "seed=0,1", rest[0], "hydra/launcher=basic", *folder]
 
 
 def test_a_launcher_that_is_not_installed_is_named(command):
