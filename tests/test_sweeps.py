@@ -165,8 +165,10 @@ def test_jobs_at_the_same_time_take_gpus_in_turn(command, monkeypatch, gpus, acc
 
 def test_a_sweep_goes_on_with_its_launcher_or_with_another_one(tmp_path):
     overrides = {
-        "hydra": ["hydra/launcher=local", "hydra.launcher.n_jobs=4", "hydra.sweep.dir=x", "hydra.mode=MULTIRUN"]
-        + ["hydra.sweep.subdir=s${seed}"],
+        "hydra": [
+            *("hydra/launcher=local", "hydra.launcher.n_jobs=4"),
+            *("hydra.sweep.dir=x", "hydra.mode=MULTIRUN", "hydra.sweep.subdir=s${seed}"),
+        ],
         "task": ["seed=0,1"],
     }
     (tmp_path / "multirun.yaml").write_text(yaml.safe_dump({"hydra": {"overrides": overrides}}))

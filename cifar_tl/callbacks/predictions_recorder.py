@@ -121,7 +121,8 @@ class PredictionsRecorder(PredictionsCollector):
         write_predictions(self.folder, Predictions(list(self.datamodule.classes), val, test, frozen))
         chosen = worth_showing(test)
         where = np.searchsorted(self.datamodule.indices["test"].numpy(), test.indices[chosen])
-        write_images(self.folder, test.indices[chosen], self.datamodule.images("test")[where].cpu().numpy())
+        images = self.datamodule.images("test", torch.from_numpy(where))
+        write_images(self.folder, test.indices[chosen], images.cpu().numpy())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the validation predictions of the best epoch and of the last one before the unfreeze."""

@@ -49,7 +49,7 @@ class Projector:
         chosen = self._chosen()
         labels = [self.datamodule.classes[label] for label in self.datamodule.targets("val")[chosen].tolist()]
         (self.folder / "labels.tsv").write_text("\n".join(labels) + "\n")
-        images = self.datamodule.images("val")[chosen].cpu().permute(0, 2, 3, 1).numpy()
+        images = self.datamodule.images("val", chosen).cpu().permute(0, 2, 3, 1).numpy()
         Image.fromarray(sprite(images)).save(self.folder / "thumbnails.png")
         there = [n for n in ("before", "after") if (self.folder / f"{n}.tsv").is_file()]
         height, width = images.shape[1:3]

@@ -180,7 +180,7 @@ class TensorBoardFigures(PredictionsCollector):
             chosen = top_mistakes(probabilities, predictions.targets, MISTAKES)
             if len(chosen):
                 at = np.searchsorted(self.datamodule.indices[split].numpy(), predictions.indices[chosen])
-                images = list(self.datamodule.images(split)[at].cpu().permute(0, 2, 3, 1).numpy())
+                images = list(self.datamodule.images(split, torch.from_numpy(at)).cpu().permute(0, 2, 3, 1).numpy())
                 texts = figures.captions(classes, probabilities[chosen], predictions.targets[chosen])
                 gallery = figures.gallery(f"Most confident mistakes, {where}", images, texts)
                 self._picture(f"{split}/mistakes", gallery, step)
@@ -226,7 +226,7 @@ def sample_grid(datamodule: CIFAR10DataModule) -> Figure:
         members = (targets == label).nonzero().squeeze(1)[:PER_CLASS]
         chosen.append(members)
         names += [name] * len(members)
-    images = datamodule.images("train")[torch.cat(chosen)].cpu().permute(0, 2, 3, 1).numpy()
+    images = datamodule.images("train", torch.cat(chosen)).cpu().permute(0, 2, 3, 1).numpy()
     return figures.gallery("Training images, before augmentation", list(images), names, columns=PER_CLASS)
 
 

@@ -118,9 +118,16 @@ class CIFAR10DataModule(L.LightningDataModule):
         """Images of each split that is loaded."""
         return {name: len(targets) for name, (_, targets) in self.splits.items()}
 
-    def images(self, split: str) -> Tensor:
-        """Return the images of a loaded split, (examples, 3, 32, 32), uint8, as the source gave them."""
+    def images(self, split: str, positions: Tensor | None = None) -> Tensor:
+        """Return images of a loaded split, (images, 3, 32, 32), uint8, as the source gave them.
+
+        Args:
+            split: `train`, `val` or `test`.
+            positions: Which of its images, so that no others are decoded; None for all.
+        """
         images = self.splits[split][0]
+        if positions is not None:
+            images = images[positions]
         if isinstance(images, Tensor):
             return images
         return torch.cat(list(images.read(torch.split(torch.arange(len(images)), self.eval_batch_size))))
@@ -131,10 +138,9 @@ class CIFAR10DataModule(L.LightningDataModule):
 
     def normalized(self, split: str, positions: Tensor) -> Iterator[Tensor]:
         """Yield batches of some images of a loaded split, in order, as the network gets them in evaluation."""
-        images, targets = self.images(split), self.targets(split)
-        positions = positions.to(images.device)
+        images, targets = self.images(split, positions), self.targets(split)[positions]
         for batch, _ in ArrayLoader(
-            images[positions], targets[positions], self.eval_batch_size, self.mean, self.std, device=images.device
+            images, targets.to(images.device), self.eval_batch_size, self.mean, self.std, device=images.device
         ):
             yield batch
 

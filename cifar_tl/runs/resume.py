@@ -124,7 +124,9 @@ def _sweep_overrides(folder: Path) -> tuple[list[str], list[str]]:
     """Return the overrides that a sweep was started with: those of its jobs, and Hydra's own but for the folder."""
     saved = yaml.safe_load((folder / "multirun.yaml").read_text(encoding="utf-8"))["hydra"]["overrides"]
     task = [a for a in saved["task"] if not a.startswith("resume=")]
-    return task, [a for a in saved.get("hydra", []) if not a.startswith(("hydra.mode=", "hydra.sweep.dir=", "hydra.run."))]
+    return task, [
+        a for a in saved.get("hydra", []) if not a.startswith(("hydra.mode=", "hydra.sweep.dir=", "hydra.run."))
+    ]
 
 
 def kept_result(folder: Path) -> float | None:

@@ -4,10 +4,14 @@ import logging
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cifar_tl.build import build_datamodule
+from cifar_tl.data.datamodule import CIFAR10DataModule
+from cifar_tl.data.lazy import LazyImages
 from cifar_tl.errors import UserError
+from cifar_tl.train import train
 
 DRAW = np.random.default_rng(0)
 
@@ -89,6 +93,39 @@ def test_the_splits_hash_covers_images_targets_and_class_names(fitted, tmp_path)
     assert other_test.test_sha256 != renamed.test_sha256
     Image.new("RGB", (32, 32), "red").save(root / "train" / "cat" / "0.png")
     assert fitted(root).split_sha256 != renamed.split_sha256
+
+
+def test_images_are_decoded_as_far_as_they_are_asked_for(fitted, tmp_path, monkeypatch):
+    root = write(tmp_path, {"cat": 6, "dog": 6}, {"cat": 3, "dog": 3})
+    whole, lazy = fitted(root), fitted(root, "data.workers=1")
+    positions = torch.tensor([7, 2])
+    expected = whole.images("train")[positions]
+    assert torch.equal(whole.images("train", positions), expected)
+    read = []
+    every = LazyImages.read
+    monkeypatch.setattr(LazyImages, "read", lambda self, batches: read.extend(self.files) or every(self, batches))
+    assert torch.equal(lazy.images("train", positions), expected)
+    assert len(read) == 2
+    (batch,) = lazy.normalized("train", positions)
+    (same,) = whole.normalized("train", positions)
+    assert torch.equal(batch, same)
+    assert len(read) == 4
+
+
+@pytest.mark.slow
+def test_a_run_whose_images_do_not_fit_into_memory_never_has_a_split_there_for_a_picture(
+    compose, tmp_path, monkeypatch
+):
+    root = write(tmp_path / "root", {"cat": 30, "dog": 30}, {"cat": 10, "dog": 10})
+    asked = []
+    images = CIFAR10DataModule.images
+    monkeypatch.setattr(CIFAR10DataModule, "images", lambda *of: asked.append(of[1:]) or images(*of))
+    data = ("data=folder", f"data.root='{root}'", "data.val_size=20", "data.workers=1", "data.batch_size=16")
+    phases = ("trainer.max_epochs=2", "finetune.unfreeze_at_epoch=1", "finetune.features_folder=null")
+    config = compose(*data, *phases, "model.weights=null", "trainer.accelerator=cpu", "logger=tensorboard")
+    train(config, tmp_path / "run", "default")
+    assert {split for split, *_ in asked} == {"train", "val", "test"}
+    assert all(positions for _, *positions in asked)
 
 
 def test_the_test_set_is_read_once_and_given_out_only_for_testing(fitted, tmp_path):
