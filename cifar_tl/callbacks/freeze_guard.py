@@ -32,9 +32,9 @@ class FreezeViolationError(UserError):
 class FreezeGuard(L.Callback):
     """Compare the model before and after the first steps of each phase with what the phase says should have changed.
 
-    What should train must have had gradients and have changed; what should not must be bit-identical, BatchNorm's
-    running statistics included. The expectation comes from the epoch alone, never from the flags that the freezing code
-    sets. A resumed run is checked where it resumes, too. Batches without a step do not count: a GradScaler skips some
+    What should train must have had gradients and have changed; what of the backbone should not must be bit-identical,
+    BatchNorm's running statistics included. What else a module has, a head's BatchNorm for one, may move as it likes.
+    The expectation comes from the epoch alone, never from the flags that the freezing code sets. A resumed run is checked where it resumes, too. Batches without a step do not count: a GradScaler skips some
     under 16-mixed, and gradients may be accumulated.
 
     Args:
@@ -129,7 +129,7 @@ class FreezeGuard(L.Callback):
         without_gradient = (expected & parameters) - self._had_gradient
         orphans = {n for n, p in pl_module.named_parameters() if n in expected and id(p) not in learning_rates}
         where = f"epoch {epoch}, phase '{self.phases.at(epoch).name}', after {self._steps} steps"
-        if moved := changed - expected:
+        if moved := {name for name in changed - expected if name.startswith("backbone.")}:
             raise FreezeViolationError(
                 f"{where}: {_listing(moved)} changed although frozen. "
                 f"Something unfroze them or left BatchNorm in train mode after BackboneUnfreeze had frozen them."

@@ -122,6 +122,24 @@ def test_the_module_of_the_readme_trains_both_parts(tmp_path):
     assert {"0.weight", "0.bias", "1.weight"} <= moved(module, before)
 
 
+def test_what_is_no_part_of_the_backbone_may_move_as_it_likes(tmp_path):
+    class WithMore(TheirModule):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2))
+            self.register_buffer("average", torch.zeros(()))
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.average.lerp_(loss.detach(), 0.1)
+            return loss
+
+    module = WithMore()
+    fit(module, ours(), 4, tmp_path)
+    assert module.average != 0
+    assert module.head[1].num_batches_tracked > 0
+
+
 def test_one_group_for_everything_is_refused_with_the_way_out(tmp_path):
     class OneGroup(TheirModule):
         def configure_optimizers(self):
