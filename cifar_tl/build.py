@@ -249,7 +249,7 @@ def cluster_environment() -> list[ClusterEnvironment]:
 
 
 def build_trainer(trainer: Mapping[Any, Any], **extra: Any) -> L.Trainer:
-    """Build Lightning's Trainer from the `trainer` group; keys added with +trainer. are passed on.
+    """Build Lightning's Trainer from the `trainer` group; keys of TRAINER_KEYS added with +trainer. are passed on.
 
     Args:
         trainer: The group.

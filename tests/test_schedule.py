@@ -1,5 +1,6 @@
 import pytest
 
+from cifar_tl import cli
 from cifar_tl.errors import UserError
 from cifar_tl.schedule import STAGES, FinetuneSchedule
 
@@ -34,6 +35,18 @@ def test_learning_rates_drop_at_the_unfreeze():
 def test_linear_probe_never_thaws_and_full_never_freezes():
     assert [p.stages for p in plan(unfreeze_at_epoch=None).phases] == [()]
     assert [p.stages for p in plan(unfreeze_at_epoch=0).phases] == [STAGES]
+
+
+RECIPES = sorted(path.stem for path in (cli.conf_folder() / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("choice", ["linear_probe", "full", "gradual"])
+def test_no_recipe_takes_back_what_is_chosen_to_train_when(compose, choice):
+    keys = ("unfreeze_at_epoch", "stage_epochs")
+    alone = compose(f"finetune={choice}").finetune
+    for recipe in RECIPES:
+        together = compose(f"experiment={recipe}", f"finetune={choice}").finetune
+        assert [together[key] for key in keys] == [alone[key] for key in keys], recipe
 
 
 def test_gradual_thaws_from_the_top_and_ends_with_everything():

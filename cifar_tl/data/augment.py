@@ -21,7 +21,7 @@ Draws = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Augment:
-    """What happens to training images, each with its own draws.
+    """What happens to training images, each with its own draws, mixup and CutMix with a batch's.
 
     Draws are made on the CPU, for a whole epoch at once: the same on every device, and no step waits for them.
 
