@@ -34,8 +34,9 @@ class FreezeGuard(L.Callback):
 
     What should train must have had gradients and have changed; what of the backbone should not must be bit-identical,
     BatchNorm's running statistics included. What else a module has, a head's BatchNorm for one, may move as it likes.
-    The expectation comes from the epoch alone, never from the flags that the freezing code sets. A resumed run is checked where it resumes, too. Batches without a step do not count: a GradScaler skips some
-    under 16-mixed, and gradients may be accumulated.
+    The expectation comes from the epoch alone, never from the flags that the freezing code sets. A resumed run is
+    checked where it resumes, too. Batches without a step do not count: a GradScaler skips some under 16-mixed, and
+    gradients may be accumulated.
 
     Args:
         unfreeze_at_epoch: As given to BackboneUnfreeze.
