@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from cifar_tl import slurm
-from cifar_tl.errors import Interrupted, UserError, check_path, suggest
+from cifar_tl.errors import GpuLostError, Interrupted, UserError, check_path, suggest
 from cifar_tl.runs.resume import is_first_process, with_folder_of_slurm_job, with_overrides_of_resumed_run
 from cifar_tl.search import OptunaSweeper
 
@@ -151,6 +151,10 @@ def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: li
                     raise
                 log.exception("Unexpected error")  # the other jobs and the table are still worth having
                 message = f"{type(error).__name__}: {error}"
+                if type(error).__name__ == "AcceleratorError":  # of torch, which may not be imported here
+                    raise GpuLostError(
+                        f"{message}\nThe GPU fails this process from here on: no further job."
+                    ) from error
             overrides = " ".join(HydraConfig.get().overrides.task)
             failures.append(f"job {HydraConfig.get().job.num} ({overrides}): {message}" if multirun else message)
             return Failure(message)
@@ -176,10 +180,10 @@ def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: li
                 if not signals.end(error) and multirun:
                     _end_interrupted_sweep()
                 return 130
-            if not isinstance(error, Exception) or (message := _explained(error, config_name)) is None:
+            if (message := _explained(error, config_name)) is None:
                 raise
             failures.append(message)
-            if isinstance(error, BrokenExecutor) or type(error).__module__.startswith("submitit"):
+            if isinstance(error, BrokenExecutor | GpuLostError) or type(error).__module__.startswith("submitit"):
                 _end_interrupted_sweep()
         finally:
             sys.argv = before
@@ -213,6 +217,9 @@ class StopSignals:
                 del self._before[signal.SIGUSR2]
         for number in self._before:
             signal.signal(number, self._stop)
+        if self._before and not is_first_process():
+            # Ctrl-C reaches all processes of a terminal; if one ended now, Lightning would kill the one that saves
+            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
         StopSignals.current = self
         return self
 
@@ -282,7 +289,7 @@ def _set_or_add(argument: str) -> str:
 
 def _explained(error: BaseException, config_name: str) -> str | None:
     """Return what to tell the person about an error; None if it is none that they can put right."""
-    if isinstance(error, UserError):
+    if isinstance(error, UserError | GpuLostError):
         return str(error)
     if isinstance(error, HydraException | OmegaConfBaseException):
         return explain(error, config_name)

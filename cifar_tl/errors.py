@@ -19,6 +19,10 @@ class Interrupted(BaseException):
     """
 
 
+class GpuLostError(BaseException):
+    """An error of CUDA's, after which all that a process asks of the GPU fails, too. No Exception, as above."""
+
+
 class Pruned(Exception):
     """A search ended the run, which does worse than others did; the text says where. Its result counts as it is."""
 

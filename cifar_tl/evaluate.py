@@ -86,7 +86,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     if extra.temperature:
         extra.make_validation_split(datamodule)  # before the test, not after it
     precision = cfg.trainer.precision or trained.facts["precision"]
-    trainer = build_trainer({**cfg.trainer, "precision": precision}, logger=False, enable_checkpointing=False)
+    keys = {**cfg.trainer, "precision": precision, "deterministic": trained.config.trainer.get("deterministic")}
+    trainer = build_trainer(keys, logger=False, enable_checkpointing=False)
     with advice_when_out_of_memory(f"Lower data.eval_batch_size={data.eval_batch_size}."):
         (scalars,) = trainer.test(trained.module, datamodule=datamodule, verbose=False)
         examples = datamodule.sizes["test"]

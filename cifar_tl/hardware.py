@@ -133,7 +133,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error of torch means that the GPU's memory is full; cuBLAS and cuDNN have their own words."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    signs = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+    signs = (
+        *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED"),  # cuDNN 8 and 9
+        *("CUDA error: out of memory", "Cuda failure 2 'out of memory'"),  # torch's own, NCCL's
+    )
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 

@@ -117,11 +117,11 @@ def classify(cfg: DictConfig, total: int | None, files: Iterable[InputFile]) -> 
     if top_k > len(trained.classes):
         raise UserError(f"top_k={top_k} is not allowed: {cfg.checkpoint} knows {len(trained.classes)} classes.")
     prepare_for(device, trained.module)
-    classifier = trained.classifier().to(device)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with a file stands in its row
     resized = 0
     rows: list[Row] = []
     with progress(total) as advance, advice_when_out_of_memory(f"Lower batch_size={batch_size}."):
+        classifier = trained.classifier().to(device)
         for batch in batches(attempts(files, threads), batch_size):
             resized += sum(not isinstance(image, str) and image.resized for _, image in batch)
             rows += predict_batch(classifier, trained.classes, top_k, batch, device)

@@ -83,6 +83,23 @@ def test_precision_is_the_runs(compose, tiny_checkpoint, tmp_path):
     assert loss["null"] == loss["bf16-mixed"] != loss["32-true"]
 
 
+def test_what_a_deterministic_run_measured_is_measured_so_again(compose, tiny_checkpoint, tmp_path, monkeypatch):
+    content = torch.load(tiny_checkpoint, weights_only=True)
+    content["cifar_tl"]["config"]["trainer"]["deterministic"] = True
+    torch.save(content, tmp_path / "best.ckpt")
+    seen = []
+    monkeypatch.setattr(
+        ResNet50Classifier, "on_test_start", lambda self: seen.append(torch.are_deterministic_algorithms_enabled())
+    )
+    try:
+        for checkpoint in (tiny_checkpoint, tmp_path / "best.ckpt"):
+            overrides = (f"checkpoint='{checkpoint}'", "trainer.accelerator=cpu")
+            evaluate(compose(*overrides, config_name="evaluate"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [False, True]
+
+
 @pytest.mark.parametrize("where", ["test", "more views"])
 def test_a_full_gpu_gets_advice(compose, tiny_checkpoint, monkeypatch, where):
     def full(*arguments, **options):

@@ -69,17 +69,43 @@ def test_a_batch_that_processes_cannot_share_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_a_sweep_of_jobs_of_two_processes_each_has_a_clean_folder_per_job(tmp_path):
-    sweep = ("-m", "seed=0,1", *TINY, "trainer.max_epochs=2", "finetune.unfreeze_at_epoch=1", "hydra.sweep.dir=sweep")
+    # where the folder is not given, it has the time in its name, which each process has another one of
+    sweep = ("-m", "seed=0,1", *TINY, "trainer.max_epochs=2", "finetune.unfreeze_at_epoch=1")
     processes = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "finetune.features_folder=null")
     command = [sys.executable, str(Path(__file__).with_name("killed_command.py")), *sweep, *processes]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    jobs = sorted(path.parent for path in (tmp_path / "sweep").glob("*/metrics.json"))
+    (folder,) = (tmp_path / "outputs" / "demo").iterdir()
+    jobs = sorted(path.parent for path in folder.glob("*/metrics.json"))
     assert [job.name for job in jobs] == ["0", "1"]
     assert [json.loads((job / "metrics.json").read_text())["seed"] for job in jobs] == [0, 1]
     for job in jobs:
         assert sorted(path.name for path in (job / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
         assert (job / "train.log").read_text().count("Test accuracy") == 1
-    assert len((tmp_path / "sweep" / "sweep.csv").read_text().splitlines()) == 3
-    assert {path.name for path in tmp_path.iterdir()} == {"sweep"}
+    assert len((folder / "sweep.csv").read_text().splitlines()) == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"outputs"}
+
+
+STUCK = """
+import time
+import lightning as L
+
+class Stuck(L.Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_rank == 0:
+            raise RuntimeError("only here")
+        time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_no_process_outlives_the_first_one(tmp_path):
+    (tmp_path / "stuck.py").write_text(STUCK)
+    processes = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "hydra.run.dir=run")
+    command = [sys.executable, "-m", "cifar_tl.train", *TINY, *processes, "+callbacks.mine._target_=stuck.Stuck"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]), "OMP_NUM_THREADS": "1"}
+    # all write to one pipe: where one were left, this would wait for it
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "RuntimeError: only here" in done.stderr

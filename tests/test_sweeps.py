@@ -163,6 +163,34 @@ def test_jobs_at_the_same_time_take_gpus_in_turn(command, monkeypatch, gpus, acc
     assert taken == devices
 
 
+@pytest.mark.parametrize("choice", ["hydra/launcher=local", "sweep=optuna"])
+def test_jobs_of_several_processes_are_refused_where_the_others_would_do_another_one(command, monkeypatch, choice):
+    from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+    from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
+
+    monkeypatch.setattr(JoblibLauncher, "launch", BasicLauncher.launch)  # here, not in other processes
+    processes = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+    trials = ["hydra.sweeper.n_trials=1"] if choice == "sweep=optuna" else ["seed=0,1"]
+    code, _, err = command("cifar_tl.train:main", "-m", choice, *trials, *SHORT, *processes)
+    assert code == 1
+    assert f"{choice} is for jobs of one process, and trainer.devices=2 on 1 node(s) makes 2. Give" in err
+    assert "Traceback" not in err
+
+
+def test_after_an_error_of_cuda_no_further_job_is_tried(command):
+    tried = []
+
+    def task(cfg):
+        tried.append(cfg.seed)
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    code, _, err = command(task, "-m", "seed=range(3)", "hydra.sweep.dir=sweep")
+    assert code == 1
+    assert tried == [0]
+    assert "illegal memory access was encountered\nThe GPU fails this process from here on: no further job." in err
+    assert "Go on with the whole sweep: python -m cifar_tl.train -m resume=" in err
+
+
 def test_a_sweep_goes_on_with_its_launcher_or_with_another_one(tmp_path):
     overrides = {
         "hydra": [

@@ -48,7 +48,7 @@ class CacheDecision:
 
 
 def decide(
-    mode: str, frozen: int, augment: Augment, sizes: dict[str, int], available: int, world_size: int
+    mode: str, frozen: int, augment: Augment, sizes: dict[str, int], itemsize: int, available: int, world_size: int
 ) -> CacheDecision:
     """Decide whether features are cached.
 
@@ -57,6 +57,7 @@ def decide(
         frozen: Epochs that are frozen.
         augment: The augmentation of the frozen phase.
         sizes: Images of `train` and `val`.
+        itemsize: Bytes of a feature's number.
         available: Bytes that the cache may take.
         world_size: Processes that train together.
 
@@ -65,7 +66,7 @@ def decide(
     """
     check_choice("finetune.cache_features", mode, ("auto", "true", "false"))
     views = augment.views
-    size = (views * sizes["train"] + sizes["val"]) * FEATURES * 4
+    size = (views * sizes["train"] + sizes["val"]) * FEATURES * itemsize
     obstacle = ""
     if views == 0:
         obstacle = (
@@ -135,7 +136,10 @@ class FeatureCache(L.Callback):
             return
         data = self.datamodule
         available = memory_for_features(trainer.strategy.root_device)
-        decision = decide(self.mode, self.unfreeze_at_epoch, data.augment(0), data.sizes, available, trainer.world_size)
+        itemsize = 2 if trainer.precision.endswith("-mixed") else 4
+        decision = decide(
+            self.mode, self.unfreeze_at_epoch, data.augment(0), data.sizes, itemsize, available, trainer.world_size
+        )
         self.views, data.caching = decision.views, decision.text
         if trainer.is_global_zero:
             log.info("features   %s", decision.text)
@@ -212,6 +216,7 @@ class FeatureCache(L.Callback):
             "eps": [m.eps for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)],  # in no state dict
             "precision": trainer.precision,
             "device": trainer.strategy.root_device.type,
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
             "torch": torch.__version__,
         }
         digest.update(json.dumps(facts, sort_keys=True).encode())

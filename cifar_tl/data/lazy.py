@@ -39,13 +39,17 @@ class LazyImages:
         files, digests = ([values[i] for i in chosen] for values in (self.files, self.digests))
         return LazyImages(files, self.decode, self.workers, digests)
 
-    def read(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+    def read(self, batches: Sequence[Tensor], pin: bool = False) -> Iterator[Tensor]:
         """Yield the images of each batch of indices, (batch, 3, height, width), uint8, in order.
+
+        Args:
+            batches: Indices of images.
+            pin: Into page-locked memory, from which a GPU copies while it computes; this takes some of the GPU's own.
 
         Raises:
             UserError: A file cannot be decoded any more.
         """
-        for images in in_workers(self._stack, self.files, [indices.tolist() for indices in batches], self.workers):
+        for images in in_workers(self._stack, self.files, [indices.tolist() for indices in batches], self.workers, pin):
             if isinstance(images, str):
                 raise UserError(images)
             yield images
@@ -58,7 +62,11 @@ class LazyImages:
 
 
 def in_workers(
-    task: Callable[[Sequence[Path]], Any], files: Sequence[Path], batches: Sequence[list[int]], workers: int
+    task: Callable[[Sequence[Path]], Any],
+    files: Sequence[Path],
+    batches: Sequence[list[int]],
+    workers: int,
+    pin: bool = False,
 ) -> Iterator[Any]:
     """Yield what a task returns for each batch of files, in order; it runs in worker processes.
 
@@ -67,6 +75,7 @@ def in_workers(
         files: All files.
         batches: Indices into `files`.
         workers: Processes, at least 1.
+        pin: Put tensors into page-locked memory.
     """
     return iter(
         DataLoader(
@@ -74,7 +83,7 @@ def in_workers(
             sampler=batches,
             batch_size=None,
             num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=pin,
         )
     )
 

@@ -122,7 +122,7 @@ class ArrayLoader:
         """Yield the images of each batch; files are read in the host's order, tensors indexed on their device."""
         images = self.images
         if isinstance(images, LazyImages):
-            read = images.read(torch.split(order, self.batch_size))
+            read = images.read(torch.split(order, self.batch_size), pin=torch.device(self.device).type == "cuda")
             return (batch.to(self.device, non_blocking=True) for batch in read)
         return (images[indices] for indices in batches)
 

@@ -3,6 +3,7 @@
 import csv
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from cifar_tl.cli import Failure, SweepCallback
 from cifar_tl.files import lock
 from cifar_tl.runs.folder import read_overrides
 from cifar_tl.runs.record import faults, read_metrics
-from cifar_tl.runs.resume import is_first_process, resume_command
+from cifar_tl.runs.resume import SWEEP_FOLDER, is_first_process, quoted, resume_command
 from cifar_tl.runs.table import write_csv
 
 log = logging.getLogger(__name__)
@@ -37,9 +38,11 @@ class SweepTable(SweepCallback):
         self._folder = Path()
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Note the sweep's folder."""
+        """Note the sweep's folder, on the command line, too, which Lightning repeats for the other GPUs of a job."""
         # as Hydra makes those of its jobs, links not followed
         self._folder = Path(os.path.abspath(config.hydra.sweep.dir))  # noqa: PTH100
+        if not any(argument.startswith(SWEEP_FOLDER) for argument in sys.argv):
+            sys.argv = [*sys.argv, f"{SWEEP_FOLDER}{quoted(self._folder)}"]
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Add a job of a sweep to the table, or replace its line."""

@@ -20,6 +20,7 @@ from cifar_tl.runs.record import read_metrics
 
 LAST = Path("checkpoints") / "last.ckpt"
 LOCK = ".lock"
+SWEEP_FOLDER = "hydra.sweep.dir="
 JOURNAL = "study.journal"
 """Of a search, in the sweep's folder: Optuna's study."""
 HOW = ("hydra/launcher=", "hydra.launcher.", "hydra.sweeper.n_trials=", "hydra.sweeper.n_jobs=")
@@ -34,16 +35,16 @@ def is_first_process() -> bool:
 def resume_command(folder: Path) -> str:
     """Return the command that continues a run, as a shell takes it."""
     plain = re.fullmatch(r"[A-Za-z0-9/._-]+", str(folder))
-    return f"python -m cifar_tl.train {shlex.quote(f'resume={folder if plain else _quoted(folder)}')}"
+    return f"python -m cifar_tl.train {shlex.quote(f'resume={folder if plain else quoted(folder)}')}"
 
 
 def with_folder_of_slurm_job(arguments: list[str]) -> list[str]:
     """Return the arguments with the folder that a requeued job finds again, if SLURM runs this and none is given."""
-    key = "hydra.sweep.dir=" if _is_multirun(arguments) else "hydra.run.dir="
+    key = SWEEP_FOLDER if _is_multirun(arguments) else "hydra.run.dir="
     folder = slurm.folder_of_job(arguments)
     if folder is None or any(a.startswith((key, "resume=")) for a in arguments):
         return arguments
-    return [*arguments, f"{key}{_quoted(folder)}"]
+    return [*arguments, f"{key}{quoted(folder)}"]
 
 
 def _is_multirun(arguments: list[str]) -> bool:
@@ -81,8 +82,8 @@ def with_overrides_of_resumed_run(arguments: list[str], outputs: Path = Path("ou
     theirs = [a for a in yaml.safe_load(saved.read_text(encoding="utf-8")) if not a.startswith("resume=")]
     ours = [a for a in arguments if not a.startswith("resume=")]
     # Hydra would save its config and overrides before anything is checked: see save_overrides
-    how = ["hydra.output_subdir=null", f"hydra.run.dir={_quoted(folder)}"]
-    return [*theirs, *ours, f"resume={_quoted(folder)}", *how]
+    how = ["hydra.output_subdir=null", f"hydra.run.dir={quoted(folder)}"]
+    return [*theirs, *ours, f"resume={quoted(folder)}", *how]
 
 
 def save_overrides(cfg: DictConfig, folder: Path) -> None:
@@ -115,8 +116,8 @@ def _sweep_arguments(arguments: list[str], folder: Path) -> list[str]:
         *theirs,
         *theirs_of_hydra,
         *how,
-        f"resume={_quoted(folder)}",
-        f"hydra.sweep.dir={_quoted(folder)}",
+        f"resume={quoted(folder)}",
+        f"{SWEEP_FOLDER}{quoted(folder)}",
     ]
 
 
@@ -124,9 +125,7 @@ def _sweep_overrides(folder: Path) -> tuple[list[str], list[str]]:
     """Return the overrides that a sweep was started with: those of its jobs, and Hydra's own but for the folder."""
     saved = yaml.safe_load((folder / "multirun.yaml").read_text(encoding="utf-8"))["hydra"]["overrides"]
     task = [a for a in saved["task"] if not a.startswith("resume=")]
-    return task, [
-        a for a in saved.get("hydra", []) if not a.startswith(("hydra.mode=", "hydra.sweep.dir=", "hydra.run."))
-    ]
+    return task, [a for a in saved.get("hydra", []) if not a.startswith(("hydra.mode=", SWEEP_FOLDER, "hydra.run."))]
 
 
 def kept_result(folder: Path) -> float | None:
@@ -143,7 +142,7 @@ def _unless_used_folder(arguments: list[str], multirun: bool) -> list[str]:
 
     A job that SLURM starts again goes on there instead: see cifar_tl.train.main for a run, and here for a sweep.
     """
-    key = "hydra.sweep.dir=" if multirun else "hydra.run.dir="
+    key = SWEEP_FOLDER if multirun else "hydra.run.dir="
     given = [a.removeprefix(key) for a in arguments if a.startswith(key)]
     if not given or "${" in given[-1] or not is_first_process():
         return arguments  # the processes of a run share its folder
@@ -159,7 +158,7 @@ def _unless_used_folder(arguments: list[str], multirun: bool) -> list[str]:
     if not any((folder / name).is_file() for name in (LAST, "multirun.yaml")) and kept_result(folder) is None:
         return arguments  # nothing, or what was killed before it could save
     if slurm.restarted():
-        return [*arguments, f"resume={_quoted(folder)}"] if multirun else arguments
+        return [*arguments, f"resume={quoted(folder)}"] if multirun else arguments
     what = "a sweep" if multirun else "a run"
     raise UserError(
         f"{key}{given[-1]}: {folder} holds {what} already. Choose another folder, go on with it by "
@@ -191,7 +190,7 @@ def run_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _quoted(path: Path) -> str:
+def quoted(path: Path) -> str:
     """Return a path as a quoted value of Hydra's override grammar."""
     return "'" + str(path).replace("'", "\\'") + "'"
 

@@ -20,7 +20,7 @@ SIZES = {"train": 45_000, "val": 5_000}
 
 
 def decision(mode="auto", epochs=10, augment=FLIP, available=10**10, world_size=1):
-    return decide(mode, epochs, augment, SIZES, available, world_size)
+    return decide(mode, epochs, augment, SIZES, 4, available, world_size)
 
 
 def test_auto_caches_the_views_there_are():
@@ -95,10 +95,26 @@ def test_features_are_kept_and_read_by_the_next_run(compose, tmp_path, monkeypat
         command.train(compose(*overrides), tmp_path / "code", "demo")
     assert len(list((tmp_path / "features").iterdir())) == 4
 
+    command.train(compose(*overrides, "+trainer.deterministic=true"), tmp_path / "deterministic", "demo")
+    torch.use_deterministic_algorithms(False)
+    assert len(list((tmp_path / "features").iterdir())) == 5
+
     kept.write_bytes(kept.read_bytes()[:1000])
     third = command.train(compose(*overrides), tmp_path / "third", "demo")
     assert third["train/loss"] == first["train/loss"]
     assert kept.stat().st_size > 1000  # and made whole again
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.slow
+def test_the_size_that_is_announced_is_the_one_they_have(compose, tmp_path, monkeypatch, precision):
+    announced = []
+    monkeypatch.setattr(feature_cache, "decide", lambda *of: announced.append(decide(*of)) or announced[-1])
+    computed = []
+    compute = FeatureCache._compute
+    monkeypatch.setattr(FeatureCache, "_compute", lambda *of: computed.append(compute(*of)) or computed[-1])
+    command.train(compose(*TINY, f"trainer.precision={precision}", "trainer.max_epochs=3"), tmp_path, "demo")
+    assert sum(features.nbytes for features in computed) == announced[0].size
 
 
 @pytest.mark.slow

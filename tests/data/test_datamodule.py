@@ -112,6 +112,20 @@ def test_images_are_decoded_as_far_as_they_are_asked_for(fitted, tmp_path, monke
     assert len(read) == 4
 
 
+@pytest.mark.parametrize(("device", "pinned"), [("cpu", False), ("cuda", True)])
+def test_only_a_run_on_a_gpu_takes_page_locked_memory(fitted, tmp_path, monkeypatch, device, pinned):
+    lazy = fitted(write(tmp_path, {"cat": 6, "dog": 6}, {"cat": 3, "dog": 3}), "data.workers=1")
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        "cifar_tl.data.lazy.DataLoader", lambda *of, pin_memory, **options: asked.append(pin_memory) or []
+    )
+    loader = lazy.in_order("train")
+    loader.device = device
+    assert list(loader._pixels(torch.arange(9), ())) == []
+    assert asked == [pinned]
+
+
 @pytest.mark.slow
 def test_a_run_whose_images_do_not_fit_into_memory_never_has_a_split_there_for_a_picture(
     compose, tmp_path, monkeypatch
