@@ -86,7 +86,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     if extra.temperature:
         extra.make_validation_split(datamodule)  # before the test, not after it
     precision = cfg.trainer.precision or trained.facts["precision"]
-    keys = {**cfg.trainer, "precision": precision, "deterministic": trained.config.trainer.get("deterministic")}
+    keys = {"deterministic": trained.config.trainer.get("deterministic"), **cfg.trainer, "precision": precision}
     trainer = build_trainer(keys, logger=False, enable_checkpointing=False)
     with advice_when_out_of_memory(f"Lower data.eval_batch_size={data.eval_batch_size}."):
         (scalars,) = trainer.test(trained.module, datamodule=datamodule, verbose=False)
