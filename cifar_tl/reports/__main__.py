@@ -55,12 +55,18 @@ def report(folders: list[Path], output: Path | None = None) -> list[Path]:
     from cifar_tl.reports.run_page import REPORT, write_run_report  # late: `--help` should not wait for matplotlib
 
     written = []
+    comparing = runs != folders or len(runs) > 1
     for run in runs:
         page, metrics = run / REPORT, run / METRICS
         fresh = page.is_file() and metrics.is_file() and page.stat().st_mtime > metrics.stat().st_mtime
         if run in folders or not fresh:
-            written.append(write_run_report(run))
-    if runs != folders or len(runs) > 1:
+            try:
+                written.append(write_run_report(run))
+            except OSError as error:
+                if not comparing:
+                    raise
+                print(f"{page} was not drawn: {error.strerror or error}", file=sys.stderr)
+    if comparing:
         from cifar_tl.reports.comparison_page import write_sweep_report
 
         written += write_sweep_report(runs, output or common_folder(folders))

@@ -24,7 +24,8 @@ def ablation(groups: Sequence[Group]) -> Table | None:
     removing = [group for group in groups if KEY in group.overrides]
     by_name = {group.overrides[KEY]: _by_seed(group) for group in removing}
     whole = by_name.get(NOTHING)
-    if not whole or len(by_name) < len(removing):
+    others = {tuple(sorted((k, v) for k, v in group.overrides.items() if k != KEY)) for group in removing}
+    if not whole or len(by_name) < len(removing) or len(others) > 1:
         return None
     rows = []
     for name, accuracies in by_name.items():

@@ -167,6 +167,11 @@ def _warnings(groups: Sequence[Group]) -> list[str]:
         seeds = [seed_of(run) for run in group.runs if run.metrics]
         if len(set(seeds)) < len(seeds):
             warnings.append(f"'{group.label}' has a seed twice: its range says less than n suggests.")
+    for run in runs:
+        for start in run.metrics.get("starts", []):
+            if changed := start.get("changed"):
+                values = " ".join(f"{key}={value}" for key, value in changed.items())
+                warnings.append(f"{run.folder.name} had {values} from its epoch {start['epoch']} on alone.")
     best = reference(groups)
     unpaired: dict[str, list[str]] = {}
     for group in groups:

@@ -311,12 +311,12 @@ def runs_over_each_other(
     for number, (name, runs) in enumerate(groups.items()):
         color = COLORS[number % len(COLORS)]
         for epochs, values in runs:
-            axes.plot(epochs, np.array(values, dtype=float), color=color, linewidth=0.8, alpha=0.45)
+            axes.plot(epochs, np.array(values, dtype=float), color=color, linewidth=0.8, alpha=0.45, marker=".")
         shortest = min((epochs for epochs, _ in runs), key=len, default=[])
         if len(shortest):
             mean = np.mean([np.array(values[: len(shortest)], dtype=float) for _, values in runs], axis=0)
             style = "-" if number < len(COLORS) else "--"
-            axes.plot(shortest, mean, style, color=color, linewidth=2.2, label=f"{name} (n={len(runs)})")
+            axes.plot(shortest, mean, style, color=color, linewidth=2.2, marker=".", label=f"{name} (n={len(runs)})")
     for start in starts:
         axes.axvline(start - 0.5, color=INK, linewidth=0.9, linestyle="--", alpha=0.6)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))

@@ -100,6 +100,7 @@ def run_job(job: Job, what: str) -> bool:
             return False
     if job.evaluate is None:
         return True
+    job.evaluation.unlink(missing_ok=True)  # what was asked for is noted before it is done
     trainer = job.config.trainer
     arguments = [f"checkpoint='{job.checkpoint}'", f"trainer.accelerator={trainer.accelerator}", *job.evaluate]
     arguments += [override for override in job.places if override.startswith("data.root=")]

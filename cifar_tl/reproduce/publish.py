@@ -102,10 +102,14 @@ def markdown(head: list[str], rows: list[list[str]], labels: Sequence[str], colu
 def merged(
     old_head: list[str], old_rows: list[list[str]], head: list[str], rows: list[list[str]]
 ) -> tuple[list[str], list[list[str]]]:
-    """Return the new table with the old one's rows that it does not have; `-` where such a row lacks a column."""
+    """Return the new table with the old one's rows and columns that it does not have; `-` where a row has no value."""
     labels = {row[0] for row in rows}
+    new = [dict(zip(head, row, strict=True)) for row in rows]
     kept = [dict(zip(old_head, row, strict=True)) for row in old_rows if row[0] not in labels]
-    return head, [*rows, *([row[head[0]], *(row.get(name, "-") for name in head[1:])] for row in kept)]
+    lost = [name for name in old_head if name not in head] if kept else []
+    first = next((at for at, name in enumerate(head) if name in PROVENANCE), len(head))
+    together = [*head[:first], *lost, *head[first:]]
+    return together, [[row.get(name, "-") for name in together] for row in [*new, *kept]]
 
 
 def read(path: Path) -> tuple[list[str], list[list[str]]]:

@@ -84,6 +84,7 @@ def results(groups: Sequence[Group]) -> Table:
         levels = [_mean([pair[side] for pair in around if pair is not None]) for side in (0, 1)]
         test = group.values("test/acc")
         low, high = _range(group)
+        measured = [group.values(key) for key in beside.values()]
         rows.append(
             [
                 group.label,
@@ -92,7 +93,7 @@ def results(groups: Sequence[Group]) -> Table:
                 _mean(group.values("best/val/acc")),
                 _mean(test),
                 f"{100 * low:.2f} to {100 * high:.2f}",
-                *(_mean(group.values(key)) for key in beside.values()),
+                *(_mean(values) if len(values) == len(test) else "-" for values in measured),
                 f"{_minutes(group):.1f}",
             ]
         )
@@ -254,10 +255,12 @@ def _around_unfreeze(run: Run) -> tuple[float, float] | None:
 
 
 def _curve(run: Run) -> tuple[list[int], list[float], int] | None:
-    """Return epochs, validation accuracies and the first unfrozen epoch; None if there was no unfreeze."""
+    """Return epochs, validation accuracies and the first unfrozen epoch; None without it, or validation around it."""
     unfreeze = min((phase["start"] for phase in run.metrics.get("plan", []) if phase["stages"]), default=0)
     values = run.metrics.get("val/acc", [])
-    return (run.metrics["epoch"], values, unfreeze) if 0 < unfreeze < len(values) else None
+    if not 0 < unfreeze < len(values) or None in values[unfreeze - 1 : unfreeze + 1]:
+        return None
+    return run.metrics["epoch"], values, unfreeze
 
 
 def _provenance(part: str, jobs: Sequence[Job], runs: dict[str, Run]) -> list[str]:

@@ -133,6 +133,11 @@ def read_run(folder: Path) -> Run:
             run.problems.append(f"{PREDICTIONS} is missing: all that is drawn from single images is left out.")
     except ValueError as error:
         run.problems.append(f"{error}. All that is drawn from single images is left out.")
+    if run.predictions is not None and run.status not in ("finished", "unknown"):
+        run.predictions = None
+        run.problems.append(
+            f"{PREDICTIONS} is of before the run went on: what is drawn from single images is left out."
+        )
     if run.predictions is not None:
         try:
             run.images = read_images(folder)

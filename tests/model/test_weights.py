@@ -119,5 +119,6 @@ def test_training_on_two_files_of_one_network_agrees_at_one_scale_and_not_at_the
             metrics = train(compose(*TINY, *overrides, *keys), tmp_path / f"{name}{rms}", "demo")
             curves[name, rms] = metrics["train/loss"]
             assert metrics["filter_rms"] == (0.4 if rms == "0.4" else None)
-    assert curves["file", "0.4"] == pytest.approx(curves["twin", "0.4"], rel=1e-3)
-    assert curves["file", "null"][3] != pytest.approx(curves["twin", "null"][3], rel=1e-2)
+    # steps enlarge what the rounding of two files differs in, on some CPUs to 0.3% of the last loss
+    assert curves["file", "0.4"] == pytest.approx(curves["twin", "0.4"], rel=1e-2)
+    assert curves["file", "null"][3] != pytest.approx(curves["twin", "null"][3], rel=1e-1)

@@ -192,6 +192,36 @@ def test_ablation_leaves_out_a_run_without_its_accuracy(tmp_path):
     assert [row[0] for row in table.rows] == ["none", "flip"]
 
 
+def test_no_ablation_where_something_else_was_varied_too(tmp_path):
+    settings = (["ablate=none"], ["ablate=flip"], ["ablate=adamw", "experiment=best64"])
+    runs = [make_run(tmp_path / str(job), overrides) for job, overrides in enumerate(settings)]
+    assert ablation(group_runs(read_runs(runs[:2]))) is not None
+    assert ablation(group_runs(read_runs(runs))) is None
+
+
+@pytest.mark.slow
+def test_a_run_that_went_on_with_other_values_is_named(tmp_path):
+    make_run(tmp_path / "0", ["x=1"], 1)
+    starts = [{"epoch": 0}, {"epoch": 2, "changed": {"x": 1}}]
+    make_run(tmp_path / "1", ["x=1"], 2, starts=starts)
+    assert main([str(tmp_path)]) == 0
+    assert "1 had x=1 from its epoch 2 on alone." in (tmp_path / "sweep_report.html").read_text()
+
+
+@pytest.mark.slow
+def test_runs_whose_pages_cannot_be_written_are_compared_elsewhere(tmp_path, monkeypatch, capsys):
+    runs = [make_run(tmp_path / name, [f"x={name}"]) for name in "ab"]
+
+    def protected(run):
+        raise PermissionError(13, "Permission denied", str(run / "report.html"))
+
+    monkeypatch.setattr("cifar_tl.reports.run_page.write_run_report", protected)
+    assert main([*map(str, runs), "--output", str(tmp_path / "mine")]) == 0
+    assert f"{runs[0] / 'report.html'} was not drawn: Permission denied" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "sweep_report.html").is_file()
+    assert main([str(runs[0])]) == 1
+
+
 @pytest.mark.slow
 def test_warnings_of_a_training_are_named(tmp_path):
     make_run(tmp_path / "0", ["x=1"], warnings=["Validation accuracy fell."])

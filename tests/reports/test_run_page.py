@@ -1,5 +1,6 @@
 """The page of a run: right numbers, in one file that asks for nothing, and drawn for damaged runs, too."""
 
+import json
 import os
 import re
 import shutil
@@ -163,6 +164,21 @@ def test_unfinished_run_says_so(tmp_path, status):
     assert f"This run has not finished (status: {status}). 4 of 9 epochs are recorded" in text
     assert 'id="s0"' in text
     assert "Accuracy" in text
+
+
+def test_a_finished_run_that_went_on_and_was_stopped_has_no_test_result(tmp_path):
+    run = make_run(tmp_path / "run")
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert main([str(run)]) == 0
+    assert "test accuracy" in (run / "report.html").read_text()
+    metrics = {key: value for key, value in metrics.items() if not key.startswith("test/")} | {"status": "interrupted"}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    assert main([str(run)]) == 0
+    text = (run / "report.html").read_text()
+    assert "there is no test result" in text
+    assert "predictions.npz is of before the run went on" in text
+    assert "test accuracy" not in text
+    assert "Confusion" not in text
 
 
 def damage_metrics(run):

@@ -70,6 +70,16 @@ def test_a_column_that_an_old_row_lacks_is_a_dash(checkout, tmp_path_factory):
     assert "| best64 | 94.30 | - |" in (checkout / "README.md").read_text()
 
 
+def test_a_column_that_nothing_new_has_stays_for_the_old_rows(checkout, tmp_path_factory):
+    head, old = ["config", "test acc", "flip TTA", *PROVENANCE], ["best64", "94.30", "94.55", *ORIGIN]
+    publish([write(tmp_path_factory.mktemp("old") / "results.csv", head, old)], checkout)
+    new = ["best32", "90.12", *ORIGIN]
+    publish([write(tmp_path_factory.mktemp("new") / "results.csv", [head[0], head[1], *PROVENANCE], new)], checkout)
+    text = (checkout / "README.md").read_text()
+    assert "| best32 | 90.12 | - |" in text
+    assert "| best64 | 94.30 | 94.55 |" in text
+
+
 def test_a_mark_may_choose_rows_and_columns(checkout):
     text = "<!-- table: results | best64 | test acc, config -->\n<!-- /table -->"
     assert "| test acc | config |\n| --- | ---: |\n| 94.30 | best64 |\n\n" in filled(text, checkout / RESULTS)

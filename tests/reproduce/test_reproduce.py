@@ -249,6 +249,42 @@ def test_another_evaluation_is_made_of_finished_runs(command):
     assert command.evaluated == []
 
 
+def test_an_evaluation_that_fails_is_tried_again(command, monkeypatch):
+    command("only=[results]")
+    asked = ("only=[results]", "results.evaluate=['tta=true','cifar10_1=v6']")
+    play = reproduce.command
+
+    def without_files(module, arguments):
+        play(module, arguments)  # notes what is asked for
+        Path(arguments[-1].partition("=")[2].strip("'"), "evaluation.json").unlink(missing_ok=True)
+        return False
+
+    with monkeypatch.context() as patched:
+        patched.setattr(reproduce, "command", without_files)
+        assert command(*asked)[0] == 1
+    assert command(*asked)[0] == 0
+    assert [keys["cifar10_1"] for keys in command.evaluated] == ["v6", "v6"]
+
+
+def test_a_value_that_not_all_seeds_have_is_no_mean(command):
+    command("only=[results]", "results.seeds=[0,1]")
+    for evaluation in Path("outputs/reproduce").glob("*best32*seed1/evaluation/evaluation.json"):
+        evaluation.unlink()
+    command("only=[results]", "results.seeds=[0,1]", "tables_only=true")
+    assert {row["config"]: (row["n"], row["flip TTA"]) for row in rows("results")} == {
+        "seed_baseline": ("2", "87.50"),
+        "best32": ("2", "-"),
+    }
+
+
+def test_a_run_without_validation_around_its_unfreeze_has_its_row(command):
+    command("only=[results]")
+    metrics = Path("outputs/reproduce", RESULTS[1], "metrics.json")
+    metrics.write_text(json.dumps(json.loads(metrics.read_text()) | {"val/acc": [None, 0.4, None, 0.6]}))
+    assert command("only=[results]", "tables_only=true")[0] == 0
+    assert [(row["frozen"], row["+1 epoch"]) for row in rows("results")] == [("40.00", "30.00"), ("-", "-")]
+
+
 def test_equal_images(command):
     assert command("only=[scale]")[0] == 0
     assert [(row["recipe"], row["images x epochs"], row["images/s"]) for row in rows("scale")] == [
