@@ -391,3 +391,12 @@ def test_a_folder_in_use_is_refused_before_its_config_is_overwritten(command, tm
     assert code == 1
     assert "trains there now" in err
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_ctrl_c_in_a_terminal_is_left_to_the_first_process(monkeypatch, rank):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    before = signal.getsignal(signal.SIGINT)
+    with cli.StopSignals():
+        assert signal.getsignal(signal.SIGINT) == (before if rank == "0" else signal.SIG_IGN)
+    assert signal.getsignal(signal.SIGINT) == before
