@@ -42,7 +42,7 @@ from cifar_tl.data.cifar10 import Cifar10
 from cifar_tl.data.datamodule import CIFAR10DataModule, Source
 from cifar_tl.data.folder import ImageFolders
 from cifar_tl.data.synthetic import Synthetic
-from cifar_tl.errors import UserError, check_choice, check_int, check_path, suggest
+from cifar_tl.errors import UserError, check_choice, check_flag, check_int, check_path, suggest
 from cifar_tl.hardware import PRECISIONS, environment, resolve_accelerator, resolve_precision
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.runs.record import config_sha256, git_state
@@ -103,7 +103,7 @@ def build_source(data: DictConfig) -> Source:
     """Build the source of images that `data.name` asks for."""
     match check_choice("data.name", data.name, ("cifar10", "folder", "synthetic")):
         case "cifar10":
-            return Cifar10(check_path("data.root", data.root), download=data.download)
+            return Cifar10(check_path("data.root", data.root), download=check_flag("data.download", data.download))
         case "folder":
             return ImageFolders(check_path("data.root", data.root), data.workers)
         case _:
@@ -120,7 +120,7 @@ def build_datamodule(cfg: DictConfig) -> CIFAR10DataModule:
         val_size=data.val_size,
         limit=data.limit,
         split_seed=data.split_seed,
-        one_hot=data.one_hot,
+        one_hot=check_flag("data.one_hot", data.one_hot),
         augment=build_augment(cfg),
         seed=cfg.seed,
     )
@@ -323,6 +323,21 @@ def check_strategy(trainer: L.Trainer, schedule: FinetuneSchedule) -> None:
         raise UserError(
             f"{trainer.world_size} processes would wait for gradients that a frozen backbone does not have. Give "
             f"trainer=ddp, with trainer.devices= or trainer.num_nodes= as you like."
+        )
+
+
+def check_batch_size(cfg: DictConfig, processes: int) -> None:
+    """Refuse batches of one image for BatchNorm layers that take the statistics of a batch.
+
+    Raises:
+        UserError: Each process has a single image a step.
+    """
+    size, batchnorm = cfg.data.batch_size, cfg.finetune.batchnorm
+    if size <= processes and batchnorm != "frozen" and any(phase.stages for phase in build_schedule(cfg).phases):
+        each = "" if processes == 1 else f" for each of {processes} processes"
+        raise UserError(
+            f"data.batch_size={size} is one image a step{each}, which has no variance for "
+            f"finetune.batchnorm={batchnorm} to take: give at least {2 * processes}, or finetune.batchnorm=frozen."
         )
 
 

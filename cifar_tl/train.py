@@ -33,6 +33,7 @@ from cifar_tl.build import (
     build_module,
     build_schedule,
     build_trainer,
+    check_batch_size,
     check_strategy,
     check_trainer,
     flat,
@@ -42,7 +43,7 @@ from cifar_tl.build import (
 )
 from cifar_tl.checkpoints import BEST, FORMAT, LAST, PacedCheckpointIO, read_checkpoint
 from cifar_tl.data.datamodule import CIFAR10DataModule
-from cifar_tl.errors import Interrupted, Pruned, UserError, check_int
+from cifar_tl.errors import Interrupted, Pruned, UserError, check_flag, check_int
 from cifar_tl.files import remove_partial_files
 from cifar_tl.hardware import (
     advice_when_out_of_memory,
@@ -132,7 +133,7 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     datamodule = build_datamodule(cfg)
     module = build_module(cfg, datamodule.classes)
     prepare_for(accelerator, module)
-    if cfg.model.compile:
+    if check_flag("model.compile", cfg.model.compile):
         module.backbone.compile()
     last = folder / "checkpoints" / LAST
     weights = fill_backbone(cfg, module) if cfg.resume is None else resumed_weights(cfg, last)
@@ -154,6 +155,7 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
         default_root_dir=folder,
     )
     check_strategy(trainer, build_schedule(cfg))
+    check_batch_size(cfg, trainer.world_size)
     check_sweep(trainer)
     for logger in trainer.loggers:
         logger.log_hyperparams(plain(cfg))

@@ -39,6 +39,8 @@ ROWS: dict[str, list[tuple[str, tuple[str, ...]]]] = {
         ("train", (*T, "seed=-1")),
         ("train", (*T, "data.batch_size=0")),
         ("train", (*T, "data.batch_size=abc")),
+        ("train", (*T, "data.batch_size=1", "finetune.batchnorm=train")),
+        ("train", (*T, "data.one_hot=no")),
         ("train", (*T, "data.val_size=60")),
         ("train", (*T, "data.limit=5")),
         ("train", (*T, "model.dropout=1.5")),

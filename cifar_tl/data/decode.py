@@ -26,7 +26,7 @@ SUFFIXES = {
 MAX_PIXELS = 89_478_485
 """An image with more is not decoded; PIL warns from here on, and a decoded one takes 270 MB."""
 
-TIFF_BITS_PER_SAMPLE, TIFF_MAX_SAMPLE_VALUE = 258, 281
+TIFF_BITS_PER_SAMPLE, TIFF_PHOTOMETRIC, TIFF_MAX_SAMPLE_VALUE = 258, 262, 281
 
 
 class UnreadableImage(Exception):
@@ -151,10 +151,13 @@ def _rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
     notes = ["first frame of several"] if getattr(image, "is_animated", False) else []
     image.load()
     highest, how = _highest_value(image)
+    # PIL turns such values over at 1 to 8 bits, and leaves 16 as they are
+    white_is_zero = getattr(image, "tag_v2", {}).get(TIFF_PHOTOMETRIC) == 0
     image, turned = _upright(image)
     notes += turned
     if highest:  # convert() would clip at 255 instead of scaling
-        grey = (np.asarray(image).astype(np.float32) * (255 / highest)).round().clip(0, 255).astype(np.uint8)
+        values = np.asarray(image).astype(np.float32) * (255 / highest)
+        grey = (255 - values if white_is_zero else values).round().clip(0, 255).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB"), [*notes, how]
     if image.has_transparency_data:
         rgba = image.convert("RGBA")

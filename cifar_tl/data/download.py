@@ -166,13 +166,17 @@ def _check(path: Path, size: int, md5: str, copy_to: BinaryIO | None = None) -> 
 
 
 def _refuse(root: Path, found: Sequence[FileStatus]) -> None:
-    """Raise UserError for what is damaged, else for what is missing, else return."""
-    damaged = [file.message for file in found if file.state not in ("ok", "missing")]
+    """Raise UserError for what is damaged, else for what may not be read, else for what is missing, else return."""
+    unreadable = [file.message for file in found if file.state == "unreadable"]
+    damaged = [file.message for file in found if file.state in ("truncated", "altered")]
     missing = [file.message for file in found if file.state == "missing"]
     fetch = f"`python -m cifar_tl.data fetch --root {shlex.quote(str(root))}`"
     if damaged:  # may be somebody's, so it is not repaired behind their back
         advice = f"Nothing was changed. Delete what is named above, then run {fetch}."
         raise UserError("\n  ".join(["CIFAR-10 is damaged:", *damaged]) + f"\n{advice}")
+    if unreadable:
+        advice = f"Give the folder that holds {FOLDER} or {ARCHIVE}, readable."
+        raise UserError("\n  ".join(["CIFAR-10 cannot be read:", *unreadable]) + f"\n{advice}")
     if missing:
         raise UserError("\n  ".join(["CIFAR-10 is incomplete:", *missing]) + f"\n{_ways_out(root)}")
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from cifar_tl.data.decode import SIZE, SUFFIXES, NoImage, UnreadableImage, decode, default_threads
 from cifar_tl.data.lazy import LazyImages, in_workers
 from cifar_tl.data.splits import image_digest
-from cifar_tl.data.walk import counts_text, skipped_by_name, skipped_text, walk
+from cifar_tl.data.walk import counts_text, is_folder, skipped_by_name, skipped_text, walk
 from cifar_tl.errors import UserError, check_int
 
 log = logging.getLogger(__name__)
@@ -82,8 +82,11 @@ class ImageFolders:
         folders: dict[str, Path] = {}
         for path in sorted((self.root / split).iterdir()):
             name = unicodedata.normalize("NFC", path.name)
-            if skipped_by_name(path.name) or not path.is_dir():
+            if skipped_by_name(path.name) or not is_folder(path):
                 continue
+            if name.encode(errors="replace").decode() != name:
+                raw = os.fsencode(path.name)
+                raise UserError(f"{path.parent} has a class folder whose name is not UTF-8, {raw!r}: rename it.")
             if name in folders:
                 raise UserError(f"{path.parent} has the class {name} twice, spelt in two ways of Unicode. Join them.")
             folders[name] = path
@@ -177,7 +180,7 @@ class ImageFolders:
         for entry in os.scandir(self.root / split):
             if reason := skipped_by_name(entry.name):
                 skipped[reason] += 1
-            elif not Path(entry.path).is_dir():
+            elif not is_folder(entry.path):
                 left_out["beside the class folders"] += 1
         for label, name in enumerate(self.classes):
             found = walk(self._folders[split][name])
@@ -199,7 +202,7 @@ class ImageFolders:
             left_out.update(others[label])
             if labels.count(label) == others[label].total():
                 instead = f" ({counts_text(others[label])})" if others[label] else ""
-                problems[self._folders[split][name]] = f"no images in it{instead}"
+                problems.setdefault(self._folders[split][name], f"no images in it{instead}")
 
         self._files[split] = files = [candidates[at] for at in kept]
         if not files:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from cifar_tl.data.walk import IRREGULAR, counts_text, skipped_by_name, walk
+from cifar_tl.data.walk import IRREGULAR, counts_text, is_folder, skipped_by_name, walk
 from cifar_tl.errors import UserError
 
 Archive = TypeVar("Archive", zipfile.ZipFile, tarfile.TarFile)
@@ -128,7 +128,7 @@ def _listed(source: Path) -> list[Path]:
 
 def _path_files(path: Path, skipped: Counter[str]) -> Iterator[InputFile]:
     """Return the files of a folder, or a file itself."""
-    if not path.is_dir():
+    if not is_folder(path):
         yield InputFile(str(path), partial(_read_path, path))
         return
     found = walk(path)

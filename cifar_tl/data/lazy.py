@@ -84,6 +84,7 @@ def in_workers(
             batch_size=None,
             num_workers=workers,
             pin_memory=pin,
+            generator=torch.Generator(),  # a seed for workers, which need none, is not to come from training's draws
         )
     )
 

@@ -1,6 +1,5 @@
 """Batches straight from arrays on the device: no worker processes, no work per image, no waiting for the host."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -24,7 +23,8 @@ class ArrayLoader:
     Args:
         images: (examples, 3, height, width), uint8, on `device` from the first use on; or read anew in every epoch.
         targets: (examples,), int64.
-        batch_size: Examples per batch; the last batch has what is left.
+        batch_size: Examples per batch; the last batch has what is left. While training, a single one that is left
+            joins the batch before: BatchNorm cannot train on the one pixel that layer4 has of it.
         mean: Per channel, of images in [0, 1].
         std: Per channel, of images in [0, 1].
         classes: How many there are.
@@ -76,7 +76,16 @@ class ArrayLoader:
         self.world_size = world_size
 
     def __len__(self) -> int:
-        return math.ceil(self._share() / self.batch_size)
+        return len(self._batch_sizes())
+
+    def _batch_sizes(self) -> list[int]:
+        whole, left = divmod(self._share(), self.batch_size)
+        sizes = [self.batch_size] * whole
+        if left == 1 and whole and self.augment is not None:
+            sizes[-1] += 1
+        elif left:
+            sizes.append(left)
+        return sizes
 
     def _share(self) -> int:
         """Return the examples of this process; equal for all while training, where every step is taken together."""
@@ -97,10 +106,11 @@ class ArrayLoader:
             draws = augment.draw(order, examples, self.seed, epoch)
 
         # to the device once per epoch, not once per step: a copy from the host's memory makes the host wait
-        there = {name: torch.split(values.to(self.device), self.batch_size) for name, values in draws.items()}
-        batches = torch.split(order.to(self.device), self.batch_size)
+        sizes = self._batch_sizes()
+        there = {name: torch.split(values.to(self.device), sizes) for name, values in draws.items()}
+        batches = torch.split(order.to(self.device), sizes)
         mix = _mix(augment, self.classes) if augment is not None and features is None else None
-        pixels = self._pixels(order, batches) if features is None else None
+        pixels = self._pixels(torch.split(order, sizes), batches) if features is None else None
         rows_of_views = features.flatten(0, 1) if features is not None else None
         for step, indices in enumerate(batches):
             rows = {name: values[step] for name, values in there.items()}
@@ -118,11 +128,11 @@ class ArrayLoader:
             else:
                 yield inputs, one_hot(targets, self.classes) if self.one_hot_targets else targets
 
-    def _pixels(self, order: Tensor, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Yield the images of each batch; files are read in the host's order, tensors indexed on their device."""
+    def _pixels(self, on_host: Sequence[Tensor], batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yield the images of each batch of indices: files are read by those on the host, tensors indexed by others."""
         images = self.images
         if isinstance(images, LazyImages):
-            read = images.read(torch.split(order, self.batch_size), pin=torch.device(self.device).type == "cuda")
+            read = images.read(on_host, pin=torch.device(self.device).type == "cuda")
             return (batch.to(self.device, non_blocking=True) for batch in read)
         return (images[indices] for indices in batches)
 

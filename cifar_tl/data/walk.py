@@ -25,6 +25,11 @@ def skipped_by_name(path: str) -> str | None:
     return None
 
 
+def is_folder(path: str | Path) -> bool:
+    """Return whether a path is a folder or a link to one; False, too, where `Path.is_dir` would raise OSError."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
 @dataclass
 class Found:
     """What is in a folder, with the folders in it.
@@ -68,7 +73,7 @@ def walk(root: Path) -> Found:
                     found.skipped[reason] += 1
                 elif entry.is_dir(follow_symlinks=False):
                     pending.append(Path(entry.path))
-                elif entry.is_symlink() and Path(entry.path).is_dir():  # False for a loop, where entry.is_dir() fails
+                elif entry.is_symlink() and is_folder(entry.path):
                     links.append(Path(entry.path))
                 elif _may_be_read(entry):
                     found.files.append(Path(entry.path))

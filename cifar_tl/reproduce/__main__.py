@@ -52,8 +52,9 @@ def reproduce(cfg: DictConfig, passed: Sequence[str], folder: Path) -> None:
         Interrupted: Ctrl-C.
     """
     publishing = check_flag("publish", cfg.publish)
+    tables_only = check_flag("tables_only", cfg.tables_only)
     jobs = plan_jobs(cfg, passed, folder)
-    failed = [] if cfg.tables_only else run_jobs(jobs)
+    failed = [] if tables_only else run_jobs(jobs)
     from cifar_tl.reproduce.tables import write_tables  # late: `--help` should not wait for matplotlib
 
     written = write_tables(jobs, folder)

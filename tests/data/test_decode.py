@@ -67,6 +67,16 @@ def test_grey_of_more_than_8_bits_is_scaled_by_its_true_range(stream, note):
     assert image.notes == (note,)
 
 
+def test_a_16_bit_tiff_in_which_0_is_white_shows_the_same_picture():
+    negative = Image.fromarray(RAMP.max() - RAMP)
+    stream = encoded(negative, "TIFF", tiffinfo={262: 0, 281: int(RAMP.max())})
+    with Image.open(stream) as opened:
+        assert np.array_equal(opened, negative)  # PIL neither turns such values over nor says so
+    image = decode(stream)
+    expected = decode(encoded(Image.fromarray(RAMP), "TIFF", tiffinfo={281: int(RAMP.max())}))
+    assert abs(image.pixels.astype(int) - expected.pixels).max() <= 1
+
+
 @pytest.mark.parametrize(
     ("image", "said"),
     [

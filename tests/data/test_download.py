@@ -252,6 +252,14 @@ def test_read_only_root_is_explained(tmp_path: Path, archive: bytes, monkeypatch
         download.ensure(tmp_path, download=False)
 
 
+def test_what_cannot_be_read_is_not_called_damaged(tmp_path: Path, archive: bytes) -> None:
+    (tmp_path / download.ARCHIVE).write_bytes(archive)
+    said = r"cannot be read:\n.*: Not a directory(?s:.*)\nGive the folder that holds"
+    with pytest.raises(UserError, match=said) as caught:
+        download.ensure(tmp_path / download.ARCHIVE, download=True)
+    assert "Delete" not in str(caught.value)
+
+
 def test_read_checked_refuses_bytes_without_the_md5(complete: Path) -> None:
     assert download.read_checked(complete, "test_batch") == content("test_batch")
     (complete / download.FOLDER / "test_batch").write_bytes(bytes(640))

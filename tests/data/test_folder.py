@@ -1,3 +1,4 @@
+import errno
 import logging
 import os
 import re
@@ -119,6 +120,33 @@ def test_everything_wrong_with_both_splits_is_named_at_once(root, workers):
     assert advice.startswith("Replace or remove")
 
 
+def test_a_folder_that_cannot_be_listed_is_not_called_empty(root, monkeypatch):
+    scandir = os.scandir
+
+    def refusing(path):
+        if path == root / "train" / "cat":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match=r"train/cat: folder cannot be listed: Permission denied\n"):
+        ImageFolders(root, workers=0).read(["train"])
+
+
+def test_a_link_that_cannot_be_followed_is_one_problem_among_others(root):
+    (root / "train" / "cat" / "link.png").symlink_to("x" * 300)  # longer than names can be
+    (root / "train" / "dog" / "empty.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match=r"cat/link\.png: cannot be read: File name too long\n  train/dog/empty\.jpg: "):
+        ImageFolders(root, workers=0).read(["train"])
+
+
+def test_a_class_whose_name_is_not_utf_8_is_refused(root):
+    for split in ("train", "test"):
+        (root / split / os.fsdecode(b"caf\xe9")).mkdir()
+    with pytest.raises(UserError, match=re.escape(r"whose name is not UTF-8, b'caf\xe9': rename it")):
+        ImageFolders(root, workers=0)
+
+
 def test_missing_folders_are_refused(root, tmp_path):
     with pytest.raises(UserError, match=r"nowhere: no such folder\. .*at least two class folders"):
         ImageFolders(tmp_path / "nowhere", workers=0)
@@ -194,6 +222,8 @@ def test_worker_processes_give_the_same_batches_as_memory(root):
     for (images, labels), (same_images, same_labels) in batches:
         assert torch.equal(images, same_images)
         assert torch.equal(labels, same_labels)
+    before = torch.get_rng_state()
     subset = lazy[torch.tensor([3, 1])]
     assert len(subset) == 2
     assert torch.equal(next(subset.read([torch.tensor([1])]))[0], stored[1])
+    assert torch.equal(torch.get_rng_state(), before)  # a resumed run reads at other times, and draws the same numbers

@@ -52,6 +52,16 @@ def test_ranks_share_an_epoch_without_overlap():
     assert len(set(chain(*training))) == 48
 
 
+def test_a_single_image_is_no_training_batch_of_its_own():
+    flips = replace(NOTHING, flip="random")
+    training = ArrayLoader(IMAGES[:49], TARGETS[:49], 16, MEAN, STD, augment=lambda epoch: flips)
+    batches = [targets for _, targets in training]
+    assert [len(batch) for batch in batches] == [16, 16, 17]
+    assert len(training) == 3
+    assert sorted(torch.cat(batches).tolist()) == list(range(49))
+    assert [len(targets) for _, targets in ArrayLoader(IMAGES[:49], TARGETS[:49], 16, MEAN, STD)] == [16, 16, 16, 1]
+
+
 def test_one_hot_targets_are_available():
     _, targets = next(iter(ArrayLoader(IMAGES, TARGETS % 10, 4, MEAN, STD, one_hot_targets=True)))
     assert targets.shape == (4, 10)
