@@ -260,7 +260,7 @@ def load_trained(path: Path) -> Trained:
             facts["normalization"] = facts.pop("normalisation")
         if len(facts["classes"]) != len(checkpoint["hyper_parameters"]["classes"]):
             raise ValueError("it names another number of classes than it tells apart")
-        config = _completed(saved_config)
+        config = completed(saved_config)
         arguments = {k: v for k, v in checkpoint["hyper_parameters"].items() if k not in FORMER_ARGUMENTS}
         module = ResNet50Classifier(**arguments)
         module.load_state_dict(checkpoint["state_dict"])
@@ -273,7 +273,7 @@ def load_trained(path: Path) -> Trained:
     return Trained(path, module.eval(), config, saved_config, facts, checkpoint["cifar_tl"].get("format", 0), epoch)
 
 
-def _completed(saved: dict[str, Any]) -> DictConfig:
+def completed(saved: dict[str, Any]) -> DictConfig:
     """Return a run's config with today's defaults for keys that it does not have."""
     config = OmegaConf.create(saved)
     defaults = compose("train", [f"data={config.data.name}"])

@@ -166,6 +166,8 @@ def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: li
     Plugins.instance().class_name_to_class["hydra_plugins.OptunaSweeper"] = OptunaSweeper
     with StopSignals() as signals:
         try:
+            if multirun and {"--cfg", "-c"} & {argument.partition("=")[0] for argument in arguments}:
+                raise UserError("--cfg prints the config of one run, and -m is for several: leave one of them out.")
             _refuse_added_keys(arguments)
             arguments = [_set_or_add(argument) for argument in arguments]
             if config_name == "train":

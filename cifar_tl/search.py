@@ -4,6 +4,7 @@ The study is a journal file in the sweep's folder; trial N is the run in its fol
 these files, so that several processes share a search and a killed one loses nothing that is finished.
 """
 
+import random
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,14 @@ if TYPE_CHECKING:  # an extra, and slow to import: only where a study is opened
 NAME = "search"
 
 
+def require_optuna() -> None:
+    """Raise UserError if Optuna is not installed."""
+    try:
+        import optuna  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UserError(f"A search needs Optuna, and {error.name} is missing: pip install -e '.[optuna]'.") from error
+
+
 def open_study(folder: Path, **options: Any) -> "optuna.Study":
     """Open the study of a sweep's folder, and make it if there is none.
 
@@ -38,11 +47,10 @@ def open_study(folder: Path, **options: Any) -> "optuna.Study":
     Raises:
         UserError: Optuna is not installed.
     """
-    try:
-        import optuna
-        from optuna.storages.journal import JournalFileBackend, JournalStorage
-    except ModuleNotFoundError as error:
-        raise UserError(f"A search needs Optuna, and {error.name} is missing: pip install -e '.[optuna]'.") from error
+    require_optuna()
+    import optuna
+    from optuna.storages.journal import JournalFileBackend, JournalStorage
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
     if NAME in optuna.get_all_study_names(storage):  # reading a study writes nothing
@@ -103,6 +111,9 @@ class OptunaSweeper(Sweeper):
         """
         check_int("hydra.sweeper.n_trials", self.n_trials, 1)
         check_int("hydra.sweeper.n_jobs", self.n_jobs, 1)
+        check_int("seed", self.seed, 0)
+        require_optuna()
+        self.config_loader = hydra_context.config_loader
         self.config: DictConfig = config
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
@@ -116,8 +127,8 @@ class OptunaSweeper(Sweeper):
         """
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
-        study = open_study(folder)
         space, fixed = self._space(arguments)
+        study = open_study(folder)
         write_text(folder / "multirun.yaml", OmegaConf.to_yaml(self.config))
         replaced = {trial.number for trial in study.trials if trial.state.name == "FAIL"}
         while True:
@@ -128,15 +139,16 @@ class OptunaSweeper(Sweeper):
                 self.launcher.launch(
                     [[*fixed, *overrides(trial, folder)] for trial in trials], initial_job_idx=trials[0].number
                 )
-                for trial in trials:
-                    study.tell(trial.number, **result(folder / str(trial.number)))
+                with lock(folder / ".lock"):  # whoever sees there that a trial is running finds it held
+                    for trial in trials:
+                        study.tell(trial.number, **result(folder / str(trial.number)))
 
     def _space(self, arguments: list[str]) -> tuple[dict[str, "optuna.distributions.BaseDistribution"], list[str]]:
-        """Return the search space by key, and the overrides that all trials share."""
+        """Return the search space by key, and the overrides that all trials share; a mistake in either raises."""
         swept: dict[str, Override] = {}
         fixed: list[str] = []
         lines = [*(f"{key!s}={value}" for key, value in self.params.items()), *arguments]
-        for override in OverridesParser.create().parse_overrides(lines):
+        for override in OverridesParser.create(config_loader=self.config_loader).parse_overrides(lines):
             swept.pop(override.get_key_element(), None)
             if override.is_sweep_override():
                 swept[override.get_key_element()] = override
@@ -144,7 +156,11 @@ class OptunaSweeper(Sweeper):
                 fixed.append(str(override.input_line))
         if not swept:
             raise UserError("Nothing to search: give sweeps such as 'model.dropout=interval(0, 0.5)'.")
-        return {key: distribution(override) for key, override in swept.items()}, fixed
+        space: dict[str, Any] = {key: distribution(override) for key, override in swept.items()}
+        first = [f"{key}={d.choices[0] if hasattr(d, 'choices') else d.low}" for key, d in space.items()]
+        # what cannot be composed is to be found out before there is a study, which cannot be corrected any more
+        self.config_loader.load_sweep_config(master_config=self.config, sweep_overrides=[*fixed, *first])
+        return space, fixed
 
     def _claim(self, study: "optuna.Study", space: Any, replaced: set[int], held: ExitStack) -> list[Any]:
         """Return trials for this process: those whose process is gone, then new ones. None of another process."""
@@ -165,7 +181,8 @@ class OptunaSweeper(Sweeper):
                     trials.append(trial)
             while len(trials) < self.n_jobs and len({t.number for t in study.trials} - replaced) < self.n_trials:
                 # a sampler draws the same values each time it is made: its seed is another one for every trial
-                study.sampler = instantiate(self.sampler, seed=self.seed + len(study.trials))
+                seed = random.Random(f"{self.seed} {len(study.trials)}").getrandbits(32)
+                study.sampler = instantiate(self.sampler, seed=seed)
                 trials.append(study.ask(space))
                 hold(trials[-1].number)
         return trials
@@ -174,7 +191,7 @@ class OptunaSweeper(Sweeper):
 def overrides(trial: Any, folder: Path) -> list[str]:
     """Return the overrides of a trial's run, floats with four digits, and of its folder below the sweep's."""
     values = [f"{key}={v:.4g}" if isinstance(v, float) else f"{key}={v}" for key, v in trial.params.items()]
-    begun = ["resume=last"] if (folder / str(trial.number) / METRICS).is_file() else []
+    begun = ["resume=last", "hydra.output_subdir=null"] if (folder / str(trial.number) / METRICS).is_file() else []
     return [*values, *begun, f"hydra.sweep.subdir={trial.number}"]
 
 

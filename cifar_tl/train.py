@@ -41,7 +41,7 @@ from cifar_tl.build import (
     quieten_lightning,
     run_facts,
 )
-from cifar_tl.checkpoints import BEST, FORMAT, LAST, PacedCheckpointIO, read_checkpoint
+from cifar_tl.checkpoints import BEST, FORMAT, LAST, PacedCheckpointIO, completed, read_checkpoint
 from cifar_tl.data.datamodule import CIFAR10DataModule
 from cifar_tl.errors import Interrupted, Pruned, UserError, check_flag, check_int
 from cifar_tl.files import remove_partial_files
@@ -96,7 +96,10 @@ def main(cfg: DictConfig) -> float:
             log.info("%s is finished: kept", folder)
             return result
         cfg.resume = str(folder) if (folder / "checkpoints" / LAST).is_file() else None
-    if hydra.launcher._target_.endswith(".JoblibLauncher") and cfg.trainer.devices == 1:
+    if cfg.resume is None:
+        save_overrides(cfg, folder)
+    several = hydra.mode is RunMode.MULTIRUN and hydra.launcher._target_.endswith(".JoblibLauncher")
+    if several and cfg.trainer.devices == 1:
         cfg.trainer.devices = gpu_in_turn(hydra.job.num, resolve_accelerator(cfg.trainer.accelerator))
     with run_lock(folder):
         if is_first_process():
@@ -229,8 +232,9 @@ def resumed_weights(cfg: DictConfig, last: Path) -> dict[str, Any]:
             f"trainer.max_epochs={cfg.trainer.max_epochs} is less than the {done} epochs that the run has trained: "
             f"leave it out, or raise it."
         )
-    before, now = flat(saved["config"]), flat(plain(cfg))
-    changed = {key: (before.get(key), value) for key, value in now.items() if before.get(key, value) != value}
+    before, now = flat(plain(completed(saved["config"]))), flat(plain(cfg))
+    values = {key: (before.get(key), now.get(key)) for key in (*now, *before)}  # a key that is not there counts as null
+    changed = {key: (old, new) for key, (old, new) in values.items() if old != new}
     # where images grow, the number of epochs says when they have grown
     fixed = FIXED if cfg.finetune.progressive_resizing is None else (*FIXED, "trainer.max_epochs")
     if lost := {key: values for key, values in changed.items() if key.startswith(fixed)}:

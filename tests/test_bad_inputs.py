@@ -31,6 +31,7 @@ ROWS: dict[str, list[tuple[str, tuple[str, ...]]]] = {
         ("train", ("resume=last",)),
         ("train", ("-m", "resume=nowhere")),
         ("train", ("-m", "resume=RUN")),
+        ("train", ("-m", "seed=1,2", "--cfg", "job")),
         ("train", (*T, "hydra.run.dir=RUN")),
         ("predict", ("checkpoint=RUN",)),
         ("reports", ("nowhere",)),

@@ -9,7 +9,7 @@ from conftest import TINY
 from cifar_tl.errors import UserError
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.runs.resume import with_overrides_of_resumed_run
-from cifar_tl.train import train
+from cifar_tl.train import resumed_weights, train
 
 # everything random is on: shuffling, augmentation, dropout; the unfreeze is at epoch 2 of 4, and images grow at epoch 3
 RANDOM = (
@@ -86,6 +86,18 @@ def assert_same(a, b):
         assert torch.equal(a, b)
     else:
         assert a == b
+
+
+def test_keys_that_a_resumed_run_adds_or_takes_away_are_on_its_record(straight, compose):
+    last = straight / "checkpoints" / "last.ckpt"
+    clipped = compose(*RANDOM, "+trainer.gradient_clip_val=1.0", "callbacks=early_stopping")
+    changed = resumed_weights(clipped, last)["changed"]
+    assert changed["trainer.gradient_clip_val"] == 1.0
+    assert changed["callbacks.early_stopping.patience"] == 5
+    fewer = compose(*RANDOM, "~logger.csv", "~model.dropout")
+    assert (
+        resumed_weights(fewer, last)["changed"].items() >= {"logger.csv._target_": None, "model.dropout": None}.items()
+    )
 
 
 def test_resume_repeats_the_runs_own_overrides_in_its_own_folder(tmp_path):

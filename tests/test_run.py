@@ -139,6 +139,12 @@ def test_early_stopping_by_config_alone_ends_the_run_early_and_it_is_tested(comp
     assert metrics["epoch"] == [0, 1]
     assert metrics["status"] == "finished"
     assert "test/acc" in metrics
+    resumed = (*TINY, *stopping, "finetune.head_lr=0", "trainer.max_epochs=9", f"resume={tmp_path}")
+    again = train(compose(*resumed), tmp_path, "demo")
+    assert (again["epoch"], again["warnings"]) == ([0, 1], metrics["warnings"])
+    patient = train(compose(*resumed, "callbacks.early_stopping.patience=3"), tmp_path, "demo")
+    assert patient["epoch"] == [0, 1, 2, 3]
+    assert patient["starts"][-1]["changed"] == {"callbacks.early_stopping.patience": 3}
 
 
 @pytest.mark.filterwarnings("ignore")  # of MLflow's own dependencies

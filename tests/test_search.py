@@ -114,14 +114,57 @@ def test_trials_are_told_as_they_ended_and_failed_ones_are_replaced_in_another_s
     assert "error: job 0" in err
     assert "no such thing" in err
     assert [trial.state.name for trial in study.trials] == ["FAIL", "PRUNED", "COMPLETE"]
-    *_, study = search(objective, "hydra.sweeper.n_trials=3")
+    code, err, study = search(objective, "hydra.sweeper.n_trials=3")
+    assert (code, "no such thing" in err) == (0, False)  # told once
     assert [trial.state.name for trial in study.trials] == ["FAIL", "PRUNED", "COMPLETE", "COMPLETE"]
+
+
+def test_searches_of_neighbouring_seeds_try_other_values(search, tmp_path):
+    tried = []
+    for seed in (0, 1):
+        *_, study = search(good, f"seed={seed}", "hydra.sweeper.n_trials=4")
+        tried.append({trial.params["model.dropout"] for trial in study.trials})
+        (tmp_path / "search").rename(tmp_path / f"search{seed}")
+    assert len(tried[0]) == 4
+    assert not tried[0] & tried[1]
 
 
 def test_a_number_of_trials_that_is_not_allowed_is_named(search):
     code, err, _ = search(good, "hydra.sweeper.n_trials=0")
     assert code == 1
     assert err.splitlines() == ["error: hydra.sweeper.n_trials=0 is not allowed: give a whole number of at least 1."]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        ("model.dropuot=interval(0, 0.5)", "Unknown config key model.dropuot"),
+        ("augment.flip=choice(none, random", "augment.flip=choice(none, random cannot be parsed"),
+        ("seed=abc", "seed=abc is not allowed: give a whole number"),
+    ],
+)
+def test_a_mistake_leaves_no_study_that_could_not_be_corrected(search, tmp_path, mistake, said):
+    code, err, study = search(good, mistake, "hydra.sweeper.n_trials=1")
+    assert (code, study) == (1, None)
+    assert said in err
+    assert "Traceback" not in err
+    assert search(good, "hydra.sweeper.n_trials=1")[0] == 0
+
+
+def test_choices_may_be_all_files_of_a_group(search):
+    code, err, study = search(good, "augment=glob(*)", "hydra.sweeper.n_trials=1")
+    assert code == 0, err
+    assert set(study.trials[0].distributions["augment"].choices) == {"flip_crop", "none", "rotate_flip", "strong"}
+
+
+def test_a_search_with_another_sampler_goes_on_by_the_same_command(search):
+    sampler = "hydra.sweeper.sampler"
+    other = [f"{sampler}._target_=optuna.samplers.RandomSampler"]
+    other += [f"~{sampler}.n_startup_trials", f"~{sampler}.constant_liar"]
+    for trials in (1, 2):
+        code, err, study = search(good, *other, f"hydra.sweeper.n_trials={trials}")
+        assert code == 0, err
+        assert len(study.trials) == trials
 
 
 def test_without_optuna_a_search_says_what_to_install(search, monkeypatch):

@@ -86,8 +86,15 @@ def test_a_sweep_of_12_jobs_that_is_killed_twice_has_12_results_none_computed_tw
         assert len(before) < 12
         assert finished.items() <= before.items()
         finished = before
+    configs = {path: path.read_bytes() for job in finished for path in (sweep / str(job) / ".hydra").iterdir()}
     process = start("resume=sweep")
-    assert process.wait() == 0, (tmp_path / "log").read_text()
+    try:
+        assert process.wait() == 0, (tmp_path / "log").read_text()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert {path: path.read_bytes() for path in configs} == configs
+    assert len(list(sweep.glob("*/.hydra/config.yaml"))) == len(list(sweep.glob("*/.hydra/overrides.yaml"))) == 12
     after = states(sweep)
     assert sorted(after) == list(range(12))
     assert {state for state, *_ in after.values()} == {"finished"}
@@ -194,18 +201,26 @@ def test_after_an_error_of_cuda_no_further_job_is_tried(command):
 def test_a_sweep_goes_on_with_its_launcher_or_with_another_one(tmp_path):
     overrides = {
         "hydra": [
-            *("hydra/launcher=local", "hydra.launcher.n_jobs=4"),
+            *("hydra/launcher=local", "hydra.launcher.n_jobs=4", "+hydra.launcher.timeout=9"),
             *("hydra.sweep.dir=x", "hydra.mode=MULTIRUN", "hydra.sweep.subdir=s${seed}"),
         ],
         "task": ["seed=0,1"],
     }
     (tmp_path / "multirun.yaml").write_text(yaml.safe_dump({"hydra": {"overrides": overrides}}))
-    folder = [f"resume='{tmp_path}'", f"hydra.sweep.dir='{tmp_path}'"]
+    folder = ["hydra.output_subdir=null", f"resume='{tmp_path}'", f"hydra.sweep.dir='{tmp_path}'"]
     rest = ["hydra.sweep.subdir=s${seed}", *folder]
     goes_on = with_overrides_of_resumed_run(["-m", f"resume={tmp_path}"])
-    assert goes_on == ["-m", "seed=0,1", "hydra/launcher=local", "hydra.launcher.n_jobs=4", *rest]
-    another = with_overrides_of_resumed_run(["-m", f"resume={tmp_path}", "hydra/launcher=basic"])
-    assert another == ["-m", "seed=0,1", rest[0], "hydra/launcher=basic", *folder]
+    assert goes_on == ["-m", "seed=0,1", *overrides["hydra"][:3], *rest]
+    other = ["hydra/launcher=basic", "+hydra.launcher.key=1"]
+    another = with_overrides_of_resumed_run(["-m", f"resume={tmp_path}", *other])
+    assert another == ["-m", "seed=0,1", rest[0], *other, *folder]
+
+
+def test_gpus_are_taken_in_turn_by_the_jobs_of_a_sweep_alone(command, monkeypatch):
+    monkeypatch.setattr("cifar_tl.train.train", lambda cfg, folder, experiment: {"best/val/acc": cfg.trainer.devices})
+    monkeypatch.setattr("cifar_tl.train.draw_report", lambda folder: None)
+    code, _, err = command("cifar_tl.train:main", "hydra/launcher=local")
+    assert code == 0, err
 
 
 def test_a_launcher_that_is_not_installed_is_named(command):

@@ -36,6 +36,7 @@ class SweepTable(SweepCallback):
     def __init__(self) -> None:
         super().__init__()
         self._folder = Path()
+        self._failed_before: set[str] = set()
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Note the sweep's folder, on the command line, too, which Lightning repeats for the other GPUs of a job."""
@@ -43,6 +44,8 @@ class SweepTable(SweepCallback):
         self._folder = Path(os.path.abspath(config.hydra.sweep.dir))  # noqa: PTH100
         if not any(argument.startswith(SWEEP_FOLDER) for argument in sys.argv):
             sys.argv = [*sys.argv, f"{SWEEP_FOLDER}{quoted(self._folder)}"]
+        if config.hydra.sweeper._target_.endswith(".OptunaSweeper"):  # which never runs them again
+            self._failed_before = {line["job"] for line in self._lines() if line["state"].startswith(FAILED)}
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Add a job of a sweep to the table, or replace its line."""
@@ -80,8 +83,8 @@ class SweepTable(SweepCallback):
         return resume_command(self._folder).rpartition("cifar_tl.train ")[2]
 
     def failures(self) -> tuple[list[str], int]:
-        """Return what was wrong with the jobs that failed, and the number of all jobs."""
-        lines = self._lines()
+        """Return what was wrong with the jobs that failed, and the number of all; without what a search replaces."""
+        lines = [line for line in self._lines() if line["job"] not in self._failed_before]
         return [
             f"job {line['job']} ({line['overrides']}): {line['state'].removeprefix(FAILED)}"
             for line in lines

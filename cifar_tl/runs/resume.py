@@ -87,7 +87,10 @@ def with_overrides_of_resumed_run(arguments: list[str], outputs: Path = Path("ou
 
 
 def save_overrides(cfg: DictConfig, folder: Path) -> None:
-    """Save in the folder of a run that goes on what Hydra saves of a run that starts, now that nothing is refused."""
+    """Save in a run's folder what Hydra saves of a run that starts, where it was told to leave that to us.
+
+    A run that goes on has its config there, which stays as it is until nothing is refused any more.
+    """
     if not HydraConfig.initialized() or HydraConfig.get().output_subdir is not None:
         return
     saved = {"config": cfg, "overrides": HydraConfig.get().overrides.task}
@@ -102,20 +105,22 @@ def _sweep_arguments(arguments: list[str], folder: Path) -> list[str]:
         raise UserError(f"-m resume={folder}: {folder} is no sweep's folder: it has no multirun.yaml.")
     ours = [a for a in arguments if not a.startswith("resume=")]
     flags = [a for a in ours if a.startswith("-")]
-    how = [a for a in ours if a.startswith(HOW)]
+    how = [a for a in ours if _is_about(HOW, a)]
     if changed := [a for a in ours if a not in flags + how]:
         raise UserError(
             f"-m resume={folder} goes on with the sweep as it was started; {' '.join(changed)} would make it another "
             f"one. Start a new sweep for that."
         )
     theirs, theirs_of_hydra = _sweep_overrides(folder)
-    if any(a.startswith("hydra/launcher=") for a in how):  # its keys are not those of the one before
-        theirs_of_hydra = [a for a in theirs_of_hydra if not a.startswith(("hydra/launcher=", "hydra.launcher."))]
+    if any(_is_about(("hydra/launcher=",), a) for a in how):  # its keys are not those of the one before
+        launcher = ("hydra/launcher=", "hydra.launcher.")
+        theirs_of_hydra = [a for a in theirs_of_hydra if not _is_about(launcher, a)]
     return [
         *flags,
         *theirs,
         *theirs_of_hydra,
         *how,
+        "hydra.output_subdir=null",  # jobs that are kept keep their configs; see save_overrides
         f"resume={quoted(folder)}",
         f"{SWEEP_FOLDER}{quoted(folder)}",
     ]
@@ -125,7 +130,13 @@ def _sweep_overrides(folder: Path) -> tuple[list[str], list[str]]:
     """Return the overrides that a sweep was started with: those of its jobs, and Hydra's own but for the folder."""
     saved = yaml.safe_load((folder / "multirun.yaml").read_text(encoding="utf-8"))["hydra"]["overrides"]
     task = [a for a in saved["task"] if not a.startswith("resume=")]
-    return task, [a for a in saved.get("hydra", []) if not a.startswith(("hydra.mode=", SWEEP_FOLDER, "hydra.run."))]
+    of_a_start = ("hydra.mode=", SWEEP_FOLDER, "hydra.run.", "hydra.output_subdir=")
+    return task, [a for a in saved.get("hydra", []) if not a.startswith(of_a_start)]
+
+
+def _is_about(keys: tuple[str, ...], override: str) -> bool:
+    """Return whether an override begins with one of some keys, set, added with + or taken out with ~."""
+    return override.lstrip("+~").startswith(keys)
 
 
 def kept_result(folder: Path) -> float | None:
@@ -148,7 +159,7 @@ def _unless_used_folder(arguments: list[str], multirun: bool) -> list[str]:
         return arguments  # the processes of a run share its folder
     folder = _unquoted(key.removesuffix("="), given[-1])
     if multirun and (folder / JOURNAL).is_file() and (folder / "multirun.yaml").is_file():
-        ours = [a for a in arguments if not a.startswith(("-", "hydra.", "hydra/"))]
+        ours = [a for a in arguments if not a.startswith("-") and not _is_about(("hydra.", "hydra/"), a)]
         theirs, _ = _sweep_overrides(folder)
         if sorted(a.replace("'", "") for a in ours) == sorted(a.replace("'", "") for a in theirs):
             return arguments  # a search goes on, or is shared, by the same command
