@@ -53,7 +53,7 @@ FROZEN_AUGMENT = ("none", "flip", "full")
 
 TRAINER_KEYS = {
     *("accelerator", "devices", "num_nodes", "strategy", "precision", "sync_batchnorm", "benchmark", "deterministic"),
-    *("max_epochs", "max_steps", "max_time", "limit_train_batches", "check_val_every_n_epoch"),
+    *("max_epochs", "max_time", "limit_train_batches", "check_val_every_n_epoch"),
     *("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"),
     *("log_every_n_steps", "enable_progress_bar", "enable_model_summary", "profiler", "detect_anomaly"),
 }
@@ -66,6 +66,7 @@ INSTEAD = {
         ("limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches"),
         "data.limit=100 takes 100 images of every split, and the record says so.",
     ),
+    "max_steps": "trainer.max_epochs counts epochs, and +trainer.limit_train_batches shortens each of them.",
     "val_check_interval": "trainer.check_val_every_n_epoch counts whole epochs.",
     "callbacks": "Callbacks are a group of their own: +callbacks.NAME._target_=CLASS.",
     "logger": "Loggers are a group of their own: logger=csv, or +logger.NAME._target_=CLASS.",
@@ -298,8 +299,6 @@ def check_trainer(trainer: Mapping[Any, Any]) -> None:
     check_choice("trainer.precision", trainer.get("precision", "auto"), PRECISIONS)
     check_int("trainer.accumulate_grad_batches", trainer.get("accumulate_grad_batches", 1), 1)
     check_int("trainer.log_every_n_steps", trainer.get("log_every_n_steps", 1), 1)
-    if (steps := trainer.get("max_steps", -1)) != -1:
-        check_int("trainer.max_steps", steps, 1)
     if trainer.get("limit_train_batches") in (0, 0.0):
         raise UserError("trainer.limit_train_batches=0 leaves nothing to train on: give a number of steps, or a share.")
     every = check_int("trainer.check_val_every_n_epoch", trainer.get("check_val_every_n_epoch", 1), 1)

@@ -42,8 +42,8 @@ class PacedCheckpointIO(TorchCheckpointIO):
 
     What is not written yet is held in the host's memory. `teardown` writes it: at the end of a run, after an error and
     after Ctrl-C. So a run with long epochs writes after each, one with epochs of a second writes every few seconds, and
-    only a killed process loses what came since the last write: the epoch it was in, or LONGEST seconds. The checkpoints
-    of one epoch are written together: the one to resume from is never older than the best one.
+    only a killed process, or a lost GPU, loses what came since the last write: the epoch it was in, or LONGEST seconds.
+    The checkpoints of one epoch are written together: the one to resume from is never older than the best one.
     """
 
     SHARE = 0.02

@@ -59,11 +59,13 @@ def gpu_in_turn(job: int, accelerator: str) -> list[int] | int:
 def resolve_precision(requested: str, accelerator: str) -> str:
     """Return Lightning's precision for trainer.precision: `auto` is bf16-mixed where a GPU computes in it.
 
+    On a CPU, Lightning computes in bf16-mixed where 16-mixed is asked for.
+
     Raises:
         UserError: None of PRECISIONS.
     """
     if check_choice("trainer.precision", requested, PRECISIONS) != "auto":
-        return requested
+        return "bf16-mixed" if (requested, accelerator) == ("16-mixed", "cpu") else requested
     return "bf16-mixed" if accelerator == "cuda" and torch.cuda.get_device_capability() >= (8, 0) else "32-true"
 
 
@@ -88,8 +90,11 @@ def select_gpu(devices: object, accelerator: str) -> None:
         return
     process = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
     named = [d for d in devices.split(",") if d.strip()] if isinstance(devices, str) and "," in devices else devices
-    index = int(list(named)[process]) if isinstance(named, Sequence) and not isinstance(named, str) else process
-    if 0 <= index < torch.cuda.device_count():  # Lightning refuses what is not there
+    try:
+        index = int(list(named)[process]) if isinstance(named, Sequence) and not isinstance(named, str) else process
+    except (IndexError, ValueError):
+        return  # Lightning refuses it, and what is not there
+    if 0 <= index < torch.cuda.device_count():
         torch.cuda.set_device(index)
 
 

@@ -1,5 +1,6 @@
 """Runs as a whole: what they leave behind, and that their figures can be had again from the checkpoint."""
 
+import csv
 import json
 import os
 
@@ -9,6 +10,7 @@ import torch
 from conftest import TINY
 
 from cifar_tl import hardware
+from cifar_tl.build import build_schedule
 from cifar_tl.checkpoints import load_trained
 from cifar_tl.errors import UserError
 from cifar_tl.evaluate import evaluate
@@ -130,6 +132,18 @@ def test_train_loss_is_the_mean_over_the_epochs_images(compose, tmp_path, monkey
     assert sizes == [16, 16, 8] * 4
     expected = [np.average(losses[i : i + 3], weights=sizes[i : i + 3]) for i in range(0, 12, 3)]
     assert metrics["train/loss"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_logged_learning_rates_are_those_of_their_steps(compose, tmp_path):
+    cfg = compose(*TINY, "trainer.log_every_n_steps=2", "logger=csv")
+    train(cfg, tmp_path, "demo")
+    schedule = build_schedule(cfg)
+    with next(tmp_path.glob("csv/*/metrics.csv")).open() as file:
+        rates = {int(row["step"]): float(row["lr/head"]) for row in csv.DictReader(file) if row["lr/head"]}
+    assert rates.keys() >= {1, 3, 5, 7, 9, 11}
+    for step, rate in rates.items():
+        assert rate == pytest.approx(schedule.learning_rates(step // 3, step % 3, 3)["head"], rel=1e-6), step
 
 
 @pytest.mark.slow

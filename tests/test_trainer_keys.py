@@ -5,8 +5,10 @@ import logging
 import os
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 from conftest import TINY
@@ -42,48 +44,6 @@ def test_an_epoch_without_validation_has_no_figures_of_another_one(compose, tmp_
     write_run_report(tmp_path)  # draws what is there
 
 
-@pytest.mark.slow
-def test_max_steps_cuts_an_epoch_short_and_the_record_says_so(compose, tmp_path, caplog):
-    metrics = train(compose(*TINY, "+trainer.max_steps=8"), tmp_path, "demo")  # 3 steps an epoch: 2 of the third
-    assert metrics["epoch"] == [0, 1, 2]
-    assert [value is None for value in metrics["train/loss"]] == [False, False, True]
-    assert [value is None for value in metrics["val/acc"]] == [False, False, True]
-    assert metrics["best/epoch"] < 2
-    assert metrics["status"] == "finished"
-    said = "The training ended in epoch 2 of 0..3: trainer.max_steps=8 is reached."
-    assert said in metrics["warnings"]
-    assert said in caplog.text
-    assert said in write_run_report(tmp_path).read_text()
-
-
-@pytest.mark.slow
-def test_a_run_that_is_killed_while_it_is_tested_records_the_same_when_it_goes_on(compose, tmp_path, monkeypatch):
-    def killed(*arguments):
-        raise SystemExit  # as after Ctrl-C
-
-    keys = (*TINY, "+trainer.max_steps=8")
-    with monkeypatch.context() as patched:
-        patched.setattr(ResNet50Classifier, "test_step", killed)
-        with pytest.raises(Interrupted):
-            train(compose(*keys), tmp_path, "demo")
-    before = json.loads((tmp_path / "metrics.json").read_text())
-    after = train(compose(*keys, f"resume={tmp_path}"), tmp_path, "demo")
-    assert after["status"] == "finished"
-    assert "The training ended in epoch 2 of 0..3: trainer.max_steps=8 is reached." in after["warnings"]
-    for key in ("warnings", "features", "starts", "epoch", "plan"):
-        assert after[key] == before[key], key
-
-
-@pytest.mark.slow
-def test_a_training_that_ends_before_any_validation_tests_nothing(compose, tmp_path):
-    with pytest.raises(UserError, match=r"No epoch was validated.*trainer\.max_steps=2 is reached.*last\.ckpt"):
-        train(compose(*TINY, "+trainer.max_steps=2"), tmp_path, "demo")
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["status"] == "failed"
-    assert "test/acc" not in metrics
-    assert last_epoch(tmp_path) == 0
-
-
 @pytest.fixture
 def hours_from_step(monkeypatch):
     """Let the Timer see hours go by from a given step on, counted from 1, and nothing before it."""
@@ -97,14 +57,50 @@ def hours_from_step(monkeypatch):
 
 
 @pytest.mark.slow
-def test_max_time_ends_a_run_that_is_validated_and_tested(compose, tmp_path, hours_from_step):
+def test_max_time_ends_a_run_that_is_validated_and_tested(compose, tmp_path, hours_from_step, caplog):
     hours_from_step(5)  # the second of three in the second epoch
     metrics = train(compose(*TINY, "+trainer.max_time='00:01:00:00'"), tmp_path, "demo")
     assert metrics["status"] == "finished"
     assert metrics["epoch"] == [0, 1]
     assert None not in metrics["val/acc"]
     assert [value is None for value in metrics["train/loss"]] == [False, True]
-    assert metrics["warnings"] == ["The training ended in epoch 1 of 0..3: trainer.max_time is over."]
+    said = "The training ended in epoch 1 of 0..3: trainer.max_time is over."
+    assert metrics["warnings"] == [said]
+    assert said in caplog.text
+    assert said in write_run_report(tmp_path).read_text()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_while_it_is_tested_records_the_same_when_it_goes_on(
+    compose, tmp_path, monkeypatch, hours_from_step
+):
+    def killed(*arguments):
+        raise SystemExit  # as after Ctrl-C
+
+    hours_from_step(5)
+    keys = (*TINY, "+trainer.max_time='00:01:00:00'")
+    with monkeypatch.context() as patched:
+        patched.setattr(ResNet50Classifier, "test_step", killed)
+        with pytest.raises(Interrupted):
+            train(compose(*keys), tmp_path, "demo")
+    before = json.loads((tmp_path / "metrics.json").read_text())
+    after = train(compose(*keys, f"resume={tmp_path}"), tmp_path, "demo")
+    assert after["status"] == "finished"
+    assert "The training ended in epoch 1 of 0..3: trainer.max_time is over." in after["warnings"]
+    for key in ("warnings", "features", "starts", "epoch", "plan"):
+        assert after[key] == before[key], key
+
+
+@pytest.mark.slow
+def test_a_training_that_ends_before_any_validation_tests_nothing(compose, tmp_path, hours_from_step):
+    hours_from_step(2)
+    keys = ("+trainer.max_time='00:01:00:00'", "+trainer.check_val_every_n_epoch=2")
+    with pytest.raises(UserError, match=r"No epoch was validated.*trainer\.max_time is over.*last\.ckpt"):
+        train(compose(*TINY, *keys), tmp_path, "demo")
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["status"] == "failed"
+    assert "test/acc" not in metrics
+    assert last_epoch(tmp_path) == 0
 
 
 def test_no_time_at_all_is_said(compose, tmp_path, hours_from_step):
@@ -152,7 +148,7 @@ def test_gradients_of_several_batches_make_one_step(compose, tmp_path):
         ({"gradient_clip": 1}, "gradient_clip_val"),
         ({"log_every_n_steps": 0}, "log_every_n_steps=0"),
         ({"log_every_n_steps": None}, "log_every_n_steps=None"),
-        ({"max_steps": 0}, "max_steps=0"),
+        ({"max_steps": 8}, r"\+trainer\.limit_train_batches"),
         ({"accumulate_grad_batches": 0}, "accumulate_grad_batches=0"),
         ({"precision": "bf16-true"}, "precision=bf16-true is not allowed: choose auto, 32-true, bf16-mixed, 16-mixed"),
         ({"limit_train_batches": 0}, "leaves nothing to train on"),
@@ -209,6 +205,9 @@ def test_numbers_that_are_all_but_zero_cost_no_time_in_any_thread():
         ("2,0", {"LOCAL_RANK": "1"}, 0),
         (4, {"LOCAL_RANK": "3"}, 3),
         ("auto", {"SLURM_LOCALID": "2"}, 2),
+        ([], {}, None),  # what Lightning refuses
+        (["a"], {}, None),
+        ([0], {"SLURM_LOCALID": "1"}, None),
     ],
 )
 def test_the_device_asked_for_is_the_one_that_is_named(monkeypatch, devices, environment, index):
@@ -223,7 +222,17 @@ def test_the_device_asked_for_is_the_one_that_is_named(monkeypatch, devices, env
     hardware.select_gpu(devices, "cpu")  # GPUs that are not asked for may be full
     assert chosen == []
     hardware.select_gpu(devices, "cuda")
-    assert chosen == [index]
+    assert chosen == ([] if index is None else [index])
+
+
+def test_the_record_has_the_precision_that_lightning_computes_in():
+    for precision in hardware.PRECISIONS:
+        resolved = hardware.resolve_precision(precision, "cpu")
+        with warnings.catch_warnings(action="ignore"):
+            trainer = L.Trainer(
+                accelerator="cpu", precision="32-true" if precision == "auto" else precision, logger=False
+            )
+        assert trainer.precision == resolved
 
 
 def test_several_processes_that_would_wait_for_the_frozen_backbone_are_refused(compose, tmp_path):

@@ -136,5 +136,6 @@ class BackboneUnfreeze(L.Callback):
         for optimizer, modules in zip(trainer.optimizers, self._modules, strict=True):
             for group, name in zip(optimizer.param_groups, modules, strict=True):
                 group["lr"] = learning_rates[name]
-        if batch_idx % trainer.log_every_n_steps == 0 or trainer.is_last_batch:  # type: ignore[attr-defined]  # Lightning adds it
+        # where Lightning writes after this step: it would write what an earlier one has logged, too
+        if trainer._logger_connector.should_update_logs or trainer.is_last_batch:
             pl_module.log_dict({f"lr/{name}": value for name, value in learning_rates.items()})

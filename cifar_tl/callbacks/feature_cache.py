@@ -22,6 +22,7 @@ from cifar_tl.data.augment import Augment
 from cifar_tl.data.datamodule import CIFAR10DataModule
 from cifar_tl.errors import UserError, check_choice
 from cifar_tl.files import replacing
+from cifar_tl.hardware import device_name
 from cifar_tl.model import backbone as backbone_code
 from cifar_tl.model import cpu_kernels
 from cifar_tl.model.backbone import FEATURES
@@ -215,7 +216,8 @@ class FeatureCache(L.Callback):
             "upscale": backbone.upscale,
             "eps": [m.eps for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)],  # in no state dict
             "precision": trainer.precision,
-            "device": trainer.strategy.root_device.type,
+            "device": device_name(trainer.strategy.root_device.type),
+            "compiled": backbone._compiled_call_impl is not None,
             "deterministic": torch.are_deterministic_algorithms_enabled(),
             "torch": torch.__version__,
         }

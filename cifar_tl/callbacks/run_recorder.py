@@ -171,8 +171,6 @@ class RunRecorder(EpochTimer):
 
 
 def _reason_of_early_end(trainer: L.Trainer) -> str:
-    if -1 < trainer.max_steps <= trainer.global_step:
-        return f"trainer.max_steps={trainer.max_steps} is reached"
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning adds it
         if isinstance(callback, Timer) and (callback.time_remaining() or 0) <= 0:
             return "trainer.max_time is over"

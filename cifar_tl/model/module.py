@@ -133,7 +133,7 @@ class ResNet50Classifier(L.LightningModule):
         correct = (logits.detach().argmax(dim=1) == class_indices(targets)).sum()
         self._train_sums += torch.stack([loss.detach().float() * len(images), correct])
         self._train_images += len(images)
-        if batch_idx % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # Lightning adds it
+        if self.trainer._logger_connector.should_update_logs:
             self.log("train/loss_step", loss)
         if self.trainer.is_last_batch:
             means = dict(zip(("train/loss", "train/acc"), self._train_sums / self._train_images, strict=True))

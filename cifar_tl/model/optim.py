@@ -59,8 +59,8 @@ def build_optimizer(name: str, groups: list[dict[str, Any]], momentum: float, ad
             return Muon(groups, momentum, MUON_ITERATIONS, MUON_BLOCK)
         case _:
             momentum = check_number("finetune.momentum", momentum, 0, below=1)
-            sgd = torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=momentum > 0, fused=True)
-            return _clippable(sgd)
+            # not fused: that fails where stages join, some parameters having momentum and others none yet
+            return torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=momentum > 0, foreach=True)
 
 
 def _clippable(optimizer: Optimizer) -> Optimizer:

@@ -98,6 +98,10 @@ def test_features_are_kept_and_read_by_the_next_run(compose, tmp_path, monkeypat
     command.train(compose(*overrides, "+trainer.deterministic=true"), tmp_path / "deterministic", "demo")
     torch.use_deterministic_algorithms(False)
     assert len(list((tmp_path / "features").iterdir())) == 5
+    with monkeypatch.context() as patched:
+        patched.setattr(feature_cache, "device_name", lambda accelerator: "another CPU")
+        command.train(compose(*overrides), tmp_path / "device", "demo")
+    assert len(list((tmp_path / "features").iterdir())) == 6
 
     kept.write_bytes(kept.read_bytes()[:1000])
     third = command.train(compose(*overrides), tmp_path / "third", "demo")

@@ -68,6 +68,20 @@ def step_with(name, rate, steps=1):
     return before, {g["name"]: [p.detach() for p in g["params"]] for g in groups}
 
 
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "muon"])
+def test_parameters_may_join_a_group_that_has_been_trained(name):
+    layers = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    optimizer = build_optimizer(name, parameter_groups(nn.Linear(4, 2), layers, weight_decay=0.05), momentum=0.9)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    before = [p.detach().clone() for p in layers.parameters()]
+    for training in (layers[1], layers):  # stage by stage, the last one first
+        for p in training.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert not any(torch.equal(old, new) for old, new in zip(before, layers.parameters(), strict=True))
+
+
 def test_muon_moves_kernels_about_equally_in_all_directions():
     before, after = step_with("muon", rate=0.01)
     change = (after["backbone"][0] - before["backbone"][0] * (1 - 0.01 * 0.05)).flatten(1)
