@@ -16,6 +16,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -40,6 +42,16 @@ def start(folder: Path, log: Path) -> "subprocess.Popen[bytes]":
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("a") as output:
         return subprocess.Popen([sys.executable, PROGRAM, *arguments], env=environment, stdout=output, stderr=output)
+
+
+@contextmanager
+def ended(process: "subprocess.Popen[bytes]") -> Iterator["subprocess.Popen[bytes]"]:
+    """End a process, whatever goes wrong beside it."""
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def read(folder: Path) -> dict:
@@ -104,14 +116,18 @@ def chaos(kills: int, seed: int, folder: Path) -> Counter:
     draw, done = random.Random(seed), Counter()
     straight, log = folder / "undisturbed", folder / "log"
     begin = time.monotonic()
-    assert start(straight, log).wait() == 0, log.read_text()
+    with ended(start(straight, log)) as process:
+        assert process.wait() == 0, log.read_text()
     seconds = time.monotonic() - begin
     run = folder / "run0"
     while sum(done.values()) < kills or run.exists():
         log.unlink(missing_ok=True)
-        before, process = saved_epochs(run), start(run, log)
-        how = draw.choice(("SIGTERM", "SIGKILL", "SIGKILL while writing"))
-        if sum(done.values()) < kills and kill(process, how, draw.uniform(0.2, 0.8) * seconds, run):
+        before = saved_epochs(run)
+        how, wait = draw.choice(("SIGTERM", "SIGKILL", "SIGKILL while writing")), draw.uniform(0.2, 0.8) * seconds
+        with ended(start(run, log)) as process:
+            killed = sum(done.values()) < kills and kill(process, how, wait, run)
+            assert killed or process.wait() == 0, log.read_text()[-3000:]
+        if killed:
             done[how] += 1
             after, said = saved_epochs(run), said_epochs(log)
             lost = [seconds for epoch, seconds in said.items() if epoch >= after]
@@ -122,8 +138,6 @@ def chaos(kills: int, seed: int, folder: Path) -> Counter:
                 f"{sum(done.values()):3d}  {how:<22} {before:2d} -> {after:2d} epochs saved, {len(lost)} lost",
                 flush=True,
             )
-        else:
-            assert process.wait() == 0, log.read_text()[-3000:]
         if read(run)["status"] == "finished":
             check_end(run, straight, log)
             print(f"     {run.name} is finished, and is the undisturbed one, bit for bit", flush=True)

@@ -13,7 +13,8 @@ def test_every_benchmark_runs_and_leaves_figures(tmp_path, monkeypatch, capsys):
     assert main(["--limit", "20", "--rounds", "1", "--batch-sizes", "256"]) == 0
     (folder,) = (tmp_path / "outputs" / "bench").iterdir()
     result = json.loads((folder / "bench.json").read_text())
-    expected = {"pipeline": 3, "frozen": 3, "step": 7, "startup": 2, "runs": 1}
+    # features of random weights are not kept, so that there is nothing that an earlier run could have left
+    expected = {"pipeline": 3, "frozen": 2, "step": 7, "predict": 2, "startup": 2, "runs": 1}
     assert {name: len(result[name]) for name in expected} == expected
     assert all(row["median"] > 0 for name in expected for row in result[name])
     shares = [row["median"] for row in result["step"] if row["unit"] == "of a step"]
@@ -23,6 +24,37 @@ def test_every_benchmark_runs_and_leaves_figures(tmp_path, monkeypatch, capsys):
     assert result["runs"][0]["host GiB"] > 0
     assert result["device"] in capsys.readouterr().out
     assert "### Fine-tune step" in (folder / "bench.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_no_measurement(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    for part in ("startup", "runs"):
+        assert main(["--only", part, "--data-root", "nowhere", "--rounds", "1", "--limit", "20"]) == 1
+        err = capfd.readouterr().err
+        assert "ended with exit code 1; what it printed says why" in err
+        assert "Traceback" not in err
+
+
+def test_ctrl_c_keeps_what_has_been_measured(tmp_path, monkeypatch, capsys):
+    def interrupted(setting):
+        raise SystemExit  # as Lightning does
+
+    row = {"what": "x", "median": 1.0}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cifar_tl.benchmarks.pipeline.measure", lambda setting: [row])
+    monkeypatch.setattr("cifar_tl.benchmarks.step.measure", interrupted)
+    assert main(["--only", "pipeline", "step"]) == 130
+    (folder,) = (tmp_path / "outputs" / "bench").iterdir()
+    assert f"What had been measured is in {folder.relative_to(tmp_path)}" in capsys.readouterr().err
+    assert json.loads((folder / "bench.json").read_text())["pipeline"] == [row]
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "x"])
+def test_a_number_that_cannot_be_is_refused(number, capsys):
+    with pytest.raises(SystemExit):
+        main(["--rounds", number])
+    assert "argument --rounds: invalid positive value" in capsys.readouterr().err
 
 
 def test_candidates_take_turns_and_the_first_round_does_not_count():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from torch import nn
 
 from cifar_tl import hardware
 from cifar_tl.build import build_schedule
@@ -103,6 +104,7 @@ def test_real_data_and_real_weights(compose, shared, tmp_path):
         "data.limit=300",
         "data.batch_size=50",
         "data.download=false",
+        "finetune.features_folder=null",
     )
     metrics = train(compose(*overrides), tmp_path, "default")
     # chance is 0.1; 300 images are enough for ImageNet features to do far better, random ones would not
@@ -132,6 +134,22 @@ def test_train_loss_is_the_mean_over_the_epochs_images(compose, tmp_path, monkey
     assert sizes == [16, 16, 8] * 4
     expected = [np.average(losses[i : i + 3], weights=sizes[i : i + 3]) for i in range(0, 12, 3)]
     assert metrics["train/loss"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_one_that_is_not(compose, tmp_path, monkeypatch, run):
+    compiled, original = [], nn.Module.compile
+
+    def compile(module):
+        compiled.append(module)
+        original(module, backend="eager")  # the graphs, without minutes for their kernels
+
+    monkeypatch.setattr(nn.Module, "compile", compile)
+    keys = ("model.compile=true", "finetune.cache_features=false", "finetune.features_folder=null")
+    metrics = train(compose(*TINY, *keys), tmp_path, "demo")  # FreezeGuard sees both phases
+    assert [type(module).__name__ for module in compiled] == ["Backbone"]
+    plain = json.loads((run / "metrics.json").read_text())
+    assert metrics["train/loss"] == pytest.approx(plain["train/loss"], rel=1e-4)
 
 
 @pytest.mark.slow

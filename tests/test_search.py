@@ -205,17 +205,17 @@ def test_processes_share_a_search_and_one_that_is_killed_leaves_its_trial_to_the
         path = tmp_path / "search" / "begun.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
-    first, second = start(), start()
+    processes = [first, second] = [start(), start()]
     try:
         while len({line["process"] for line in begun()}) < 2 or len(begun()) < 6:  # the test's timeout ends it
             assert first.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.02)
         first.kill()
         first.wait()
-        third = start()
+        processes.append(third := start())
         assert [second.wait(), third.wait()] == [0, 0], (tmp_path / "log").read_text()
     finally:
-        for process in (first, second):
+        for process in processes:
             process.kill()
             process.wait()
     study = open_study(tmp_path / "search")

@@ -61,6 +61,27 @@ def test_a_sweeps_folder_may_be_named_by_way_of_another_one(command, tmp_path):
     assert (tmp_path / "sweep" / "sweep.csv").is_file()
 
 
+@pytest.mark.parametrize(
+    ("choice", "count", "some"),
+    [
+        ("seeds", 3, {"seed=2"}),
+        ("lr", 9, {"finetune.backbone_lr=0.003", "finetune.head_lr_unfrozen=0.002"}),
+        ("ablation", 24, {"ablate=adamw", "ablate=none", "seed=0"}),
+    ],
+)
+def test_sweeps_that_are_ready_have_their_jobs(command, choice, count, some):
+    jobs = []
+
+    def task(cfg):
+        jobs.append(HydraConfig.get().overrides.task)
+        return 0.5
+
+    code, _, err = command(task, "-m", f"sweep={choice}", "hydra.sweep.dir=sweep")
+    assert code == 0, err
+    assert len({tuple(job) for job in jobs}) == len(jobs) == count
+    assert {override for job in jobs for override in job} >= some
+
+
 @pytest.mark.slow
 def test_a_sweep_of_12_jobs_that_is_killed_twice_has_12_results_none_computed_twice(tmp_path):
     sweep, finished = tmp_path / "sweep", {}

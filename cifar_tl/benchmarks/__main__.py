@@ -19,13 +19,13 @@ def main(arguments: list[str]) -> int:
         0, or 1 after a mistake, whose explanation is then on stderr.
     """
     parser = argparse.ArgumentParser(prog="python -m cifar_tl.benchmarks", description=__doc__)
-    names = ["pipeline", "frozen", "step", "startup", "runs"]
+    names = ["pipeline", "frozen", "step", "predict", "startup", "runs"]
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--data-root", help="folder with CIFAR-10; without it, generated images")
     parser.add_argument("--weights", help="as in model.weights; without it, random ones")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each candidate (default: 5)")
-    parser.add_argument("--limit", type=int, help="images to use at most, for a quick look")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[64, 128, 256, 512])
+    parser.add_argument("--rounds", type=positive, default=5, help="turns of each candidate (default: 5)")
+    parser.add_argument("--limit", type=positive, help="images to use at most, for a quick look")
+    parser.add_argument("--batch-sizes", type=positive, nargs="+", default=[64, 128, 256, 512])
     parser.add_argument(
         "--only",
         nargs="+",
@@ -35,17 +35,20 @@ def main(arguments: list[str]) -> int:
     )
     given = parser.parse_args(arguments)
 
-    from cifar_tl.benchmarks import frozen, peers, pipeline, step, whole  # late: --help should not wait for torch
+    # late: --help should not wait for torch
+    from cifar_tl.benchmarks import frozen, peers, pipeline, predict, step, whole
     from cifar_tl.benchmarks.setting import Setting
     from cifar_tl.build import quieten_lightning
-    from cifar_tl.errors import UserError
-    from cifar_tl.hardware import environment, resolve_accelerator
+    from cifar_tl.errors import Interrupted, UserError
+    from cifar_tl.files import write_text
+    from cifar_tl.hardware import advice_when_out_of_memory, environment, resolve_accelerator, resolve_precision
     from cifar_tl.runs.record import git_state
 
     measures = {
         "pipeline": ("Input pipeline, batches of 128, flip and crop", pipeline.measure),
         "frozen": ("Frozen phase of 10 epochs", frozen.measure),
         "step": ("Fine-tune step", step.measure),
+        "predict": ("cifar_tl.predict on a folder of PNGs", predict.measure),
         "startup": ("Start-up", whole.startup),
         "runs": ("Whole 10 + 10 epoch runs, from command to test result", whole.runs),
         "peers": (
@@ -54,11 +57,11 @@ def main(arguments: list[str]) -> int:
         ),
     }
     now = datetime.now(UTC)
+    output = Path("outputs/bench") / now.strftime("%Y-%m-%d_%H-%M-%S")
     logging.basicConfig(level=logging.WARNING)
     quieten_lightning()
     try:
         resolve_accelerator(given.device)
-        output = Path("outputs/bench") / now.strftime("%Y-%m-%d_%H-%M-%S")
         output.mkdir(parents=True)
         result: dict[str, Any] = {
             "command": " ".join(["python -m cifar_tl.benchmarks", *arguments]),
@@ -66,7 +69,9 @@ def main(arguments: list[str]) -> int:
             **environment(given.device),
             **git_state(),
         }
-        text = [f"{result['device']}, {result['threads']} threads, torch {result['versions']['torch']}", ""]
+        precision = resolve_precision("auto", given.device)
+        where = f"{result['device']}, {result['threads']} threads, {precision}"
+        text = [f"{where}, torch {result['versions']['torch']}", ""]
         text += [f"`{result['command']}`, {result['date']}, commit {(result['git_commit'] or 'none')[:7]}", ""]
         print("\n".join(text))
         with tempfile.TemporaryDirectory(prefix="cifar_tl_bench") as folder:
@@ -81,17 +86,28 @@ def main(arguments: list[str]) -> int:
             )
             for name in given.only:
                 title, measure = measures[name]
-                result[name] = measure(setting)
+                with advice_when_out_of_memory("Give smaller --batch-sizes, or leave the part out with --only."):
+                    result[name] = measure(setting)
                 section = [f"### {title}", "", table(result[name]), ""]
                 text += section
                 print("\n".join(section), flush=True)
-                (output / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
-                (output / "bench.md").write_text("\n".join(text))
-    except UserError as error:
+                write_text(output / "bench.json", json.dumps(result, indent=1) + "\n")
+                write_text(output / "bench.md", "\n".join(text))
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except (KeyboardInterrupt, Interrupted, SystemExit):  # the last one is Lightning's, after Ctrl-C
+        print(f"\nInterrupted. What had been measured is in {output}.", file=sys.stderr)
+        return 130
     print(f"written to {output}/bench.json and bench.md")
     return 0
+
+
+def positive(text: str) -> int:
+    """Return a number of at least 1, for argparse."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -12,7 +12,8 @@ EPOCHS = 10
 def measure(setting: Setting) -> list[dict[str, Any]]:
     """Return the seconds of a frozen phase of 10 epochs on images as they are (finetune.frozen_augment=none).
 
-    On images, one epoch is measured and counted ten times: it is the same work in each.
+    On images, one epoch is measured and counted ten times: it is the same work in each. Runs keep the features of
+    weights from a file, no others.
     """
     kept = setting.folder / "features"
 
@@ -32,11 +33,9 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
         shutil.rmtree(kept, ignore_errors=True)
         return phase(EPOCHS, cached=True)
 
-    candidates = {
-        "images": lambda: EPOCHS * phase(1, cached=False),
-        "features, computed and kept": computed,
-        "features, kept by an earlier run": lambda: phase(EPOCHS, cached=True),
-    }
+    candidates = {"images": lambda: EPOCHS * phase(1, cached=False), "features, computed": computed}
+    if setting.weights is not None:
+        candidates["features, kept by an earlier run"] = lambda: phase(EPOCHS, cached=True)
     # runs of minutes need no turn to warm up
     rows = summary(take_turns(candidates, setting.rounds, warm_up=0), f"s for {EPOCHS} epochs")
     for row in rows:

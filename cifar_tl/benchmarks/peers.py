@@ -190,7 +190,7 @@ def tutorial(setting: Setting) -> Speed:
     datamodule = build_datamodule(data_config(setting))
     datamodule.prepare_data()
     datamodule.setup("fit")
-    loader = dataloader(datamodule.images("train"), datamodule.targets("train"), BATCH_SIZE, workers=2)
+    loader = dataloader(datamodule.images("train"), datamodule.targets("train"), BATCH_SIZE, 2, setting.is_gpu)
 
     def speed(phase: str) -> float:
         clock = Clock()

@@ -38,7 +38,7 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
         epoch=lambda: next(epochs),
         device=setting.device,
     )
-    theirs = {f"DataLoader, {w} workers": dataloader(images[few], targets[few], 128, w) for w in (0, 2)}
+    theirs = {f"DataLoader, {w} workers": dataloader(images[few], targets[few], 128, w, setting.is_gpu) for w in (0, 2)}
 
     def rate(batches: Iterable[Any]) -> Callable[[], float]:
         def measure() -> float:

@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig
 
 from cifar_tl.cli import compose
+from cifar_tl.hardware import resolve_precision
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Setting:
     batch_sizes: tuple[int, ...]
     folder: Path
 
+    @property
+    def is_gpu(self) -> bool:
+        """Whether this is about a GPU."""
+        return self.device == "cuda"
+
     def overrides(self) -> list[str]:
         """Return the overrides that make the command line measure what the benchmarks do."""
         data = ["data=synthetic"] if self.data_root is None else [f"data.root='{self.data_root}'"]
@@ -43,7 +49,7 @@ class Setting:
         return [
             *data,
             f"model.weights={weights}",
-            f"data.limit={self.limit or 'null'}",
+            f"data.limit={'null' if self.limit is None else self.limit}",
             f"trainer.accelerator={self.device}",
             "logger=csv",
         ]
@@ -54,12 +60,13 @@ class Setting:
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given."""
-        if self.device == "cuda":
+        if self.is_gpu:
             torch.cuda.synchronize()
 
     def precision(self) -> AbstractContextManager[Any]:
         """Return the context in which Lightning runs a forward pass with trainer.precision=auto."""
-        return torch.autocast("cuda", dtype=torch.bfloat16) if self.device == "cuda" else nullcontext()
+        mixed = resolve_precision("auto", self.device) == "bf16-mixed"
+        return torch.autocast(self.device, dtype=torch.bfloat16) if mixed else nullcontext()
 
 
 def take_turns(candidates: Mapping[str, Callable[[], float]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:

@@ -16,7 +16,7 @@ from cifar_tl.benchmarks.torchvision_way import Classifier, dataloader
 from cifar_tl.build import build_datamodule, build_module, build_unfreeze
 from cifar_tl.callbacks.epoch_seed import EpochSeed
 from cifar_tl.callbacks.freeze_guard import CHECKED_STEPS, FreezeGuard
-from cifar_tl.hardware import device_name, prepare_for
+from cifar_tl.hardware import device_name, prepare_for, resolve_precision
 from cifar_tl.model.backbone import Backbone
 from cifar_tl.model.module import ResNet50Classifier
 
@@ -103,7 +103,7 @@ def fit_options(setting: Setting, steps: int) -> dict[str, Any]:
     return {
         "accelerator": setting.device,
         "devices": 1,
-        "precision": "bf16-mixed" if setting.device == "cuda" else "32-true",
+        "precision": resolve_precision("auto", setting.device),
         "max_epochs": -1,
         "max_steps": steps,
         "limit_val_batches": 0,
@@ -121,7 +121,7 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
         loops, shares = candidates(setting, batch_size)
         figures = take_turns(loops, setting.rounds, warm_up=0)  # each turn has its own
         new = summary(figures, "images/s", f"batch {batch_size}: bare loop")
-        if setting.device == "cuda":
+        if setting.is_gpu:
             add_share_of_peak(new, setting)
         rows += new + summary(take_turns(shares, setting.rounds, warm_up=0), "of a step")
     return rows
@@ -133,7 +133,7 @@ Candidates = dict[str, Callable[[], float]]
 def candidates(setting: Setting, batch_size: int) -> tuple[Candidates, Candidates]:
     """Return functions that run some steps: of each loop, for images a second; of each optimizer, for its share."""
     config = setting.config("finetune=full", f"data.batch_size={batch_size}")
-    timed = max(4, 512 // batch_size)
+    timed = max(50 if setting.is_gpu else 4, 512 // batch_size)  # a DataLoader has some batches ready in advance
     steps = WARM_UP + timed
 
     def ours_module(optimizer: str = "adamw") -> ResNet50Classifier:  # adamw, as the tutorial has
@@ -145,7 +145,7 @@ def candidates(setting: Setting, batch_size: int) -> tuple[Candidates, Candidate
     def fit(clock: L.Callback, compiled: bool = False, optimizer: str = "adamw", **options: Any) -> None:
         callbacks = [EpochSeed(0), build_unfreeze(config), FreezeGuard(0, max_epochs=config.trainer.max_epochs), clock]
         options = {**fit_options(setting, steps), **options}
-        trainer = L.Trainer(**options, callbacks=callbacks, benchmark=setting.device == "cuda")
+        trainer = L.Trainer(**options, callbacks=callbacks, benchmark=setting.is_gpu)
         module = ours_module(optimizer)
         if compiled:
             module.backbone.compile()
@@ -194,9 +194,9 @@ def candidates(setting: Setting, batch_size: int) -> tuple[Candidates, Candidate
     ours()  # puts the images onto the device, where the bare loop takes them from
     images, targets = datamodule.splits["train"]
     assert isinstance(images, torch.Tensor)
-    theirs = dataloader(images.cpu(), targets.cpu(), batch_size, workers=2)
+    theirs = dataloader(images.cpu(), targets.cpu(), batch_size, 2, setting.is_gpu)
     loops: dict[str, Callable[[], float]] = {"bare loop": bare, "cifar_tl": ours, "tutorial": tutorial}
-    if setting.device == "cuda":
+    if setting.is_gpu:
         loops["cifar_tl, compiled"] = partial(ours, compiled=True)
     else:
         loops["cifar_tl, bf16-mixed"] = partial(ours, precision="bf16-mixed")

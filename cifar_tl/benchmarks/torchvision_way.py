@@ -44,15 +44,17 @@ class Images(Dataset[tuple[Tensor, int]]):
         return self.transform(Image.fromarray(self.images[index])), self.targets[index]
 
 
-def dataloader(images: Tensor, targets: Tensor, batch_size: int, workers: int) -> DataLoader[tuple[Tensor, int]]:
-    """Return a shuffling DataLoader whose workers live on from one epoch to the next."""
+def dataloader(
+    images: Tensor, targets: Tensor, batch_size: int, workers: int, pin: bool
+) -> DataLoader[tuple[Tensor, int]]:
+    """Return a shuffling DataLoader whose workers live on from one epoch to the next; `pin` is for GPUs."""
     return DataLoader(
         Images(images, targets),
         batch_size=batch_size,
         shuffle=True,
         num_workers=workers,
         persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin,
     )
 
 

@@ -7,14 +7,15 @@ import time
 from typing import Any
 
 from cifar_tl.benchmarks.setting import Setting, summary, take_turns
+from cifar_tl.errors import UserError
 
 
 def startup(setting: Setting) -> list[dict[str, Any]]:
-    """Return the seconds from the command to the start of the first epoch, and of --help."""
+    """Return the seconds from the command to the first step, without features to compute, and of --help."""
 
     def first_phase() -> float:
         folder = setting.folder / f"startup{time.monotonic_ns()}"
-        arguments = [*setting.overrides(), f"hydra.run.dir='{folder}'"]
+        arguments = [*setting.overrides(), "finetune.cache_features=false", f"hydra.run.dir='{folder}'"]
         start = time.perf_counter()
         command = [sys.executable, "-u", "-m", "cifar_tl.train", *arguments]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -22,6 +23,8 @@ def startup(setting: Setting) -> list[dict[str, Any]]:
             for line in process.stdout:
                 if line.startswith("Phase '"):
                     break
+            else:
+                raise UserError(failed("cifar_tl.train", process.wait()))
             taken = time.perf_counter() - start
             process.kill()
         return taken
@@ -31,18 +34,25 @@ def startup(setting: Setting) -> list[dict[str, Any]]:
         subprocess.run([sys.executable, "-m", "cifar_tl.train", "--help"], check=True, stdout=subprocess.DEVNULL)
         return time.perf_counter() - start
 
-    return summary(take_turns({"to the first epoch": first_phase, "--help": help_text}, setting.rounds), "s")
+    return summary(take_turns({"to the first step": first_phase, "--help": help_text}, setting.rounds), "s")
+
+
+def failed(what: str, code: int) -> str:
+    """Return what to say of a command that has printed its error itself."""
+    return f"{what} ended with exit code {code}; what it printed says why."
 
 
 def runs(setting: Setting) -> list[dict[str, Any]]:
     """Return the seconds from command to test result of whole 10 + 10 epoch runs, once each, with peak memory."""
     rows = []
-    for experiment in ("default", "hires") if setting.device == "cuda" else ("default",):
+    for experiment in ("default", "hires") if setting.is_gpu else ("default",):
         folder = setting.folder / f"run_{experiment}"
         arguments = [f"experiment={experiment}", *setting.overrides(), f"hydra.run.dir='{folder}'"]
         arguments.append("finetune.features_folder=null")  # a first run, which finds no features
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "cifar_tl.train", *arguments], check=True)
+        done = subprocess.run([sys.executable, "-m", "cifar_tl.train", *arguments])
+        if done.returncode != 0:
+            raise UserError(failed(f"experiment={experiment}", done.returncode))
         taken = time.perf_counter() - start
         metrics = json.loads((folder / "metrics.json").read_text())
         row = {"what": f"experiment={experiment}", "median": taken, "unit": "s", "low": taken, "high": taken, "n": 1}

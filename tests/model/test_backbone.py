@@ -103,6 +103,23 @@ def test_a_mistyped_name_is_corrected():
         load_weights(Backbone(upscale=1), "IMAGENET1K_V22", filter_rms=None)
 
 
+def test_torchvisions_weights_are_fetched_once_and_their_hash_is_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_is_legacy_zip_format", lambda path: False)
+    source, fetched = resnet50(), []
+
+    def fetch(url, path, hash_prefix, progress):
+        fetched.append((url.rpartition("/")[2], hash_prefix))
+        torch.save(source.state_dict(), path)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    for _ in range(2):
+        backbone = Backbone(upscale=1)
+        load_weights(backbone, "IMAGENET1K_V1", filter_rms=None)
+        assert torch.equal(backbone.conv1.weight, source.conv1.weight)
+    assert fetched == [("resnet50-0676ba61.pth", "0676ba61")]
+
+
 def test_no_network_says_where_to_put_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
 
