@@ -28,7 +28,7 @@ from cifar_tl.checkpoints import Trained, load_trained
 from cifar_tl.data import robustness
 from cifar_tl.data.cifar10 import Cifar10
 from cifar_tl.data.datamodule import CIFAR10DataModule
-from cifar_tl.errors import UserError, check_flag, check_int, check_path
+from cifar_tl.errors import Interrupted, UserError, check_flag, check_int, check_path
 from cifar_tl.files import write_text, writing_for
 from cifar_tl.hardware import advice_when_out_of_memory, prepare_for, resolve_accelerator, select_gpu
 from cifar_tl.model.tta import AUGMENTED, SINGLE, View
@@ -89,7 +89,10 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     keys = {"deterministic": trained.config.trainer.get("deterministic"), **cfg.trainer, "precision": precision}
     trainer = build_trainer(keys, logger=False, enable_checkpointing=False)
     with advice_when_out_of_memory(f"Lower data.eval_batch_size={data.eval_batch_size}."):
-        (scalars,) = trainer.test(trained.module, datamodule=datamodule, verbose=False)
+        try:
+            (scalars,) = trainer.test(trained.module, datamodule=datamodule, verbose=False)
+        except SystemExit as stop:  # how Lightning ends after Ctrl-C
+            raise Interrupted from stop
         examples = datamodule.sizes["test"]
         result = metrics_of_test(scalars, trained.module.test_details, examples)
         log.info("%s", result_text(result, examples))

@@ -187,7 +187,8 @@ def metadata(trained: Trained, input: str) -> dict[str, str]:
         "checkpoint_sha256": sha256,
         "epoch": trained.epoch,
         "facts": trained.facts,
-        "config": trained.saved_config,
+        # where a run was logged says nothing of the model, and may be somebody's server, with a password
+        "config": {group: values for group, values in trained.saved_config.items() if group != "logger"},
     }
     values = (
         json.dumps(trained.classes),

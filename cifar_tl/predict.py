@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
 import warnings
 from collections import deque
@@ -94,7 +95,7 @@ def predict(cfg: DictConfig, folder: Path) -> Path:
         log.info("            and %d more, in the column `error`", len(errors) - SHOWN_ERRORS)
     log.info("table       %s", output)
     if predicted == 0:
-        raise UserError(f"input={cfg.input} has no image that can be read; {output} says why for each file.")
+        raise UserError(f"input={cfg.input}: no file could be predicted; {output} says why for each file.")
     return output
 
 
@@ -177,6 +178,9 @@ def predict_batch(
         images = torch.from_numpy(np.stack([image.pixels for _, image in good])).to(device)
         best = classifier(images).softmax(dim=1).topk(top_k)
     for (row, _), probabilities, indices in zip(good, best.values.tolist(), best.indices.tolist(), strict=True):
+        if not math.isfinite(sum(probabilities)):
+            row["error"] = "the model's logits are not finite numbers: its training has diverged"
+            continue
         for rank, (probability, index) in enumerate(zip(probabilities, indices, strict=True), start=1):
             row[f"class_{rank}"] = names[index]
             row[f"probability_{rank}"] = round(probability, 6)

@@ -36,7 +36,6 @@ from cifar_tl.build import (
     check_batch_size,
     check_strategy,
     check_trainer,
-    flat,
     plain,
     quieten_lightning,
     run_facts,
@@ -59,7 +58,7 @@ from cifar_tl.model.optim import optimizer_text
 from cifar_tl.model.weights import load_weights
 from cifar_tl.reports.run_page import write_run_report
 from cifar_tl.runs.formatting import duration_text, percent, result_text
-from cifar_tl.runs.record import METRICS, read_metrics
+from cifar_tl.runs.record import METRICS, flat, read_metrics
 from cifar_tl.runs.resume import is_first_process, kept_result, resume_command, run_lock, save_overrides
 from cifar_tl.schedule import epochs_text, stages_text
 

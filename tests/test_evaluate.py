@@ -15,7 +15,7 @@ from cifar_tl.data import robustness
 from cifar_tl.data.cifar10 import Cifar10
 from cifar_tl.data.splits import split_train_val
 from cifar_tl.data.synthetic import Synthetic
-from cifar_tl.errors import UserError
+from cifar_tl.errors import Interrupted, UserError
 from cifar_tl.evaluate import Evaluation, evaluate, main
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.model.tta import AUGMENTED, identity, mirrored, shifted_in, shifted_out
@@ -69,6 +69,15 @@ def test_single_view_stays_the_runs_whatever_is_asked_for_beside_it(compose, tin
     single = {key: value for key, value in metrics.items() if key.startswith("test/")}
     overrides = (f"checkpoint='{tiny_checkpoint}'", "trainer.accelerator=cpu", "tta=true", "temperature=true")
     assert single.items() <= evaluate(compose(*overrides, config_name="evaluate")).items()
+
+
+def test_ctrl_c_in_the_test_is_an_interruption(compose, tiny_checkpoint, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ResNet50Classifier, "test_step", interrupted)
+    with pytest.raises(Interrupted):
+        evaluate(compose(f"checkpoint='{tiny_checkpoint}'", "trainer.accelerator=cpu", config_name="evaluate"))
 
 
 def test_precision_is_the_runs(compose, tiny_checkpoint, tmp_path):
@@ -323,6 +332,7 @@ def command(cifar_checkpoint, root, monkeypatch, capsys):
     [
         (["cifar10_1=v5"], None, "cifar10_1=v5 is not allowed: choose v4, v6"),
         (["cifar10_c=fogg"], None, "Did you mean fog?"),
+        (["cifar10_c=true"], None, "cifar10_c=True is not allowed: choose all, "),
         (["cifar10_c=[all,fog]"], None, "a name in cifar10_c=all is not allowed: choose "),
         (["data.limit=al"], None, "data.limit=al is not allowed: give a whole number"),
         (["data.root=[a,b]"], None, "data.root=['a', 'b'] is not allowed: give one path."),

@@ -143,6 +143,7 @@ def somebodys(tiny_checkpoint, tmp_path):
     checkpoint = torch.load(tiny_checkpoint, weights_only=True)
     checkpoint["cifar_tl"]["config"]["model"]["weights"] = "/home/somebody/weights/mine.pth"
     checkpoint["cifar_tl"]["config"]["finetune"]["features_folder"] = "C:\\Users\\somebody\\features"
+    checkpoint["cifar_tl"]["config"]["logger"] = {"mlflow": {"tracking_uri": "https://somebody/mlflow"}}
     torch.save(checkpoint, tmp_path / "somebodys.ckpt")
     return tmp_path / "somebodys.ckpt"
 

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 from cifar_tl import cli
-from cifar_tl.benchmarks import predict as benchmark
 from cifar_tl.checkpoints import load_trained
 from cifar_tl.data import inputs
 from cifar_tl.errors import UserError
@@ -126,6 +125,18 @@ def run(compose, tiny_checkpoint, tmp_path_factory):
 @pytest.fixture(scope="session")
 def rows(hostile, run):
     return {row["path"].removeprefix(f"{hostile}/"): row for row in run(hostile, "batch_size=4")}
+
+
+def test_a_model_that_has_diverged_predicts_nothing(compose, hostile, tiny_checkpoint, tmp_path):
+    checkpoint = torch.load(tiny_checkpoint, weights_only=True)
+    checkpoint["state_dict"]["head.0.weight"] *= float("nan")
+    torch.save(checkpoint, tmp_path / "nan.ckpt")
+    keys = (f"checkpoint='{tmp_path / 'nan.ckpt'}'", f"input='{hostile}/sub'", "trainer.accelerator=cpu", "format=json")
+    with pytest.raises(UserError, match="says why for each file"):
+        predict(compose(*keys, config_name="predict"), tmp_path)
+    (row,) = json.loads((tmp_path / "predictions.json").read_text())
+    assert row["error"] == "the model's logits are not finite numbers: its training has diverged"
+    assert row["class_1"] is None
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -447,11 +458,3 @@ def test_what_it_says(command, tmp_path):
     assert "error       'text/readme.txt': no image" in out
     assert (tmp_path / "table.csv").read_text().splitlines()[0].startswith("path,class_1,probability_1,")
     assert not list(tmp_path.glob("**/*.partial*"))
-
-
-@pytest.mark.slow
-def test_the_benchmark_prints_its_figures(capsys):
-    assert benchmark.main(["--images", "20", "--repeats", "1", "--accelerator", "cpu"]) == 0
-    figures = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert {"device", "decode", "predict"} <= figures.keys()
-    assert "images/s, median of 1" in figures["predict"]

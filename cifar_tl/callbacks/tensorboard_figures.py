@@ -23,6 +23,7 @@ from cifar_tl.data.datamodule import CIFAR10DataModule
 from cifar_tl.reports import figures
 from cifar_tl.runs.metrics import confusion_matrix, reliability, softmax, top_mistakes
 from cifar_tl.runs.predictions import MISTAKES, SplitPredictions
+from cifar_tl.runs.record import flat
 from cifar_tl.schedule import FinetuneSchedule, epochs_text, stages_text
 
 log = logging.getLogger(__name__)
@@ -249,10 +250,9 @@ def plan_markdown(schedule: FinetuneSchedule) -> str:
 def hparam_values(config: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
     """Return the keys of HPARAMS and their values, flat; a list becomes `128-64`, a path its last part, None `null`."""
     values: dict[str, bool | int | float | str] = {}
+    given = flat(config)
     for key in HPARAMS:
-        value: Any = config
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
+        value = given.get(key)
         if isinstance(value, list):
             value = "-".join(map(str, value))
         values[key] = "null" if value is None else value.rsplit("/", 1)[-1] if isinstance(value, str) else value

@@ -98,7 +98,7 @@ def open_inputs(source: Path) -> Iterator[Inputs]:
             _refuse_empty(source, len(files), skipped)
             yield Inputs(len(files), iter(files), skipped)
     elif name.endswith(TAR_ENDINGS) and not source.is_dir():
-        with _opened(source, lambda: tarfile.open(source, "r|*", tarinfo=_LimitedTarInfo)) as archive:
+        with _opened(source, lambda: tarfile.open(source, "r:*", tarinfo=_LimitedTarInfo)) as archive:
             yield Inputs(None, _tar_files(source, archive, skipped), skipped)
     else:
         files = list(_path_files(source, skipped))
@@ -142,10 +142,10 @@ def _path_files(path: Path, skipped: Counter[str]) -> Iterator[InputFile]:
 def _opened(source: Path, open_archive: Callable[[], Archive]) -> Archive:
     try:
         return open_archive()
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+    except Exception as error:  # BadZipFile, TarError, OSError, UnicodeDecodeError, NotImplementedError (version), ...
         raise UserError(
             f"input={source} cannot be opened as an archive: it is broken, or something else than its name says "
-            f"({_first_line(error)})."
+            f"({_first_line(error).rstrip(':')})."
         ) from error
 
 
@@ -201,21 +201,25 @@ def _tar_files(source: Path, archive: tarfile.TarFile, skipped: Counter[str]) ->
         for member in archive:
             if member.isdir():
                 continue
-            if reason := skipped_by_name(member.name) or (None if member.isfile() else IRREGULAR):
+            if reason := skipped_by_name(member.name) or (None if member.isfile() or member.islnk() else IRREGULAR):
                 skipped[reason] += 1
                 continue
             path = f"{source}/{member.name}"
             total, number = total + member.size, number + 1
-            if total > MAX_ARCHIVE_BYTES or number > MAX_MEMBERS:
+            if member.islnk():  # to follow it is to go back to the beginning of a compressed archive
+                yield InputFile(path, _failing(f"hard link: its content is that of {member.linkname} in the archive"))
+            elif total > MAX_ARCHIVE_BYTES or number > MAX_MEMBERS:
                 yield InputFile(path, _failing(f"{_beyond_limits()}; nor is what follows"))
                 return
-            if member.size > MAX_FILE_BYTES:
+            elif member.size > MAX_FILE_BYTES:
                 yield InputFile(path, _failing(_too_large(member.size)))
             else:
                 content = archive.extractfile(member)
                 assert content is not None  # it is a file
                 data = content.read()
                 yield InputFile(path, lambda data=data: data)  # type: ignore[misc]  # mypy cannot infer it
+        assert archive.fileobj is not None
+        archive.fileobj.read(MAX_TAR_HEADER_BYTES)  # padding, then the checksum of a gzip
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         number += 1
         yield InputFile(str(source), _failing(f"the archive is broken from here on: {_first_line(error)}"))
@@ -227,8 +231,11 @@ class _LimitedTarInfo(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_LimitedTarInfo":
-        """Parse a header block."""
-        info = super().frombuf(buf, encoding, errors)
+        """Parse a header block; what is none ends the reading, as it does not in a TarFile, but for the first one."""
+        try:
+            info = super().frombuf(buf, encoding, errors)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(str(error)) from error
         if info.type in (b"x", b"g", b"X", b"L", b"K") and info.size > MAX_TAR_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {info.size:,} bytes")
         return info

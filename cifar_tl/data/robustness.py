@@ -60,7 +60,7 @@ def chosen_corruptions(choice: str | Sequence[str]) -> list[str]:
     """
     if choice == "all":
         return list(CORRUPTIONS)
-    if isinstance(choice, str):
+    if isinstance(choice, str) or not isinstance(choice, Sequence):
         return [check_choice("cifar10_c", choice, ("all", *CORRUPTIONS, *EXTRA_CORRUPTIONS))]
     return [check_choice("a name in cifar10_c", name, (*CORRUPTIONS, *EXTRA_CORRUPTIONS)) for name in choice]
 

@@ -1,7 +1,5 @@
 """The runs behind the published tables: what each is given, and what of it is already there."""
 
-import hashlib
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cifar_tl import cli
 from cifar_tl.errors import UserError, check_choice, check_int
 from cifar_tl.runs.folder import read_run
+from cifar_tl.runs.record import config_sha256, flat
 from cifar_tl.runs.resume import LAST
 
 PARTS = ("results", "ablation", "ladder", "scale")
@@ -26,7 +25,7 @@ IGNORED_KEYS = (
     "finetune.features_folder",
     "trainer.log_every_n_steps",
 )
-"""Keys that change no result."""
+"""Keys, or groups of keys, that change no result."""
 
 
 @dataclass
@@ -89,7 +88,8 @@ def plan_jobs(cfg: DictConfig, passed: Sequence[str], folder: Path) -> list[Job]
                     given = [*overrides, *shared, f"seed={seed}"]
                     config = compose([*given, *passed])
                     name = f"{part}-{recipe}-{scale}-seed{seed}"
-                    job = jobs.setdefault(_identity(config), Job(name, folder / name, given, list(passed), config))
+                    job = Job(name, folder / name, given, list(passed), config)
+                    job = jobs.setdefault(config_sha256(_related(config)), job)
                     if part in only:
                         job.uses.append((part, str(scale), str(recipe)))
                     if part in only and "evaluate" in cfg[part]:
@@ -178,22 +178,9 @@ def _ablations() -> dict[str, list[str]]:
 
 def _related(config: Any) -> dict[str, Any]:
     """Return the values by dotted key that a result depends on; weights by their file's name."""
-    flat: dict[str, Any] = {}
-
-    def add(values: dict[str, Any], prefix: str) -> None:
-        for key, value in values.items():
-            if f"{prefix}{key}" in IGNORED_KEYS:
-                continue
-            if isinstance(value, dict):
-                add(value, f"{prefix}{key}.")
-            else:
-                flat[f"{prefix}{key}"] = value
-
-    add(OmegaConf.to_container(config, resolve=True), "")  # type: ignore[arg-type]  # the root is a mapping
-    if flat.get("model.weights") is not None:
-        flat["model.weights"] = Path(flat["model.weights"]).name
-    return flat
-
-
-def _identity(config: DictConfig) -> str:
-    return hashlib.sha256(json.dumps(_related(config), sort_keys=True).encode()).hexdigest()
+    values = flat(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]  # the root is a mapping
+    ignored = tuple(f"{key}." for key in IGNORED_KEYS)
+    related = {key: value for key, value in values.items() if not f"{key}.".startswith(ignored)}
+    if related.get("model.weights") is not None:
+        related["model.weights"] = Path(related["model.weights"]).name
+    return related

@@ -84,14 +84,15 @@ def scores(logits: NDArray[np.floating], targets: Ints) -> dict[str, Any]:
         targets: (examples,), class indices.
 
     Returns:
-        `acc`; `acc_interval`, its 95% Wilson interval; `loss`, the mean cross-entropy in nats; `ece`, over BINS bins.
+        `acc`; `acc_interval`, its 95% Wilson interval; `loss`, the mean cross-entropy in nats; `ece`, over BINS bins;
+        both NaN of logits that are not finite.
     """
     accuracy = float((logits.argmax(axis=1) == targets).mean())
     return {
         "acc": accuracy,
         "acc_interval": list(wilson_interval(accuracy, len(targets))),
         "loss": negative_log_likelihood(logits, targets),
-        "ece": reliability(softmax(logits), targets).ece,
+        "ece": reliability(softmax(logits), targets).ece if np.isfinite(logits).all() else math.nan,
     }
 
 

@@ -1,6 +1,7 @@
 """predictions.npz and images.npz: what a run predicted, and small pictures of what is worth looking at."""
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,5 +176,5 @@ def _load(path: Path, keys: tuple[str, ...], optional: tuple[str, ...] = ()) -> 
         raise
     except KeyError as error:
         raise ValueError(f"{path.name}: {error.args[0]}") from error
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path.name} cannot be read: {error or type(error).__name__}") from error

@@ -195,6 +195,17 @@ def collapse_warnings(epochs: Sequence[Mapping[str, Any]], schedule: FinetuneSch
     return warnings
 
 
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of a nested config by dotted key."""
+    values: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            values |= flat(value, f"{prefix}{key}.")
+        else:
+            values[f"{prefix}{key}"] = value
+    return values
+
+
 def config_sha256(config: Mapping[str, Any]) -> str:
     """Return a hash of a config's values that does not depend on the order of its keys."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()

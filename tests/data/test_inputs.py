@@ -1,0 +1,103 @@
+"""Archives that are damaged, or written in ways of their own: no file is lost without a word."""
+
+import bz2
+import gzip
+import io
+import lzma
+import random
+import tarfile
+import zipfile
+
+import pytest
+
+from cifar_tl.data.inputs import UnreadableFile, open_inputs
+from cifar_tl.errors import UserError
+
+COMPRESSED = {"": lambda data: data, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+def tar(count, size=2000):
+    """Return a tar of files of random bytes, their number as names."""
+    stream, draw = io.BytesIO(), random.Random(0)
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for number in range(count):
+            info = tarfile.TarInfo(f"{number:03}.png")
+            info.size = size
+            archive.addfile(info, io.BytesIO(draw.randbytes(size)))
+    return stream.getvalue()
+
+
+def read(path):
+    """Return the contents of the files that can be read, and what is said of the others."""
+    contents, errors = [], []
+    with open_inputs(path) as inputs:
+        for file in inputs.files:
+            try:
+                contents.append(file.read())
+            except UnreadableFile as error:
+                errors.append(str(error))
+    return contents, errors
+
+
+@pytest.mark.parametrize("ending", COMPRESSED)
+def test_a_tar_that_is_cut_off_says_so_wherever_it_is_cut(tmp_path, ending):
+    whole, draw = COMPRESSED[ending](tar(20)), random.Random(1)
+    path = tmp_path / f"photos.tar{ending}"
+    path.write_bytes(whole)
+    assert [len(part) for part in read(path)] == [20, 0]
+    # a tar without its end mark may end between two members: that is no damage that shows
+    last = 20 * 2560 if ending == "" else len(whole)
+    cuts = [cut for cut in (draw.randrange(600, last) for _ in range(60)) if ending or cut % 2560]
+    for cut in cuts:
+        path.write_bytes(whole[:cut])
+        try:
+            contents, errors = read(path)
+        except UserError:  # a bzip2 has blocks of 900 kB, and the first one is cut
+            continue
+        assert len(contents) < 20
+        assert [error.partition(":")[0] for error in errors] == ["the archive is broken from here on"], cut
+
+
+def test_a_damaged_header_in_a_tar_ends_it_with_a_word(tmp_path):
+    damaged = bytearray(tar(20))
+    damaged[10 * 2560 + 100] ^= 1
+    (tmp_path / "photos.tar").write_bytes(damaged)
+    contents, errors = read(tmp_path / "photos.tar")
+    assert len(contents) == 10
+    assert errors == ["the archive is broken from here on: bad checksum"]
+
+
+@pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz"])
+def test_a_tar_that_is_compressed_in_pieces_is_read_to_its_end(tmp_path, ending):
+    plain = tar(30)
+    pieces = [COMPRESSED[ending](plain[start : start + 10_000]) for start in range(0, len(plain), 10_000)]
+    (tmp_path / f"photos.tar{ending}").write_bytes(b"".join(pieces))
+    assert [len(part) for part in read(tmp_path / f"photos.tar{ending}")] == [30, 0]
+
+
+def test_the_checksum_of_a_gzip_counts(tmp_path):
+    content = bytearray(gzip.compress(tar(3)))
+    content[-6] ^= 1  # of the CRC
+    (tmp_path / "photos.tgz").write_bytes(content)
+    contents, errors = read(tmp_path / "photos.tgz")
+    assert len(contents) == 3
+    assert len(errors) == 1
+    assert "CRC check failed" in errors[0]
+
+
+def test_a_hard_link_in_a_tar_has_a_row(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"content")
+    (tmp_path / "b.png").hardlink_to(tmp_path / "a.png")
+    with tarfile.open(tmp_path / "photos.tar", "w") as archive:
+        for name in ("a.png", "b.png"):
+            archive.add(tmp_path / name, name)
+    assert read(tmp_path / "photos.tar") == ([b"content"], ["hard link: its content is that of a.png in the archive"])
+
+
+def test_a_zip_that_python_cannot_list_is_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        archive.writestr("é.png", b"content")
+    content = (tmp_path / "photos.zip").read_bytes()
+    (tmp_path / "photos.zip").write_bytes(content.replace("é".encode(), b"\xff\xff"))
+    with pytest.raises(UserError, match="cannot be opened as an archive"):
+        read(tmp_path / "photos.zip")
