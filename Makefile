@@ -3,7 +3,9 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 DONE := $(VENV)/.installed
 DEVICE := cpu
-# Versions that are known to work; CONSTRAINTS=/dev/null takes the newest.
+# Makes .venv: 3.11 or newer.
+BASE_PYTHON ?= python3
+# Versions that are known to work; CONSTRAINTS=/dev/null takes the newest, into a new .venv (make clean).
 CONSTRAINTS ?= .ci/constraints.txt
 # The folder with real data and weights that some tests use; they are skipped without it.
 export CIFAR_TL_SHARED ?= $(if $(wildcard ../shared/data),$(abspath ../shared))
@@ -14,11 +16,11 @@ help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 $(DONE): pyproject.toml .ci/constraints.txt
-	python3 -m venv $(VENV)
+	$(BASE_PYTHON) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint $(CONSTRAINTS)
 	touch $(DONE)
 
-setup: $(DONE)  ## make .venv and install everything into it (5 GB, some minutes)
+setup: $(DONE)  ## make .venv and install everything into it (7 GB, some minutes); BASE_PYTHON=python3.12 chooses the Python
 
 demo: $(DONE)  ## both phases on generated images, offline, about a minute
 	$(PYTHON) -m cifar_tl.train experiment=demo

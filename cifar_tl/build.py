@@ -66,7 +66,8 @@ INSTEAD = {
         ("limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches"),
         "data.limit=100 takes 100 images of every split, and the record says so.",
     ),
-    "max_steps": "trainer.max_epochs counts epochs, and +trainer.limit_train_batches shortens each of them.",
+    "max_steps": "trainer.max_epochs counts epochs, and +trainer.limit_train_batches shortens each of "
+    "them. A run that was started with it goes on with resume=RUN '~trainer.max_steps'.",
     "val_check_interval": "trainer.check_val_every_n_epoch counts whole epochs.",
     "callbacks": "Callbacks are a group of their own: +callbacks.NAME._target_=CLASS.",
     "logger": "Loggers are a group of their own: logger=csv, or +logger.NAME._target_=CLASS.",
@@ -326,17 +327,18 @@ def check_strategy(trainer: L.Trainer, schedule: FinetuneSchedule) -> None:
 
 
 def check_batch_size(cfg: DictConfig, processes: int) -> None:
-    """Refuse batches of one image for BatchNorm layers that take the statistics of a batch.
+    """Refuse batches of one image for BatchNorm layers that take the statistics of a batch: layer4 has one pixel of it.
 
     Raises:
         UserError: Each process has a single image a step.
     """
     size, batchnorm = cfg.data.batch_size, cfg.finetune.batchnorm
-    if size <= processes and batchnorm != "frozen" and any(phase.stages for phase in build_schedule(cfg).phases):
+    one_pixel = any(phase.stages and (phase.upscale or cfg.model.upscale) == 1 for phase in build_schedule(cfg).phases)
+    if size <= processes and batchnorm != "frozen" and one_pixel:
         each = "" if processes == 1 else f" for each of {processes} processes"
         raise UserError(
-            f"data.batch_size={size} is one image a step{each}, which has no variance for "
-            f"finetune.batchnorm={batchnorm} to take: give at least {2 * processes}, or finetune.batchnorm=frozen."
+            f"data.batch_size={size} is one image a step{each}, of which layer4 has one pixel: no variance for "
+            f"finetune.batchnorm={batchnorm} to take. Give at least {2 * processes}, or finetune.batchnorm=frozen."
         )
 
 

@@ -157,9 +157,11 @@ class OptunaSweeper(Sweeper):
         if not swept:
             raise UserError("Nothing to search: give sweeps such as 'model.dropout=interval(0, 0.5)'.")
         space: dict[str, Any] = {key: distribution(override) for key, override in swept.items()}
-        first = [f"{key}={d.choices[0] if hasattr(d, 'choices') else d.low}" for key, d in space.items()]
         # what cannot be composed is to be found out before there is a study, which cannot be corrected any more
-        self.config_loader.load_sweep_config(master_config=self.config, sweep_overrides=[*fixed, *first])
+        values = {key: list(getattr(d, "choices", None) or [d.low]) for key, d in space.items()}
+        for i in range(max(map(len, values.values()))):
+            trial = [f"{key}={those[min(i, len(those) - 1)]}" for key, those in values.items()]
+            self.config_loader.load_sweep_config(master_config=self.config, sweep_overrides=[*fixed, *trial])
         return space, fixed
 
     def _claim(self, study: "optuna.Study", space: Any, replaced: set[int], held: ExitStack) -> list[Any]:

@@ -95,14 +95,14 @@ def main(cfg: DictConfig) -> float:
             log.info("%s is finished: kept", folder)
             return result
         cfg.resume = str(folder) if (folder / "checkpoints" / LAST).is_file() else None
-    if cfg.resume is None:
-        save_overrides(cfg, folder)
     several = hydra.mode is RunMode.MULTIRUN and hydra.launcher._target_.endswith(".JoblibLauncher")
     if several and cfg.trainer.devices == 1:
         cfg.trainer.devices = gpu_in_turn(hydra.job.num, resolve_accelerator(cfg.trainer.accelerator))
     with run_lock(folder):
         if is_first_process():
             remove_partial_files(folder / "checkpoints")
+            if cfg.resume is None:
+                save_overrides(cfg, folder)
         metrics = train(cfg, folder, experiment=hydra.runtime.choices["experiment"])
     gc.collect()  # model and trainer refer to each other: the next job of a sweep would start beside them
     draw_report(folder)

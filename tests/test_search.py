@@ -119,6 +119,25 @@ def test_trials_are_told_as_they_ended_and_failed_ones_are_replaced_in_another_s
     assert [trial.state.name for trial in study.trials] == ["FAIL", "PRUNED", "COMPLETE", "COMPLETE"]
 
 
+def test_a_trial_that_failed_and_was_not_told_fails_again_with_a_word(search):
+    def objective(number, cfg):
+        if number == 0:
+            raise UserError("no such thing")
+        if interrupted:
+            raise KeyboardInterrupt
+        return good(number, cfg)
+
+    together = ("hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2")
+    interrupted = True
+    code, _, study = search(objective, *together)
+    assert (code, [trial.state.name for trial in study.trials]) == (130, ["RUNNING", "RUNNING"])
+    interrupted = False
+    code, err, study = search(objective, *together)
+    assert (code, [trial.state.name for trial in study.trials]) == (1, ["FAIL", "COMPLETE"])
+    assert "error: job 0" in err
+    assert "no such thing" in err
+
+
 def test_searches_of_neighbouring_seeds_try_other_values(search, tmp_path):
     tried = []
     for seed in (0, 1):
@@ -140,6 +159,7 @@ def test_a_number_of_trials_that_is_not_allowed_is_named(search):
     [
         ("model.dropuot=interval(0, 0.5)", "Unknown config key model.dropuot"),
         ("augment.flip=choice(none, random", "augment.flip=choice(none, random cannot be parsed"),
+        ("augment=choice(flip_crop, rotat)", "augment=rotat: there is no such choice"),
         ("seed=abc", "seed=abc is not allowed: give a whole number"),
     ],
 )

@@ -16,7 +16,7 @@ def main(arguments: list[str]) -> int:
     """Run the benchmarks that are asked for.
 
     Returns:
-        0, or 1 after a mistake, whose explanation is then on stderr.
+        0; 1 after a mistake, whose explanation is then on stderr; 130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser(prog="python -m cifar_tl.benchmarks", description=__doc__)
     names = ["pipeline", "frozen", "step", "predict", "startup", "runs"]
@@ -97,7 +97,8 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, Interrupted, SystemExit):  # the last one is Lightning's, after Ctrl-C
-        print(f"\nInterrupted. What had been measured is in {output}.", file=sys.stderr)
+        kept = f" What had been measured is in {output}." if (output / "bench.json").is_file() else ""
+        print(f"\nInterrupted.{kept}", file=sys.stderr)
         return 130
     print(f"written to {output}/bench.json and bench.md")
     return 0

@@ -16,6 +16,7 @@ from cifar_tl.benchmarks.torchvision_way import Classifier, dataloader
 from cifar_tl.build import build_datamodule, build_module, build_unfreeze
 from cifar_tl.callbacks.epoch_seed import EpochSeed
 from cifar_tl.callbacks.freeze_guard import CHECKED_STEPS, FreezeGuard
+from cifar_tl.data.batch import Batch
 from cifar_tl.hardware import device_name, prepare_for, resolve_precision
 from cifar_tl.model.backbone import Backbone
 from cifar_tl.model.module import ResNet50Classifier
@@ -44,14 +45,17 @@ class Clock(L.Callback):
     def __init__(self, setting: Setting, steps: int) -> None:
         self.setting = setting
         self.steps = steps
+        self.images = 0
         self.seconds = 0.0
         self._done = 0
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: Batch, batch_idx: int
     ) -> None:
         """Start, or stop."""
         self._done += 1
+        if self._done > WARM_UP:
+            self.images += len(batch[0])
         if self._done in (WARM_UP, self.steps):
             self.setting.synchronize()
             self.seconds = time.perf_counter() - self.seconds
@@ -154,7 +158,7 @@ def candidates(setting: Setting, batch_size: int) -> tuple[Candidates, Candidate
     def ours(**options: Any) -> float:
         clock = Clock(setting, steps)
         fit(clock, **options)
-        return timed * batch_size / clock.seconds
+        return clock.images / clock.seconds
 
     def share(optimizer: str) -> float:
         clock = OptimizerClock(setting)
@@ -168,7 +172,7 @@ def candidates(setting: Setting, batch_size: int) -> tuple[Candidates, Candidate
         optimizer = module.configure_optimizers()
         for group in optimizer.param_groups:
             group["lr"] = 1e-3
-        start = 0.0
+        start, count = 0.0, 0
         batches = chain.from_iterable(repeat(datamodule.train_dataloader()))
         for step, (images, targets) in zip(range(steps), batches, strict=False):
             if step == WARM_UP:
@@ -179,14 +183,15 @@ def candidates(setting: Setting, batch_size: int) -> tuple[Candidates, Candidate
             loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
             optimizer.step()
             optimizer.zero_grad()
+            count += len(images) if step >= WARM_UP else 0
         setting.synchronize()
-        return timed * batch_size / (time.perf_counter() - start)
+        return count / (time.perf_counter() - start)
 
     def tutorial() -> float:
         clock = Clock(setting, steps)
         trainer = L.Trainer(**fit_options(setting, steps), callbacks=[clock])
         trainer.fit(Classifier(len(datamodule.classes), 1e-3), theirs)
-        return timed * batch_size / clock.seconds
+        return clock.images / clock.seconds
 
     datamodule = build_datamodule(config)
     datamodule.prepare_data()

@@ -21,13 +21,13 @@ class EarlyStopping(early_stopping.EarlyStopping):
         super().load_state_dict({**state_dict, "patience": self.patience})
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """End the training before it starts, if it had been ended."""
+        """End the training before it starts, if it had been ended and patience is no longer than it was."""
         reasons = early_stopping.EarlyStoppingReason
-        out_of_patience = self.wait_count >= max(1, self.patience)
-        if out_of_patience or self.stopping_reason not in (reasons.NOT_STOPPED, reasons.PATIENCE_EXHAUSTED):
+        if self.stopping_reason is reasons.PATIENCE_EXHAUSTED and self.wait_count < self.patience:
+            self.stopping_reason, self.stopping_reason_message, self.stopped_epoch = reasons.NOT_STOPPED, None, 0
+        elif self.stopping_reason is not reasons.NOT_STOPPED:
             trainer.should_stop = True
             if trainer.is_global_zero:
-                more = " More patience would let it go on." if out_of_patience else ""
-                log.info("stopped    early, before it was resumed: %s%s", self.stopping_reason_message, more)
-        else:
-            self.stopped_epoch = 0
+                longer = "more patience or " if self.stopping_reason is reasons.PATIENCE_EXHAUSTED else ""
+                said = (self.stopping_reason_message or "").rstrip(".")
+                log.info("stopped    early, before it was resumed: %s. With %scallbacks=none it goes on.", said, longer)

@@ -216,7 +216,7 @@ class FeatureCache(L.Callback):
             "upscale": backbone.upscale,
             "eps": [m.eps for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)],  # in no state dict
             "precision": trainer.precision,
-            "device": device_name(trainer.strategy.root_device.type),
+            "device": [trainer.strategy.root_device.type, device_name(trainer.strategy.root_device.type)],
             "compiled": backbone._compiled_call_impl is not None,
             "deterministic": torch.are_deterministic_algorithms_enabled(),
             "torch": torch.__version__,

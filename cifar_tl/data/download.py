@@ -175,7 +175,7 @@ def _refuse(root: Path, found: Sequence[FileStatus]) -> None:
         advice = f"Nothing was changed. Delete what is named above, then run {fetch}."
         raise UserError("\n  ".join(["CIFAR-10 is damaged:", *damaged]) + f"\n{advice}")
     if unreadable:
-        advice = f"Give the folder that holds {FOLDER} or {ARCHIVE}, readable."
+        advice = f"data.root= is to be the folder that holds {FOLDER} or {ARCHIVE}, and one that you may read."
         raise UserError("\n  ".join(["CIFAR-10 cannot be read:", *unreadable]) + f"\n{advice}")
     if missing:
         raise UserError("\n  ".join(["CIFAR-10 is incomplete:", *missing]) + f"\n{_ways_out(root)}")

@@ -67,7 +67,7 @@ class ImageFolders:
     def __init__(self, root: str | Path, workers: int) -> None:
         self.root = Path(root)
         self.workers = check_int("data.workers", workers, 0)
-        self._folders = {split: self._class_folders(split) for split in SPLITS if (self.root / split).is_dir()}
+        self._folders = {split: self._class_folders(split) for split in SPLITS if is_folder(self.root / split)}
         if not self._folders:
             raise UserError(f"data.root={self.root}{self._what_is_there()}{self._layout()}")
         first, *others = self._folders.values()
@@ -106,19 +106,21 @@ class ImageFolders:
 
     def _what_is_there(self) -> str:
         """Say what a root without `train` and `test` is."""
-        if not self.root.is_dir():
+        if not is_folder(self.root):
             return ": no such folder."
         absolute = self.root.resolve()
         for levels, above in (("one level", absolute.parent), ("two levels", absolute.parent.parent)):
-            if all((above / split).is_dir() for split in SPLITS) and absolute.relative_to(above).parts[0] in SPLITS:
+            if all(is_folder(above / split) for split in SPLITS) and absolute.relative_to(above).parts[0] in SPLITS:
                 return f" is {levels} too deep: give data.root={above}."
-        inside = [path for path in sorted(absolute.iterdir()) if all((path / split).is_dir() for split in SPLITS)]
+        inside = [path for path in sorted(absolute.iterdir()) if all(is_folder(path / split) for split in SPLITS)]
         if inside:
             return f" is one level too high: give data.root={inside[0]}."
         return f" has no folder train and no folder test.{self._folders_there()}"
 
     def _folders_there(self) -> str:
-        names = [path.name for path in sorted(self.root.iterdir()) if path.is_dir() and not skipped_by_name(path.name)]
+        names = [
+            path.name for path in sorted(self.root.iterdir()) if is_folder(path) and not skipped_by_name(path.name)
+        ]
         return f" Its folders are: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}." if names else ""
 
     def _difference(self) -> str:

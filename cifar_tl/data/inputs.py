@@ -71,7 +71,8 @@ class Inputs:
 def open_inputs(source: Path) -> Iterator[Inputs]:
     """Open an input.
 
-    What is hidden, belongs to the system or is no regular file is skipped, in archives, too. Links to folders are
+    What is hidden, belongs to the system or is no regular file is skipped, in archives, too; a tar's hard links, whose
+    content stands at another place in it, cannot be read. Links to folders are
     followed, but no folder is entered twice.
 
     Args:

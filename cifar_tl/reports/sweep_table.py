@@ -16,8 +16,9 @@ from cifar_tl.cli import Failure, SweepCallback
 from cifar_tl.files import lock
 from cifar_tl.runs.folder import read_overrides
 from cifar_tl.runs.record import faults, read_metrics
-from cifar_tl.runs.resume import SWEEP_FOLDER, is_first_process, quoted, resume_command
+from cifar_tl.runs.resume import JOURNAL, SWEEP_FOLDER, is_first_process, quoted, resume_command
 from cifar_tl.runs.table import write_csv
+from cifar_tl.search import open_study
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +45,9 @@ class SweepTable(SweepCallback):
         self._folder = Path(os.path.abspath(config.hydra.sweep.dir))  # noqa: PTH100
         if not any(argument.startswith(SWEEP_FOLDER) for argument in sys.argv):
             sys.argv = [*sys.argv, f"{SWEEP_FOLDER}{quoted(self._folder)}"]
-        if config.hydra.sweeper._target_.endswith(".OptunaSweeper"):  # which never runs them again
-            self._failed_before = {line["job"] for line in self._lines() if line["state"].startswith(FAILED)}
+        if (self._folder / JOURNAL).is_file():  # a search never runs again what it knows to have failed
+            trials = open_study(self._folder).trials
+            self._failed_before = {str(trial.number) for trial in trials if trial.state.name == "FAIL"}
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Add a job of a sweep to the table, or replace its line."""

@@ -254,7 +254,7 @@ def test_read_only_root_is_explained(tmp_path: Path, archive: bytes, monkeypatch
 
 def test_what_cannot_be_read_is_not_called_damaged(tmp_path: Path, archive: bytes) -> None:
     (tmp_path / download.ARCHIVE).write_bytes(archive)
-    said = r"cannot be read:\n.*: Not a directory(?s:.*)\nGive the folder that holds"
+    said = r"cannot be read:\n.*: Not a directory(?s:.*)\ndata\.root= is to be the folder that holds"
     with pytest.raises(UserError, match=said) as caught:
         download.ensure(tmp_path / download.ARCHIVE, download=True)
     assert "Delete" not in str(caught.value)

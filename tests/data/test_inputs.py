@@ -54,7 +54,7 @@ def test_a_tar_that_is_cut_off_says_so_wherever_it_is_cut(tmp_path, ending):
             contents, errors = read(path)
         except UserError:  # a bzip2 has blocks of 900 kB, and the first one is cut
             continue
-        assert len(contents) < 20
+        assert len(contents) <= 20
         assert [error.partition(":")[0] for error in errors] == ["the archive is broken from here on"], cut
 
 
