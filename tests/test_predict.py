@@ -164,7 +164,7 @@ def test_what_is_hidden_or_of_the_system_or_no_regular_file_is_skipped_and_count
 
 def test_a_named_pipe_that_is_the_input_does_not_block(run, tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(UserError, match="no image that can be read"):
+    with pytest.raises(UserError, match="no file could be predicted"):
         run(tmp_path / "pipe.png")
 
 

@@ -149,7 +149,7 @@ def test_a_compiled_run_is_the_one_that_is_not(compose, tmp_path, monkeypatch, r
     metrics = train(compose(*TINY, *keys), tmp_path, "demo")  # FreezeGuard sees both phases
     assert [type(module).__name__ for module in compiled] == ["Backbone"]
     plain = json.loads((run / "metrics.json").read_text())
-    assert metrics["train/loss"] == pytest.approx(plain["train/loss"], rel=1e-4)
+    assert metrics["train/loss"] == pytest.approx(plain["train/loss"], rel=1e-3)
 
 
 @pytest.mark.slow

@@ -105,7 +105,8 @@ def test_an_interrupted_sweep_stops_at_once_and_goes_on_without_doing_anything_t
 def test_a_sweep_goes_on_as_it_was_started(tmp_path):
     (tmp_path / "multirun.yaml").write_text("hydra: {overrides: {task: ['seed=0,1']}}")
     arguments = with_overrides_of_resumed_run(["-m", f"resume={tmp_path}"])
-    assert arguments == ["-m", "seed=0,1", f"resume='{tmp_path}'", f"hydra.sweep.dir='{tmp_path}'"]
+    how = ["hydra.output_subdir=null", f"resume='{tmp_path}'", f"hydra.sweep.dir='{tmp_path}'"]
+    assert arguments == ["-m", "seed=0,1", *how]
     with pytest.raises(UserError, match="seed=2 would make it another one"):
         with_overrides_of_resumed_run(["-m", f"resume={tmp_path}", "seed=2"])
     with pytest.raises(UserError, match="Add -m"):

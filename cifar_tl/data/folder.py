@@ -67,7 +67,7 @@ class ImageFolders:
     def __init__(self, root: str | Path, workers: int) -> None:
         self.root = Path(root)
         self.workers = check_int("data.workers", workers, 0)
-        self._folders = {split: self._class_folders(split) for split in SPLITS if is_folder(self.root / split)}
+        self._folders = {split: self._class_folders(split) for split in SPLITS if (self.root / split).is_dir()}
         if not self._folders:
             raise UserError(f"data.root={self.root}{self._what_is_there()}{self._layout()}")
         first, *others = self._folders.values()
@@ -106,7 +106,7 @@ class ImageFolders:
 
     def _what_is_there(self) -> str:
         """Say what a root without `train` and `test` is."""
-        if not is_folder(self.root):
+        if not self.root.is_dir():
             return ": no such folder."
         absolute = self.root.resolve()
         for levels, above in (("one level", absolute.parent), ("two levels", absolute.parent.parent)):

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,9 +85,11 @@ def plan_jobs(cfg: DictConfig, passed: Sequence[str], folder: Path) -> list[Job]
         recipes = cfg[part].recipes if cfg[part].recipes is not None else _ablations()
         for scale, shared in cfg[part].scales.items():
             for recipe, overrides in recipes.items():
+                of_any_seed = compose([*overrides, *shared, *passed])  # a fifth of a second, so once
                 for seed in _seeds(cfg, part, recipe):
                     given = [*overrides, *shared, f"seed={seed}"]
-                    config = compose([*given, *passed])
+                    config = deepcopy(of_any_seed)
+                    config.seed = seed
                     name = f"{part}-{recipe}-{scale}-seed{seed}"
                     job = Job(name, folder / name, given, list(passed), config)
                     job = jobs.setdefault(config_sha256(_related(config)), job)
