@@ -85,7 +85,7 @@ def plan_jobs(cfg: DictConfig, passed: Sequence[str], folder: Path) -> list[Job]
         recipes = cfg[part].recipes if cfg[part].recipes is not None else _ablations()
         for scale, shared in cfg[part].scales.items():
             for recipe, overrides in recipes.items():
-                of_any_seed = compose([*overrides, *shared, *passed])  # a fifth of a second, so once
+                of_any_seed = compose([*overrides, *shared, *passed])  # which takes longest here
                 for seed in _seeds(cfg, part, recipe):
                     given = [*overrides, *shared, f"seed={seed}"]
                     config = deepcopy(of_any_seed)
