@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
-from sklearn import metrics as sk
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
+from torchmetrics.functional import classification as theirs
 
 from cifar_tl.callbacks import tensorboard_figures as inspection
 from cifar_tl.callbacks.projector import evaluating, principal_components, sprite
@@ -97,9 +97,10 @@ def test_projector_has_the_same_images_before_and_after(run):
 @pytest.mark.slow
 def test_predictions_file_has_the_figures_of_metrics_json(run):
     metrics, predictions = json.loads((run / "metrics.json").read_text()), read_predictions(run)
-    assert sk.accuracy_score(predictions.test.targets, predictions.test.predicted) == pytest.approx(metrics["test/acc"])
+    predicted, targets = torch.from_numpy(predictions.test.predicted), torch.from_numpy(predictions.test.targets)
+    assert theirs.multiclass_accuracy(predicted, targets, 10, average="micro") == pytest.approx(metrics["test/acc"])
     assert predictions.val.accuracy == pytest.approx(metrics["best/val/acc"])
-    confusion = sk.confusion_matrix(predictions.test.targets, predictions.test.predicted, labels=range(10))
+    confusion = theirs.multiclass_confusion_matrix(predicted, targets, 10)
     assert confusion.tolist() == metrics["test/confusion"]
     losses = torch.nn.functional.cross_entropy(
         *(torch.from_numpy(x) for x in (predictions.test.logits, predictions.test.targets))

@@ -12,8 +12,9 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 from handmade import CLASSES, make_run
-from sklearn import metrics as sk
+from torchmetrics.functional import classification as theirs
 
 from cifar_tl.reports import figures
 from cifar_tl.reports.__main__ import main
@@ -61,17 +62,23 @@ def drawn(tmp_path_factory):
     return run, (run / "report.html").read_text()
 
 
-def test_metrics_are_scikit_learns_from_the_predictions_file(drawn):
+def test_metrics_are_torchmetrics_from_the_predictions_file(drawn):
     run, text = drawn
     with np.load(run / "predictions.npz", allow_pickle=False) as data:
-        targets, predicted = data["test_targets"], data["test_logits"].argmax(axis=1)
-    assert f"<strong>{100 * sk.accuracy_score(targets, predicted):.2f}%</strong>" in text
-    precision, recall, f1, support = sk.precision_recall_fscore_support(targets, predicted)
+        targets, predicted = (torch.from_numpy(data[f"test_{key}"]) for key in ("targets", "logits"))
+    accuracy = theirs.multiclass_accuracy(predicted, targets, len(CLASSES), average="micro")
+    assert f"<strong>{100 * accuracy:.2f}%</strong>" in text
+    recall, precision, f1 = (
+        getattr(theirs, f"multiclass_{name}")(predicted, targets, len(CLASSES), average="none").tolist()
+        for name in ("recall", "precision", "f1_score")
+    )
+    support = torch.bincount(targets).tolist()
     rows = {row[0]: row[1:] for row in Page(text).table("class")[1:]}
     for i, name in enumerate(CLASSES):
-        shown = [rows[name][0], rows[name][1], rows[name][3], rows[name][5]]
-        assert shown == [f"{support[i]}", *(f"{100 * x[i]:.1f}" for x in (recall, precision, f1))]
-    both = sk.confusion_matrix(targets, predicted)
+        shown = [float(rows[name][column]) for column in (0, 1, 3, 5)]
+        # to a digit; torchmetrics computes in 32 bits
+        assert shown == pytest.approx([support[i], *(100 * x[i] for x in (recall, precision, f1))], abs=0.0501)
+    both = theirs.multiclass_confusion_matrix(predicted, targets, len(CLASSES)).numpy()
     assert both[3, 4] == both[~np.eye(5, dtype=bool)].max()
     assert Page(text).table("pair")[1][0] == "cat ⇄ deer"
     assert f"cat predicted as deer: {both[3, 4]} (" in Page(text).table("pair")[1][1]
@@ -86,16 +93,17 @@ def test_temperature_lowers_the_validation_loss(drawn):
 
 def test_what_the_unfreeze_changed(drawn):
     with np.load(drawn[0] / "predictions.npz", allow_pickle=False) as data:
-        targets = data["val_targets"]
+        targets = torch.from_numpy(data["val_targets"])
         before, after = (
-            sk.recall_score(targets, data[key].argmax(axis=1), average=None)
+            theirs.multiclass_recall(torch.from_numpy(data[key]), targets, len(CLASSES), average="none").tolist()
             for key in ("frozen_val_logits", "val_logits")
         )
     rows = Page(drawn[1]).table("class, validation")
     shown = {row[0]: row[2:5] for row in rows[1:]}
     for i, name in enumerate(CLASSES):
-        change = f"{100 * (after[i] - before[i]):+.1f}"
-        assert shown[name] == [f"{100 * before[i]:.1f}", f"{100 * after[i]:.1f}", change]
+        expected = [100 * before[i], 100 * after[i], 100 * (after[i] - before[i])]
+        assert [float(value) for value in shown[name]] == pytest.approx(expected, abs=0.0501)
+        assert shown[name][2][0] in "+-"
     changes = [float(row[4]) for row in rows[1:-1]]
     assert changes == sorted(changes, reverse=True)
 

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import shutil
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from omegaconf import OmegaConf
 from cifar_tl import cli
 from cifar_tl.reports.__main__ import main as report
 from cifar_tl.reproduce import __main__ as reproduce
-from cifar_tl.reproduce.jobs import compose
+from cifar_tl.reproduce import jobs
 from cifar_tl.reproduce.tables import spearman
 
 PASSED = ("data=synthetic", "model.weights=null", "trainer=cpu")
@@ -30,7 +31,7 @@ def leave_run(folder, overrides, **metrics):
     given, seed = [o for o in overrides if not o.startswith(("seed=", "hydra."))], folder.name[-1]
     curve["experiment"] = next((o.partition("=")[2] for o in given if o.startswith("experiment=")), "default")
     make_run(folder, given, int(seed), **{**curve, "test/acc_interval": [0.8, 0.9], **metrics})
-    OmegaConf.save(compose([*given, f"seed={seed}"]), folder / ".hydra" / "config.yaml")
+    OmegaConf.save(jobs.compose([*given, f"seed={seed}"]), folder / ".hydra" / "config.yaml")
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +45,25 @@ def recipes(tmp_path_factory, monkeypatch):
     OmegaConf.save(conf, folder / "reproduce.yaml")
     monkeypatch.setattr(cli, "conf_folder", lambda: folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def composed():
+    """What is composed already, by overrides: otherwise these tests do little else."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def composed_once(composed, monkeypatch):
+    """Compose what is the same for all tests once. None of them changes what `train` is composed of."""
+    compose = jobs.compose
+
+    def remembered(overrides):
+        if tuple(overrides) not in composed:
+            composed[tuple(overrides)] = compose(overrides)
+        return deepcopy(composed[tuple(overrides)])
+
+    monkeypatch.setattr(jobs, "compose", remembered)
 
 
 @pytest.fixture
@@ -301,7 +321,7 @@ def test_rank_correlation():
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (cli.conf_folder() / "ablate").glob("*.yaml")))
 def test_an_ablation_changes_the_recipe_and_says_how(name):
-    whole, without = compose(["experiment=best32"]), compose(["experiment=best32", f"ablate={name}"])
+    whole, without = (jobs.compose(["experiment=best32", *more]) for more in ([], [f"ablate={name}"]))
     assert (whole == without) == (name == "none")
     lines = (cli.conf_folder() / "ablate" / f"{name}.yaml").read_text().splitlines()
     assert lines[1] == f"# python -m cifar_tl.train experiment=best32 ablate={name}"

@@ -1,4 +1,4 @@
-"""The metrics of a report, recomputed by others: scikit-learn, torchmetrics, SciPy."""
+"""The metrics of a report, recomputed by others: torchmetrics and torch."""
 
 import math
 
@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 from handmade import CLASSES, scored
-from scipy.optimize import minimize_scalar
-from sklearn import metrics as sk
 from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassCalibrationError
+from torchmetrics.functional import classification as theirs
 
 from cifar_tl.runs.metrics import (
     COLDEST,
@@ -36,19 +35,17 @@ def on_test():
     return scored(seed=1, examples=1000, strength=1.0)
 
 
-def test_confusion_and_class_scores_are_scikit_learns(on_test):
+def test_confusion_and_class_scores_are_torchmetrics(on_test):
     confusion = confusion_matrix(on_test.predicted, on_test.targets, len(CLASSES))
-    np.testing.assert_array_equal(confusion, sk.confusion_matrix(on_test.targets, on_test.predicted))
-    assert on_test.accuracy == pytest.approx(sk.accuracy_score(on_test.targets, on_test.predicted))
-    ours = [(c.precision, c.recall, c.f1, c.examples) for c in class_scores(confusion)]
-    theirs = sk.precision_recall_fscore_support(on_test.targets, on_test.predicted)
-    np.testing.assert_allclose(np.array(ours).T, theirs)
-
-
-def test_loss_is_scikit_learns(on_test):
-    probabilities = softmax(on_test.logits)
-    expected = sk.log_loss(on_test.targets, probabilities)
-    assert negative_log_likelihood(on_test.logits, on_test.targets) == pytest.approx(expected)
+    predicted, targets = torch.from_numpy(on_test.predicted), torch.from_numpy(on_test.targets)
+    expected = theirs.multiclass_confusion_matrix(predicted, targets, len(CLASSES))
+    np.testing.assert_array_equal(confusion, expected)
+    assert on_test.accuracy == pytest.approx(theirs.multiclass_accuracy(predicted, targets, len(CLASSES), "micro"))
+    ours = np.array([(c.precision, c.recall, c.f1) for c in class_scores(confusion)]).T
+    for found, name in zip(ours, ("precision", "recall", "f1_score"), strict=True):
+        score = getattr(theirs, f"multiclass_{name}")
+        np.testing.assert_allclose(found, score(predicted, targets, len(CLASSES), average="none"), rtol=1e-6)
+    assert [c.examples for c in class_scores(confusion)] == torch.bincount(targets).tolist()
 
 
 def test_ece_is_the_definition_and_torchmetrics(on_test):
@@ -92,13 +89,29 @@ def test_scores_are_torchs(on_test):
     assert tuple(found["acc_interval"]) == wilson_interval(found["acc"], 1000)
 
 
-def test_temperature_is_scipys_minimum_and_never_worse(on_test):
+def found_by_torch(predictions):
+    """The temperature of the lowest cross-entropy, by LBFGS in its logarithm."""
+    logits, targets = torch.from_numpy(predictions.logits).double(), torch.from_numpy(predictions.targets)
+    logarithm = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logarithm], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = cross_entropy(logits / logarithm.exp(), targets)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return logarithm.exp().item()
+
+
+def test_temperature_is_the_minimum_that_torch_finds_and_never_worse(on_test):
     def loss(temperature):
         return negative_log_likelihood(on_test.logits, on_test.targets, temperature)
 
     temperature = fit_temperature(on_test.logits, on_test.targets)
     assert temperature > 1.5  # these logits are made too large
-    assert temperature == pytest.approx(minimize_scalar(loss, bounds=(0.01, 100), method="bounded").x, rel=1e-4)
+    assert temperature == pytest.approx(found_by_torch(on_test), rel=1e-4)
     assert loss(temperature) <= loss(1.0)
 
 
