@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-PROGRAM = Path(__file__).with_name("killed_command.py")
+PROGRAM = Path(__file__).with_name("small_command.py")
 EPOCHS = 12
 RUN = (
     *("experiment=demo", "data.train_size=220", "data.val_size=20", "data.test_size=20", "data.batch_size=20"),

@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import TINY
 
+SMALL = [sys.executable, str(Path(__file__).with_name("small_command.py"))]
+
 ARGUMENTS = (
     "data=synthetic",
     "data.train_size=120",
@@ -31,7 +33,7 @@ ARGUMENTS = (
 
 
 def run(folder, *arguments):
-    command = [sys.executable, "-m", "cifar_tl.train", *ARGUMENTS, f"hydra.run.dir={folder}", *arguments]
+    command = [*SMALL, *ARGUMENTS, f"hydra.run.dir={folder}", *arguments]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder.parent)
     assert done.returncode == 0, done.stderr
@@ -72,7 +74,7 @@ def test_a_sweep_of_jobs_of_two_processes_each_has_a_clean_folder_per_job(tmp_pa
     # where the folder is not given, it has the time in its name, which each process has another one of
     sweep = ("-m", "seed=0,1", *TINY, "trainer.max_epochs=2", "finetune.unfreeze_at_epoch=1")
     processes = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "finetune.features_folder=null")
-    command = [sys.executable, str(Path(__file__).with_name("killed_command.py")), *sweep, *processes]
+    command = [*SMALL, *sweep, *processes]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

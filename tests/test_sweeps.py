@@ -87,7 +87,7 @@ def test_a_sweep_of_12_jobs_that_is_killed_twice_has_12_results_none_computed_tw
     sweep, finished = tmp_path / "sweep", {}
 
     def start(*arguments):
-        command = [sys.executable, str(Path(__file__).with_name("killed_command.py")), "-m", *arguments]
+        command = [sys.executable, str(Path(__file__).with_name("small_command.py")), "-m", *arguments]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         with (tmp_path / "log").open("a") as log:
             return subprocess.Popen(

@@ -1,4 +1,4 @@
-"""cifar_tl.train for the tests that kill it: a small backbone, and no pages."""
+"""cifar_tl.train for tests that start it: a small backbone, and no pages."""
 
 import sys
 
