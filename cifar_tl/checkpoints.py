@@ -27,14 +27,10 @@ from cifar_tl.model.module import ResNet50Classifier
 
 BEST, LAST = "best.ckpt", "last.ckpt"
 FORMAT = 1
-"""Of what a checkpoint holds under `cifar_tl`, raised when a key changes its name or its meaning. 0: without a number;
-`facts.split_sha256` is then that of the indices alone, and the normalization may be spelt `normalisation`."""
+"""Of what a checkpoint holds under `cifar_tl`, raised when a key changes its name or its meaning."""
 
 COMPLETED = ("data", "augment", "model", "finetune", "trainer")
 """Groups of the config in which keys that an older checkpoint does not have get today's defaults."""
-
-FORMER_ARGUMENTS = {"muon_dtype"}
-"""Of the LightningModule in older checkpoints; they change nothing of a trained model."""
 
 
 class PacedCheckpointIO(TorchCheckpointIO):
@@ -180,7 +176,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint of this program with weights_only=True, which runs no code from the file.
 
     Raises:
-        UserError: No such file, a truncated one, somebody else's, or one of a later version.
+        UserError: No such file, a truncated one, somebody else's, or one of another format.
     """
     path = find_checkpoint(path)
     not_ours = f"checkpoint {path} was not written by cifar_tl.train. Plain weights go into model.weights=."
@@ -197,11 +193,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(checkpoint, dict) or "cifar_tl" not in checkpoint:
         raise UserError(not_ours)
-    format = checkpoint["cifar_tl"].get("format", 0)
-    if format > FORMAT:
+    if (format := checkpoint["cifar_tl"].get("format")) != FORMAT:
         raise UserError(
-            f"checkpoint {path} has format {format}, this version of cifar_tl reads up to {FORMAT}. Use the version "
-            f"that wrote it."
+            f"checkpoint {path} has format {format}, this version of cifar_tl reads {FORMAT}. Use the version that "
+            f"wrote it."
         )
     return checkpoint
 
@@ -216,7 +211,6 @@ class Trained:
         config: Of its run; keys that it does not have, being older, have today's defaults.
         saved_config: The same as it was saved.
         facts: Of its run: classes, normalization, hashes, versions, device, commit.
-        format: See FORMAT.
         epoch: Of its run, from 0, after which it was saved.
     """
 
@@ -225,7 +219,6 @@ class Trained:
     config: DictConfig
     saved_config: dict[str, Any]
     facts: dict[str, Any]
-    format: int
     epoch: int
 
     @property
@@ -256,13 +249,12 @@ def load_trained(path: Path) -> Trained:
     try:
         saved_config = checkpoint["cifar_tl"]["config"]
         facts = checkpoint["cifar_tl"]["facts"]
-        if "normalization" not in facts:
-            facts["normalization"] = facts.pop("normalisation")
+        if missing := {"classes", "normalization"} - facts.keys():
+            raise ValueError(f"it says nothing of {' and '.join(sorted(missing))}")
         if len(facts["classes"]) != len(checkpoint["hyper_parameters"]["classes"]):
             raise ValueError("it names another number of classes than it tells apart")
         config = completed(saved_config)
-        arguments = {k: v for k, v in checkpoint["hyper_parameters"].items() if k not in FORMER_ARGUMENTS}
-        module = ResNet50Classifier(**arguments)
+        module = ResNet50Classifier(**checkpoint["hyper_parameters"])
         module.load_state_dict(checkpoint["state_dict"])
         epoch = int(checkpoint["epoch"])
     except (KeyError, TypeError, ValueError, RuntimeError, OmegaConfBaseException) as error:
@@ -270,7 +262,7 @@ def load_trained(path: Path) -> Trained:
             f"checkpoint {path} does not fit this version of cifar_tl "
             f"({type(error).__name__}: {str(error).splitlines()[0]}). Use the version that wrote it, or train again."
         ) from error
-    return Trained(path, module.eval(), config, saved_config, facts, checkpoint["cifar_tl"].get("format", 0), epoch)
+    return Trained(path, module.eval(), config, saved_config, facts, epoch)
 
 
 def completed(saved: dict[str, Any]) -> DictConfig:

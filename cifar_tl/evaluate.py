@@ -161,11 +161,7 @@ class ExtraEvaluations:
             UserError: It cannot be made again: the data, or a key of it, has changed.
         """
         datamodule.setup("validate")
-        older = self.trained.format < 1
         again, before = datamodule.split_sha256, self.trained.facts["split_sha256"]
-        if older:
-            again = datamodule.indices_sha256
-            log.info("temperature: this checkpoint is too old to say whether the validation images are the run's.")
         if again != before:
             raise UserError(
                 f"temperature=true: the run's validation split cannot be made again (SHA-256 {again[:12]}, the run's "

@@ -173,8 +173,7 @@ def parity_images(trained: Trained, root: Path | None, limit: int) -> tuple[Tens
             f"{limit:,} random images: the run's data is not at {config.data.get('root')}, data.root= says where",
         )
     images = datamodule.images("val", torch.arange(min(limit, datamodule.sizes["val"])))
-    same = trained.facts["split_sha256"] in (datamodule.split_sha256, datamodule.indices_sha256)
-    which = "of the run" if same else "that are not the run's"
+    which = "of the run" if trained.facts["split_sha256"] == datamodule.split_sha256 else "that are not the run's"
     return images, f"{len(images):,} validation images {which}"
 
 

@@ -262,7 +262,7 @@ def check_data_of_resumed_run(datamodule: CIFAR10DataModule, last: Path) -> None
             f"the run's classes have changed since it was started: gone {', '.join(gone) or 'none'}; new "
             f"{', '.join(new) or 'none'}. Restore them, or start a new run. data.root= says where the run's data is."
         )
-    if facts["split_sha256"] not in (datamodule.split_sha256, datamodule.indices_sha256):
+    if facts["split_sha256"] != datamodule.split_sha256:
         raise UserError(
             f"the run's training or validation images have changed since it was started (SHA-256 "
             f"{datamodule.split_sha256[:12]}, the run's {facts['split_sha256'][:12]}): images that it has trained on "

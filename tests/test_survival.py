@@ -278,19 +278,6 @@ def test_a_resumed_run_whose_images_grow_keeps_its_number_of_epochs(compose, hal
         train(compose(*FAST, *keys, f"resume={run}"), run, "demo")
 
 
-@pytest.mark.slow
-def test_of_an_older_run_the_start_that_its_checkpoint_names_is_kept(compose, half, tmp_path):
-    run = shutil.copytree(half, tmp_path / "run")
-    last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    (name,) = [name for name in last["callbacks"] if name.startswith("RunRecorder")]
-    last["callbacks"][name] = {"epochs": last["callbacks"][name]["epochs"]}
-    last["cifar_tl"]["facts"]["git_commit"] = "1" * 40
-    torch.save(last, run / "checkpoints" / "last.ckpt")
-    metrics = train(compose(*FAST, "trainer.max_epochs=4", f"resume={run}"), run, "demo")
-    assert [start["epoch"] for start in metrics["starts"]] == [0, 3]
-    assert metrics["starts"][0]["git_commit"] == "1" * 40
-
-
 def test_a_resumed_run_honours_other_changes_and_says_so(compose, half, tmp_path, caplog):
     shutil.copytree(half, tmp_path / "run")
     changes = ("finetune.weight_decay=0.5", "finetune.label_smoothing=0", "trainer.max_epochs=4")

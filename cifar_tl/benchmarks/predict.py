@@ -10,6 +10,7 @@ from PIL import Image
 
 from cifar_tl.benchmarks.setting import Setting, summary, take_turns
 from cifar_tl.build import build_module
+from cifar_tl.checkpoints import FORMAT
 from cifar_tl.cli import compose
 from cifar_tl.data.batch import IMAGENET_MEAN, IMAGENET_STD
 from cifar_tl.data.decode import default_threads
@@ -59,6 +60,6 @@ def write_checkpoint(path: Path) -> None:
         "normalization": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)},
     }
     module = build_module(cfg, Synthetic.classes)
-    provenance = {"config": OmegaConf.to_container(cfg, resolve=True), "facts": facts}
+    provenance = {"format": FORMAT, "config": OmegaConf.to_container(cfg, resolve=True), "facts": facts}
     parts = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams), "epoch": 0}
     torch.save({**parts, "cifar_tl": provenance}, path)

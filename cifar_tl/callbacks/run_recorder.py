@@ -116,17 +116,12 @@ class RunRecorder(EpochTimer):
     def _collapse_warnings(self) -> list[str]:
         return collapse_warnings(self.epochs, self.schedule, self.facts["images"]["val"])
 
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take the last start of an older checkpoint, which knows of no other, for all of its epochs."""
-        facts = checkpoint["cifar_tl"]["facts"]
-        self.starts = [{"epoch": 0, **{key: facts.get(key) for key in START}}]
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the history of the run that is resumed."""
         self.epochs = list(state_dict["epochs"])
-        self.starts = list(state_dict.get("starts", self.starts))
-        self.complete = state_dict.get("complete", True)
-        self.facts["features"] = state_dict.get("features", "")
+        self.starts = list(state_dict["starts"])
+        self.complete = state_dict["complete"]
+        self.facts["features"] = state_dict["features"]
 
     def phase_speeds(self) -> list[dict[str, Any]]:
         """Return per phase its epochs so far, wall-clock seconds and training images per second."""

@@ -18,7 +18,6 @@ from cifar_tl.data.splits import (
     first_copies,
     image_digest,
     limited,
-    split_hash,
     split_train_val,
 )
 from cifar_tl.errors import UserError, check_int
@@ -182,11 +181,6 @@ class CIFAR10DataModule(L.LightningDataModule):
                 self.test_sha256 = content_hash(
                     self.classes, (chosen, _digests(self.splits["test"][0]), self.targets("test"))
                 )
-
-    @property
-    def indices_sha256(self) -> str:
-        """Of the indices of training and validation alone, which is what checkpoints without a format number have."""
-        return split_hash(self.indices["train"], self.indices["val"])
 
     def _chosen_for_test(self, targets: Tensor) -> Tensor:
         return limited(torch.arange(len(targets)), targets, self.test_limit, self.split_seed)

@@ -81,17 +81,6 @@ def limited(indices: Tensor, targets: Tensor, limit: int | None, seed: int) -> T
     return indices[stratified_subset(targets[indices], limit, seed)]
 
 
-def split_hash(*splits: Tensor) -> str:
-    """Return the SHA-256 of the indices of some splits, (examples,) each.
-
-    Checkpoints without a format number have it. It says nothing about the images; see `content_hash`.
-    """
-    digest = hashlib.sha256()
-    for indices in splits:
-        _add_numbers(digest, indices)
-    return digest.hexdigest()
-
-
 def content_hash(classes: Sequence[str], *splits: tuple[Tensor, Sequence[bytes], Tensor]) -> str:
     """Return the SHA-256 of all that makes up some splits: equal hashes mean the same images with the same classes.
 
