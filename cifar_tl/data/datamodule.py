@@ -67,7 +67,8 @@ class CIFAR10DataModule(L.LightningDataModule):
         test_limit: As `limit`, for the test alone.
         split_sha256: Of the training and the validation split: their indices, images, targets and class names.
         test_sha256: The same of the test set.
-        duplicates: Images that are in two splits, see `count_duplicates`; empty before `setup("fit")`.
+        duplicates: Images that are in two splits: `test` and `val`, how many; `example`, one pair or None. Empty before
+            `setup("fit")`.
     """
 
     mean = IMAGENET_MEAN

@@ -19,7 +19,7 @@ class LazyImages:
         files: One per image.
         decode: Returns the image of a file, (3, height, width), uint8; runs in worker processes.
         workers: Processes that decode, at least 1.
-        digests: One per image, see `image_digests`; they are known from when the files were checked.
+        digests: One per image, see `image_digest`; they are known from when the files were checked.
     """
 
     def __init__(
