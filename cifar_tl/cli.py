@@ -238,6 +238,11 @@ class StopSignals:
         if first:
             raise KeyboardInterrupt
 
+    @classmethod
+    def received(cls) -> bool:
+        """Return whether a signal has come; Ctrl-C is none of these."""
+        return cls.current is not None and cls.current._received is not None
+
     def stopped(self, error: BaseException) -> bool:
         """Return whether an error is the end that a signal, or Ctrl-C, has asked for."""
         if self._received is not None:

@@ -1,5 +1,7 @@
 """Interrupting, moving, repeating and continuing runs and sweeps: nothing is lost, and nothing is done twice."""
 
+import errno
+import fcntl
 import io
 import json
 import logging
@@ -9,6 +11,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +25,7 @@ from cifar_tl.errors import Interrupted, UserError
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.reports.run_page import write_run_report
 from cifar_tl.runs.resume import resume_command, run_lock, with_overrides_of_resumed_run
+from cifar_tl.schedule import FinetuneSchedule
 from cifar_tl.train import train
 
 FAST = (*TINY, "data.train_size=40", "trainer.max_epochs=3", "finetune.features_folder=null")
@@ -280,18 +284,58 @@ def test_a_resumed_run_whose_images_grow_keeps_its_number_of_epochs(compose, hal
 
 def test_a_resumed_run_honours_other_changes_and_says_so(compose, half, tmp_path, caplog):
     shutil.copytree(half, tmp_path / "run")
-    changes = ("finetune.weight_decay=0.5", "finetune.label_smoothing=0", "trainer.max_epochs=4")
+    before = json.loads((half / "metrics.json").read_text())["plan"][0]["peak_lr"]
+    changes = ("finetune.weight_decay=0.5", "finetune.label_smoothing=0", "trainer.max_epochs=4", "finetune.head_lr=1")
     with caplog.at_level("INFO"):
         metrics = train(compose(*FAST, *changes, f"resume={tmp_path / 'run'}"), tmp_path / "run", "demo")
     assert "changed    finetune.weight_decay=0.5 from here on (the run had 0.05)" in caplog.text
     assert metrics["epoch"] == [0, 1, 2, 3]
     assert [start["epoch"] for start in metrics["starts"]] == [0, 3]
     assert metrics["starts"][1]["changed"]["finetune.weight_decay"] == 0.5
+    assert metrics["plan"][0]["peak_lr"] == before  # the phase is over
     page = write_run_report(tmp_path / "run").read_text()
+    assert metrics["starts"][0]["started"] in page
     assert "resumed at epoch 3" in page
     assert "finetune.weight_decay=0.5" in page
     state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"][0]
     assert [group["weight_decay"] for group in state["param_groups"]] == [0.5, 0.0, 0.5, 0.0]
+
+
+def test_warnings_of_before_a_resume_keep_what_caused_them(tmp_path):
+    def recorder(backbone_lr):
+        schedule = FinetuneSchedule(unfreeze_at_epoch=2, max_epochs=4, head_lr=1e-3, backbone_lr=backbone_lr)
+        found = RunRecorder(tmp_path, schedule, {"images": {"val": 5000}, "changed": None})
+        found.images, found.train_seconds = 1, 1.0
+        return found
+
+    def epoch(recorder, accuracy):
+        number = len(recorder.epochs)
+        values = {"train/loss": 1.0, "val/loss": 1.0, "val/acc": accuracy}
+        trainer = SimpleNamespace(current_epoch=number, is_global_zero=True, datamodule=None)
+        recorder.epoch_metrics = lambda trainer: values
+        recorder.on_train_start(trainer, None)
+        recorder.on_train_epoch_end(trainer, None)
+
+    first = recorder(0.5)
+    for accuracy in (0.6, 0.6, 0.1):
+        epoch(first, accuracy)
+    (warning,) = first.content()["warnings"]
+    assert "finetune.backbone_lr=0.5 " in warning
+    resumed = recorder(0.001)
+    resumed.load_state_dict(first.state_dict())
+    epoch(resumed, 0.2)
+    assert resumed.content()["warnings"] == [warning]
+    assert resumed.content()["plan"][1]["peak_lr"]["backbone"] == 0.5
+
+
+def test_a_file_system_without_locks_says_so(tmp_path, monkeypatch):
+    def no_locks(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    said = r"no file can be locked there \(No locks available\).*hydra\.run\.dir="
+    with pytest.raises(UserError, match=said), run_lock(tmp_path):
+        pass
 
 
 @pytest.mark.slow

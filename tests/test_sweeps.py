@@ -51,6 +51,18 @@ def states(sweep):
     return found
 
 
+def test_brackets_in_the_table_are_no_markup(command):
+    def task(cfg):
+        raise UserError("[/gloo/transport.cc] closed by peer")
+
+    code, out, err = command(task, "-m", "logger=[csv],[tensorboard]", "hydra.sweep.dir='[old]'")
+    assert code == 1
+    for text in ("[old]", "logger=[csv]", "[/gloo/"):
+        assert text in out + err
+    assert "MarkupError" not in err
+    assert [line for line in out.splitlines() if "logger=[csv]" in line]
+
+
 def test_a_sweeps_folder_may_be_named_by_way_of_another_one(command, tmp_path):
     def task(cfg):
         raise UserError("no")

@@ -38,8 +38,10 @@ class RunRecorder(EpochTimer):
         self.starts: list[dict[str, Any]] = []
         self.result: dict[str, Any] = {}
         self.status = "running"
+        self.warnings: list[str] = []
+        self.peaks: dict[int, dict[str, float]] = {}
+        """Peak learning rates of the phases that have begun, by first epoch: a resume may have other ones."""
         self._training = False
-        self._warned: list[str] = []
         self._early_end: list[str] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -53,20 +55,24 @@ class RunRecorder(EpochTimer):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add the epoch to the history, write it, and warn of a training that has collapsed."""
         metrics = self.epoch_metrics(trainer)
+        phase = self.schedule.phase(trainer.current_epoch)
         self.epochs.append(
             {
                 "epoch": trainer.current_epoch,
-                "phase": self.schedule.phase(trainer.current_epoch).name,
+                "phase": phase.name,
                 **{name: metrics.get(name) for name in PER_EPOCH},
                 "seconds": self.epoch_seconds(),
                 "images": self.images,
                 "train_seconds": self.train_seconds,
             }
         )
-        for warning in self._collapse_warnings():
-            if warning not in self._warned and trainer.is_global_zero:
-                log.warning("warning: %s", warning)
-                self._warned.append(warning)
+        self.peaks.setdefault(phase.start, self.schedule.peak_learning_rates(phase))
+        before = self._collapse_warnings(self.epochs[:-1])
+        for warning in self._collapse_warnings(self.epochs):
+            if warning not in before:
+                self.warnings.append(warning)
+                if trainer.is_global_zero:
+                    log.warning("warning: %s", warning)
         self.facts["features"] = getattr(trainer.datamodule, "caching", "")  # type: ignore[attr-defined]  # Lightning's
         self.write(trainer)
         super().on_train_epoch_end(trainer, pl_module)
@@ -110,17 +116,21 @@ class RunRecorder(EpochTimer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history, as plain values."""
-        features = self.facts.get("features", "")
-        return {"epochs": self.epochs, "starts": self.starts, "complete": self.complete, "features": features}
+        return {
+            **{name: getattr(self, name) for name in ("epochs", "starts", "complete", "warnings", "peaks")},
+            "features": self.facts.get("features", ""),
+        }
 
-    def _collapse_warnings(self) -> list[str]:
-        return collapse_warnings(self.epochs, self.schedule, self.facts["images"]["val"])
+    def _collapse_warnings(self, epochs: list[dict[str, Any]]) -> list[str]:
+        return collapse_warnings(epochs, self.schedule, self.facts["images"]["val"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the history of the run that is resumed."""
         self.epochs = list(state_dict["epochs"])
         self.starts = list(state_dict["starts"])
         self.complete = state_dict["complete"]
+        self.warnings = list(state_dict["warnings"])
+        self.peaks = dict(state_dict["peaks"])
         self.facts["features"] = state_dict["features"]
 
     def phase_speeds(self) -> list[dict[str, Any]]:
@@ -146,11 +156,14 @@ class RunRecorder(EpochTimer):
         best = best_epoch(self.epochs)
         return {
             "status": self.status,
-            "warnings": self._collapse_warnings() + self._early_end,
+            "warnings": self.warnings + self._early_end,
             **self.result,
             **({} if best is None else {"best/epoch": best["epoch"], "best/val/acc": best["val/acc"]}),
             "plan": [
-                {**dataclasses.asdict(phase), "peak_lr": self.schedule.peak_learning_rates(phase)}
+                {
+                    **dataclasses.asdict(phase),
+                    "peak_lr": self.peaks.get(phase.start) or self.schedule.peak_learning_rates(phase),
+                }
                 for phase in self.schedule.phases
             ],
             "phases": self.phase_speeds(),

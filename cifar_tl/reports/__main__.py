@@ -18,7 +18,10 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_OR_SWEEP", help="outputs/EXPERIMENT/TIME[/JOB]")
     parser.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="of the comparison; the sweep's, or what all runs have in common"
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="of the comparison, or of one run's page; without it, beside what is drawn",
     )
     given = parser.parse_args(arguments)
     try:
@@ -42,7 +45,8 @@ def report(folders: list[Path], output: Path | None = None) -> list[Path]:
 
     Args:
         folders: Of runs or sweeps.
-        output: Where the comparison goes; None for the sweep's folder, or the one that all runs have in common.
+        output: Where the comparison goes, or the page of a single run; None for the sweep's or the run's own folder, or
+            the one that all runs have in common.
 
     Returns:
         What was written.
@@ -61,7 +65,7 @@ def report(folders: list[Path], output: Path | None = None) -> list[Path]:
         fresh = page.is_file() and metrics.is_file() and page.stat().st_mtime > metrics.stat().st_mtime
         if run in folders or not fresh:
             try:
-                written.append(write_run_report(run))
+                written.append(write_run_report(run, None if comparing else output))
             except OSError as error:
                 if not comparing:
                     raise

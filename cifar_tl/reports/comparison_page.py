@@ -157,10 +157,11 @@ def _warnings(groups: Sequence[Group]) -> list[str]:
     for key, what in (
         ("split_sha256", "train/validation splits"),
         ("weights_sha256", "ImageNet weights"),
-        ("git_commit", "commits"),
     ):
         if len({str(run.metrics.get(key)) for run in runs}) > 1:
             warnings.append(f"The runs are of different {what}.")
+    if len({str(start.get("git_commit")) for run in runs for start in run.starts}) > 1:
+        warnings.append("The runs are of different commits.")
     if len({tuple(run.classes) for run in runs if run.classes}) > 1:
         warnings.append("The runs are of different classes.")
     for group in groups:
@@ -168,7 +169,7 @@ def _warnings(groups: Sequence[Group]) -> list[str]:
         if len(set(seeds)) < len(seeds):
             warnings.append(f"'{group.label}' has a seed twice: its range says less than n suggests.")
     for run in runs:
-        for start in run.metrics.get("starts", []):
+        for start in run.starts:
             if changed := start.get("changed"):
                 values = " ".join(f"{key}={value}" for key, value in changed.items())
                 warnings.append(f"{run.folder.name} had {values} from its epoch {start['epoch']} on alone.")

@@ -27,6 +27,8 @@ DIFFERENCES = (
     "It trains on 50,000 images and validates on the test set; here 45,000 train, in a tenth fewer steps an epoch.",
 )
 """What torch and an honest protocol cannot copy."""
+IMAGES = {"train": 45_000, "val": 5_000}
+"""Of a run that can stand beside it."""
 PUBLISHED = {
     "original, measured": MEASURED,
     "best public, 32x32*": 0.886,
@@ -39,9 +41,10 @@ aksharasoman/resnet50-cifar10-fastapi. At 224x224: V2 weights, 12 epochs, so-ham
 
 
 def beside_original(run: Run, folder: FigureFolder) -> dict[str, Any] | None:
-    """Return both validation curves as a figure and as a table; None for a run of another experiment or length."""
+    """Return both validation curves as a figure and as a table; None for a run of other data or length."""
     metrics = run.metrics
-    if metrics.get("experiment") != EXPERIMENT or metrics["epoch"] != list(range(len(ORIGINAL))):
+    same_data = "airplane" in run.classes and metrics.get("images") == IMAGES
+    if metrics.get("experiment") != EXPERIMENT or not same_data or metrics["epoch"] != list(range(len(ORIGINAL))):
         return None
     series = {"this run": metrics["val/acc"], "original": ORIGINAL}
     phases = [(phase["name"], phase["epochs"][0]) for phase in metrics["phases"]]

@@ -16,8 +16,12 @@ from cifar_tl.runs.record import METRICS
 REPORT, FIGURES = "report.html", "figures"
 
 
-def write_run_report(folder: Path) -> Path:
+def write_run_report(folder: Path, output: Path | None = None) -> Path:
     """Draw what a run left; an unfinished or damaged run gets what can be drawn, and the page says what cannot.
+
+    Args:
+        folder: The run's.
+        output: Gets the page and its figures; None for the run's own.
 
     Returns:
         The page's path.
@@ -26,7 +30,8 @@ def write_run_report(folder: Path) -> Path:
         OSError: It cannot be written.
     """
     run = read_run(folder)
-    figures = FigureFolder(folder / FIGURES)
+    output = output or folder
+    figures = FigureFolder(output / FIGURES)
     sections: list[Section] = []
     problems: list[str] = []
 
@@ -58,8 +63,8 @@ def write_run_report(folder: Path) -> Path:
         attempt("Time", "time", METRICS, lambda: run_training.time(run))
     attempt("Repeat it", "repeat", METRICS, lambda: run_training.repeat(run))
     lines = [*_warnings(run), *run.problems, *problems, *figures.problems]
-    write_page(folder / REPORT, "run.html.j2", sections=sections, lines=lines, **_header(run))
-    return folder / REPORT
+    write_page(output / REPORT, "run.html.j2", sections=sections, lines=lines, **_header(run))
+    return output / REPORT
 
 
 def _warnings(run: Run) -> list[str]:
@@ -72,7 +77,7 @@ def _warnings(run: Run) -> list[str]:
             f"{count:,} test images are training or validation images, too, pixel for pixel"
             f"{f' ({example})' if example else ''}: the test says too much good of the model."
         )
-    if not run.finished:
+    if not run.finished and not (run.status == "unknown" and run.predictions is not None):  # these are of a test
         done = len(run.metrics.get("epoch", []))
         planned = max((phase["end"] for phase in run.metrics.get("plan", [])), default=0)
         epochs = f"{done} of {planned} epochs" if planned else f"{done} epochs"
@@ -86,7 +91,7 @@ def _warnings(run: Run) -> list[str]:
 def _header(run: Run) -> dict[str, Any]:
     """Return the title and the run's results."""
     metrics, tested, folder = run.metrics, run.test_metrics, run.folder.resolve()
-    started = str(metrics.get("started", folder.name))
+    started = str(run.starts[0].get("started", folder.name))
     tiles = []
     if "best/val/acc" in metrics and "best/epoch" in metrics:
         tiles.append((percent(metrics["best/val/acc"]), f"validation accuracy, best epoch {metrics['best/epoch']}"))

@@ -1,6 +1,6 @@
 """The sections of a run's page on its training: schedule, curves, times, and what it takes to repeat it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,6 +8,7 @@ from cifar_tl.reports import figures
 from cifar_tl.reports.page import FigureFolder
 from cifar_tl.runs.folder import Run
 from cifar_tl.runs.formatting import duration_text, percent, points
+from cifar_tl.runs.record import START
 from cifar_tl.runs.table import Table
 from cifar_tl.schedule import Phase, epochs_text, stages_text
 
@@ -104,22 +105,25 @@ def time(run: Run) -> dict[str, Any]:
         rows.append([phase["name"], *_times(each), f"{phase['images_per_s']:,.0f}"])
     rows.append(["all", *_times(metrics["seconds"]), ""])
     head = ["phase", "epochs", "time", "per epoch, with validation", "training images/s"]
-    device = f"{metrics['device']}, {metrics['precision']}, threads: {metrics['threads']}"
-    return {"table": Table("Time per phase", head, rows, note=device)}
+    where = dict.fromkeys(f"{s['device']}, {s['precision']}, threads: {s['threads']}" for s in run.starts)
+    return {"table": Table("Time per phase", head, rows, note="; then ".join(where))}
 
 
 def repeat(run: Run) -> dict[str, Any]:
     """Return the command and everything else that is needed to repeat the run."""
     metrics = run.metrics
     rows: list[tuple[str, Any]] = []
-    if "git_commit" in metrics:
-        dirty = " with uncommitted changes" if metrics.get("git_dirty") else ""
-        rows.append(("commit", f"{metrics['git_commit'] or 'not run from a checkout'}{dirty}"))
-    rows += [(name, "none" if metrics[key] is None else metrics[key]) for key, name in FACTS.items() if key in metrics]
-    for start in metrics.get("starts", [])[1:]:
-        changes = ", ".join(f"{key}={value}" for key, value in (start["changed"] or {}).items())
-        facts = f"{start['started']}, commit {start['git_commit']}, {start['device']}, {start['precision']}"
-        rows.append((f"resumed at epoch {start['epoch']}", f"{facts}; changed: {changes or 'nothing'}"))
+    resumed = len(run.starts) > 1
+    if not resumed and "git_commit" in metrics:
+        rows.append(("commit", _commit(metrics)))
+    facts = {key: name for key, name in FACTS.items() if key in metrics and not (resumed and key in START)}
+    rows += [(name, "none" if metrics[key] is None else metrics[key]) for key, name in facts.items()]
+    for number, start in enumerate(run.starts if resumed else ()):
+        text = f"{start['started']}, commit {_commit(start)}, {start['device']}, {start['precision']}"
+        if number:
+            changes = ", ".join(f"{key}={value}" for key, value in (start["changed"] or {}).items())
+            text += f"; changed: {changes or 'nothing'}"
+        rows.append((f"resumed at epoch {start['epoch']}" if number else "started", text))
     images = dict(metrics.get("images", {}))
     if images and run.test_confusion is not None:
         images["test"] = int(run.test_confusion.sum())
@@ -132,6 +136,11 @@ def repeat(run: Run) -> dict[str, Any]:
             rows.append((name, ", ".join(f"{key} {value}" for key, value in values.items())))
     files = [name for name in RUN_FILES if (run.folder / name).is_file()]
     return {"command": run.command, "facts": rows, "files": files}
+
+
+def _commit(facts: Mapping[str, Any]) -> str:
+    dirty = " with uncommitted changes" if facts.get("git_dirty") else ""
+    return f"{facts['git_commit'] or 'not run from a checkout'}{dirty}"
 
 
 def _times(seconds: Sequence[float]) -> list[str]:

@@ -11,6 +11,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cifar_tl.cli import Failure, SweepCallback
 from cifar_tl.files import lock
@@ -100,14 +101,14 @@ class SweepTable(SweepCallback):
             return
         given = [read_overrides(self._folder / line["job"]) or [] for line in lines]
         shared = set.intersection(*map(set, given)) if len(given) > 1 else set()
-        table = Table(title=str(self._folder))
+        table = Table(title=Text(str(self._folder)))  # as Text, for what is in brackets would be taken for markup
         for name in COLUMNS:
             table.add_column(name, overflow="fold")
         for line, overrides in zip(lines, given, strict=True):
             line["overrides"] = " ".join(o for o in overrides if o not in shared)
             for name in ("best val/acc", "test/acc", "minutes"):
                 line[name] = f"{float(line[name]):.4f}" if line[name] else "-"
-            table.add_row(*(line[name] for name in COLUMNS))
+            table.add_row(*(Text(line[name]) for name in COLUMNS))
         Console().print(table)
         self._draw_report()
 

@@ -1,6 +1,7 @@
 """python -m cifar_tl.reproduce [key=value ...]: the published tables, from nothing but the data and the weights."""
 
 import logging
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,8 +14,10 @@ from omegaconf import DictConfig
 
 from cifar_tl import cli
 from cifar_tl.errors import Interrupted, UserError, check_flag
-from cifar_tl.reproduce.jobs import Job, plan_jobs, set_aside, state
+from cifar_tl.reproduce.jobs import Job, differing, plan_jobs, set_aside, state
 from cifar_tl.reproduce.publish import publish
+from cifar_tl.runs.folder import read_run
+from cifar_tl.runs.resume import quoted
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +62,8 @@ def reproduce(cfg: DictConfig, passed: Sequence[str], folder: Path) -> None:
 
     written = write_tables(jobs, folder)
     if publishing:
+        if others := [text for job in jobs if read_run(job.folder).finished for text in differing(job)]:
+            raise UserError(f"not published: {' '.join(others)} Give the same overrides, or run it anew.")
         written += publish([path for path in written if path.suffix == ".csv"], cli.conf_folder().parent)
     for path in written:
         log.info("%s", path)
@@ -93,9 +98,9 @@ def run_job(job: Job, what: str) -> bool:
     """Train or continue a job as its state says, evaluate it if it asks for that, and return whether all went well."""
     if what == "replace":
         log.info("The old run is now in %s", set_aside(job))
-    folder = f"hydra.run.dir='{job.folder}'"
+    folder = f"hydra.run.dir={quoted(job.folder)}"
     if what != "evaluate":
-        resume = [f"resume='{job.folder}'", *job.places]
+        resume = [f"resume={quoted(job.folder)}", *job.places]
         arguments = resume if what == "resume" else [*job.overrides, *job.passed, folder]
         if not command("cifar_tl.train", arguments):
             return False
@@ -103,9 +108,10 @@ def run_job(job: Job, what: str) -> bool:
         return True
     job.evaluation.unlink(missing_ok=True)  # what was asked for is noted before it is done
     trainer = job.config.trainer
-    arguments = [f"checkpoint='{job.checkpoint}'", f"trainer.accelerator={trainer.accelerator}", *job.evaluate]
+    checkpoint = f"checkpoint={quoted(job.checkpoint)}"
+    arguments = [checkpoint, f"trainer.accelerator={trainer.accelerator}", *job.evaluate]
     arguments += [override for override in job.places if override.startswith("data.root=")]
-    return command("cifar_tl.evaluate", [*arguments, f"hydra.run.dir='{job.evaluation.parent}'"])
+    return command("cifar_tl.evaluate", [*arguments, f"hydra.run.dir={quoted(job.evaluation.parent)}"])
 
 
 def command(module: str, arguments: Sequence[str]) -> bool:
@@ -120,6 +126,8 @@ def command(module: str, arguments: Sequence[str]) -> bool:
             code = process.wait()
         except KeyboardInterrupt:
             code = 130
+            if cli.StopSignals.received():  # Ctrl-C in a terminal has reached it, too
+                process.send_signal(signal.SIGTERM)
             process.wait()  # it saves what it has
     if code == 130:
         raise Interrupted("Interrupted. The same command goes on where it stopped; tables_only=true writes the tables.")

@@ -15,7 +15,7 @@ from cifar_tl import cli
 from cifar_tl.errors import UserError, check_choice, check_int
 from cifar_tl.runs.folder import read_run
 from cifar_tl.runs.record import config_sha256, flat
-from cifar_tl.runs.resume import LAST
+from cifar_tl.runs.resume import LAST, run_lock
 
 PARTS = ("results", "ablation", "ladder", "scale")
 IGNORED_KEYS = (
@@ -122,6 +122,12 @@ def differences(job: Job) -> list[str]:
     return [f"{key}={theirs.get(key)}, now {ours.get(key)}" for key in keys]
 
 
+def differing(job: Job) -> list[str]:
+    """Return the sentence that names `differences`, if there are any; weights have a column in every table."""
+    found = [text for text in differences(job) if not text.startswith("model.weights=")]
+    return [f"{job.name} was run with {'; '.join(found)}."] if found else []
+
+
 def state(job: Job) -> tuple[str, str]:
     """Return what there is to do, `keep`, `evaluate`, `resume`, `replace` or `run`, and a reason for people."""
     from cifar_tl.hardware import resolve_accelerator, resolve_precision  # late: `--help` should not wait for torch
@@ -149,13 +155,18 @@ def state(job: Job) -> tuple[str, str]:
 
 
 def set_aside(job: Job) -> Path:
-    """Move what is in a job's folder into `replaced`, beside it, and return where it is now."""
+    """Move what is in a job's folder into `replaced`, beside it, and return where it is now.
+
+    Raises:
+        UserError: Another process trains there.
+    """
     place = job.folder.parent / "replaced" / job.name
     number = 1
     while (new := place.with_name(f"{place.name}.{number}")).exists():
         number += 1
     new.parent.mkdir(parents=True, exist_ok=True)
-    shutil.move(job.folder, new)
+    with run_lock(job.folder):
+        shutil.move(job.folder, new)
     return new
 
 

@@ -5,7 +5,6 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from cifar_tl.reports import figures, svg
 from cifar_tl.reports.ablation import KEY, ablation
 from cifar_tl.reports.comparison import Group
 from cifar_tl.reports.original import PUBLISHED
-from cifar_tl.reproduce.jobs import Job, differences
+from cifar_tl.reproduce.jobs import Job, differing
 from cifar_tl.reproduce.publish import PROVENANCE, distinct
 from cifar_tl.runs.folder import Run, read_run
 from cifar_tl.runs.formatting import percent, percent_range, points
@@ -272,25 +271,18 @@ def _provenance(part: str, jobs: Sequence[Job], runs: dict[str, Run]) -> list[st
         distinct(what(runs[job.name]) for job in done) for what in (_device, _date, _commit, _weights, _precision)
     )
     lines = [f"`{command}`; {device}; {date}; commit {commit}; weights {weights}; {precision}."]
-    for job in done:  # weights are named above
-        if found := [text for text in differences(job) if not text.startswith("model.weights=")]:
-            lines.append(f"{job.name} was run with {'; '.join(found)}.")
+    lines += [text for job in done for text in differing(job)]
     if missing := [job.name for job in jobs if job not in done]:
         lines.append(f"Not finished: {', '.join(missing)}.")
     return lines
 
 
 def _device(run: Run) -> str:
-    return distinct(str(start.get("device")) for start in _starts(run))
+    return distinct(str(start.get("device")) for start in run.starts)
 
 
 def _precision(run: Run) -> str:
-    return distinct(str(start.get("precision")) for start in _starts(run))
-
-
-def _starts(run: Run) -> list[dict[str, Any]]:
-    """Return the facts of each start of a run; records of before there were several have the last one's."""
-    return run.metrics.get("starts") or [run.metrics]
+    return distinct(str(start.get("precision")) for start in run.starts)
 
 
 def _weights(run: Run) -> str:
@@ -310,12 +302,12 @@ def _filters(run: Run) -> str:
 
 def _commit(run: Run) -> str:
     return distinct(
-        str(start.get("git_commit"))[:7] + (" with changes" if start.get("git_dirty") else "") for start in _starts(run)
+        str(start.get("git_commit"))[:7] + (" with changes" if start.get("git_dirty") else "") for start in run.starts
     )
 
 
 def _date(run: Run) -> str:
-    return distinct(str(start.get("started"))[:10] for start in _starts(run))
+    return distinct(str(start.get("started"))[:10] for start in run.starts)
 
 
 def _mean(values: Sequence[float]) -> str:

@@ -56,6 +56,11 @@ class Run:
         return self.status == "finished"
 
     @property
+    def starts(self) -> list[dict[str, Any]]:
+        """Facts of each start of the run, the resumes included; see START."""
+        return list(self.metrics.get("starts") or [self.metrics])
+
+    @property
     def classes(self) -> list[str]:
         """Class names, in the order of their indices; empty if they are not recorded."""
         return self.predictions.classes if self.predictions is not None else list(self.metrics.get("classes", []))
@@ -122,7 +127,9 @@ def read_run(folder: Path) -> Run:
         needed = ("test/acc", "best/val/acc") if run.finished else ()
         run.problems += [f"{METRICS} has no {key}." for key in needed if key not in metrics]
     except FileNotFoundError:
-        run.problems.append(f"{METRICS} is missing: the run ended before its first epoch did.")
+        tested = (folder / PREDICTIONS).is_file()  # they are written after the test
+        lost = "curves, times and what was run are missing" if tested else "the run ended before its first epoch did"
+        run.problems.append(f"{METRICS} is missing: {lost}.")
     except (ValueError, OSError) as error:
         run.problems.append(f"{METRICS} cannot be read ({error}): curves, times and what was run are missing.")
     run.overrides = read_overrides(folder)

@@ -90,6 +90,7 @@ KINDS: dict[str, _Kind] = {
     "test/confusion": _INTEGER.list().list(),
     "best/epoch": _INTEGER,
     "plan": _object(name=_TEXT, start=_INTEGER, end=_INTEGER, stages=_TEXT.list()).list(),
+    "starts": _object(epoch=_INTEGER).list(),
     "phases": _object(name=_TEXT, epochs=_EPOCHS, seconds=_NUMBER, images_per_s=_NUMBER).list(),
     "epoch": _INTEGER.list(),
     "phase": _TEXT.list(),
@@ -216,7 +217,9 @@ def git_state() -> dict[str, Any]:
     here = Path(__file__).parents[2]
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True).stdout
+        # in a container, the checkout often is somebody else's, and git would refuse to read it
+        command = ["git", "-c", f"safe.directory={here}", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     try:
         if Path(git("rev-parse", "--show-toplevel").strip()) != here:

@@ -191,10 +191,16 @@ def run_lock(folder: Path) -> Iterator[None]:
     with (folder / LOCK).open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise UserError(f"{folder}: {holder} trains there now. Wait for it, or choose another folder.") from error
+        except OSError as error:
+            raise UserError(
+                f"{folder}: no file can be locked there ({error.strerror}), so that nothing would keep two processes "
+                f"from training there at once. Give a folder on another file system: hydra.run.dir=, for a sweep "
+                f"hydra.sweep.dir=."
+            ) from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

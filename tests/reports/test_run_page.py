@@ -379,7 +379,9 @@ def test_the_recreated_study_stands_beside_the_originals_numbers(tmp_path):
     length = {"epoch": epochs, "phase": ["frozen"] * 10 + ["fine-tune"] * 10, "seconds": [1.0] * 20, "phases": phases}
     accuracies = [0.6 + epoch / 1000 for epoch in epochs]
     own = {**curves, **length, "val/acc": accuracies, "experiment": "seed_baseline"}
-    run = make_run(tmp_path / "run", **own)
+    own |= {"images": {"train": 45_000, "val": 5_000}}
+    classes = ["airplane", *CLASSES[1:]]
+    run = make_run(tmp_path / "run", classes=classes, **own)
     assert main([str(run)]) == 0
     text = (run / "report.html").read_text(encoding="utf-8")
     rows = next(table for table in Page(text).tables if table[0] == ["epoch", "phase", "this run", "original"])
@@ -387,9 +389,45 @@ def test_the_recreated_study_stands_beside_the_originals_numbers(tmp_path):
     assert rows[2][3] == "-"  # the notebook's text does not name it
     assert rows[20][3] == "69.30"
     assert "could not be drawn" not in text
-    other = make_run(tmp_path / "other", **{**own, "experiment": "best32"})
-    assert main([str(other)]) == 0
-    assert "Beside the original" not in (other / "report.html").read_text(encoding="utf-8")
+    for number, (names, change) in enumerate(
+        [(classes, {"experiment": "best32"}), (CLASSES, {}), (classes, {"images": {"train": 900, "val": 100}})]
+    ):
+        other = make_run(tmp_path / f"other{number}", classes=names, **{**own, **change})
+        assert main([str(other)]) == 0
+        assert "Beside the original" not in (other / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_page_may_go_elsewhere(tmp_path):
+    run = make_run(tmp_path / "run")
+    before = sorted(run.rglob("*"))
+    assert main([str(run), "--output", str(tmp_path / "pages")]) == 0
+    assert (tmp_path / "pages" / "report.html").is_file()
+    assert (tmp_path / "pages" / "figures" / "confusion.png").is_file()
+    assert sorted(run.rglob("*")) == before
+
+
+def test_a_tested_run_without_its_record_is_not_called_unfinished(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "metrics.json").unlink()
+    (run / "train.log").touch()
+    assert main([str(run)]) == 0
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert "has not finished" not in text
+    assert "metrics.json is missing: curves, times and what was run are missing." in text
+
+
+def test_every_start_of_a_resumed_run_is_on_its_page(tmp_path):
+    first = {"epoch": 0, "started": "2026-01-01T00:00:00+00:00", "git_commit": "aaaa", "git_dirty": True}
+    first |= {"device": "a GPU", "threads": 4, "precision": "bf16-mixed", "changed": None}
+    second = {**first, "epoch": 2, "started": "2026-01-02T00:00:00+00:00", "git_commit": "bbbb", "git_dirty": False}
+    second |= {"device": "a CPU", "precision": "32-true", "changed": {"trainer.accelerator": "cpu"}}
+    run = make_run(tmp_path / "run", starts=[first, second], **{key: second[key] for key in ("started", "device")})
+    assert main([str(run)]) == 0
+    text = unescape((run / "report.html").read_text(encoding="utf-8"))
+    assert "2026-01-01T00:00:00+00:00, commit aaaa with uncommitted changes, a GPU, bf16-mixed" in text
+    assert "2026-01-02T00:00:00+00:00, commit bbbb, a CPU, 32-true; changed: trainer.accelerator=cpu" in text
+    assert "a GPU, bf16-mixed, threads: 4; then a CPU, 32-true, threads: 4" in text
+    assert "handmade, 2026-01-01" in text
 
 
 def test_test_images_that_are_training_images_are_named_at_the_top(tmp_path):

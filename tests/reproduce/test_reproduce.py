@@ -3,19 +3,26 @@
 import csv
 import hashlib
 import json
+import os
 import shutil
+import signal
+import threading
+import time
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
 from handmade import make_run
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from cifar_tl import cli
+from cifar_tl.errors import Interrupted, UserError
 from cifar_tl.reports.__main__ import main as report
 from cifar_tl.reproduce import __main__ as reproduce
 from cifar_tl.reproduce import jobs
 from cifar_tl.reproduce.tables import spearman
+from cifar_tl.runs.resume import run_lock
 
 PASSED = ("data=synthetic", "model.weights=null", "trainer=cpu")
 RECIPES = {name: [f"experiment={name}"] for name in ("seed_baseline", "best32")}
@@ -182,7 +189,8 @@ def test_a_run_that_was_resumed_names_every_commit_and_device(command):
     path = Path("outputs/reproduce", RESULTS[1], "metrics.json")
     metrics = json.loads(path.read_text())
     first = {key: metrics.get(key) for key in ("device", "precision", "started", "git_dirty")}
-    starts = [{**first, "epoch": 0, "git_commit": "1" * 40}, {**first, "device": "another", "git_commit": "2" * 40}]
+    second = {**first, "epoch": 3, "device": "another", "git_commit": "2" * 40}
+    starts = [{**first, "epoch": 0, "git_commit": "1" * 40}, second]
     path.write_text(json.dumps({**metrics, "starts": starts}))
     command("only=[results]", "~results.recipes.seed_baseline", "tables_only=true")
     (row,) = rows("results")
@@ -311,6 +319,66 @@ def test_equal_images(command):
         ("best32", "2,000 x 4", "200"),
         ("hires", "2,000 x 4", "200"),
     ]
+
+
+def job_in(folder, **more):
+    config = jobs.compose([*PASSED, "experiment=best32"])
+    return jobs.Job("results-best32-full-seed0", folder / "results-best32-full-seed0", [], list(PASSED), config, **more)
+
+
+def test_a_folder_may_have_an_apostrophe_in_its_name(tmp_path, monkeypatch):
+    given, job = [], job_in(tmp_path / "o'brien", evaluate=[])
+    monkeypatch.setattr(reproduce, "command", lambda module, arguments: given.append(arguments) or True)
+    for what in ("run", "resume"):
+        assert reproduce.run_job(job, what)
+    values = [
+        {override.key_or_group: override.value() for override in OverridesParser.create().parse_overrides(arguments)}
+        for arguments in given
+    ]
+    run, evaluation, resume, _ = values
+    assert run["hydra.run.dir"] == resume["resume"] == str(job.folder)
+    assert evaluation["checkpoint"] == str(job.checkpoint)
+    assert evaluation["hydra.run.dir"] == str(job.evaluation.parent)
+
+
+def test_a_run_that_another_process_trains_is_not_moved(tmp_path):
+    job = job_in(tmp_path)
+    with run_lock(job.folder), pytest.raises(UserError, match="trains there now"):
+        jobs.set_aside(job)
+    assert job.folder.is_dir()
+    assert jobs.set_aside(job).is_dir()
+    assert not job.folder.exists()
+
+
+def test_runs_with_other_overrides_are_not_published(command, recipes):
+    (recipes.parent / "pyproject.toml").touch()
+    (recipes.parent / "README.md").write_text("")
+    before = (recipes / "experiment" / "results" / "results.csv").read_text()
+    assert command("only=[results]", "finetune.weight_decay=0.5")[0] == 0
+    code, _, err = command("only=[results]", "tables_only=true", "publish=true")
+    assert code == 1
+    assert "not published: results-seed_baseline-full-seed0 was run with finetune.weight_decay=0.5, now" in err
+    assert (recipes / "experiment" / "results" / "results.csv").read_text() == before
+
+
+def test_sigterm_reaches_the_run(tmp_path, monkeypatch):
+    (tmp_path / "sleeper.py").write_text(
+        "import pathlib, time\npathlib.Path('begun').touch()\ntime.sleep(100)\npathlib.Path('ended').touch()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def terminate():
+        while not Path("begun").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    with cli.StopSignals(), pytest.raises(Interrupted):
+        reproduce.command("sleeper", [])
+    thread.join()
+    assert not Path("ended").exists()
 
 
 def test_rank_correlation():
