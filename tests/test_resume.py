@@ -1,6 +1,7 @@
 """A run that was stopped and resumed equals a run that was not, bit for bit."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -106,9 +107,19 @@ def test_resume_repeats_the_runs_own_overrides_in_its_own_folder(tmp_path):
     (run / ".hydra" / "overrides.yaml").write_text("- seed=3\n- resume=x\n")
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / "last.ckpt").touch()
+    for name in ("a", "z"):
+        older = tmp_path / "outputs" / "demo" / name / "checkpoints" / "last.ckpt"
+        older.parent.mkdir(parents=True)
+        older.touch()
+        os.utime(older, (0, 0))
     arguments = with_overrides_of_resumed_run(["resume=last", "trainer.max_epochs=30"], tmp_path / "outputs")
     how = ["hydra.output_subdir=null", f"hydra.run.dir='{run}'"]
     assert arguments == ["seed=3", "trainer.max_epochs=30", f"resume='{run}'", *how]
+
+
+def test_the_optimizer_forgets_the_frozen_phase(tiny_run):
+    (state,) = torch.load(tiny_run / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"]
+    assert {values["step"].item() for values in state["state"].values() if "step" in values} == {6.0}  # of 12
 
 
 @pytest.mark.parametrize("arguments", [["resume=nowhere"], ["resume=last"], ["-m", "resume=last"]])

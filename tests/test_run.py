@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import TINY
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from cifar_tl import hardware
 from cifar_tl.build import build_schedule
@@ -73,6 +74,8 @@ def test_images_that_grow_are_tested_as_large_as_they_were_in_the_best_epoch(com
     assert metrics["best/epoch"] == best
     assert set(seen) == {{2: 1, 3: 3}[best]}
     assert load_trained(tmp_path).module.backbone.upscale == seen[0]
+    cfg = compose(f"checkpoint='{tmp_path}'", "trainer.accelerator=cpu", config_name="evaluate")
+    assert metrics["test/loss"] == evaluate(cfg)["test/loss"]  # with that epoch's weights, too
     assert [phase["upscale"] for phase in metrics["plan"]] == [None, 1, 3]
     assert [phase["name"] for phase in metrics["phases"]] == ["frozen", "fine-tune at 32x32", "fine-tune at 96x96"]
 
@@ -125,12 +128,15 @@ def test_train_loss_is_the_mean_over_the_epochs_images(compose, tmp_path, monkey
 
     def spy(self, batch, batch_idx):
         loss = step(self, batch, batch_idx)
+        smoothed = cross_entropy(self(batch[0]), batch[1], label_smoothing=0.1)
+        torch.testing.assert_close(loss, smoothed)
         losses.append(loss.item())
         sizes.append(len(batch[1]))
         return loss
 
     monkeypatch.setattr(ResNet50Classifier, "training_step", spy)
-    metrics = train(compose(*TINY), tmp_path, "demo")
+    keys = ("finetune.label_smoothing=0.1", "model.dropout=0")
+    metrics = train(compose(*TINY, *keys), tmp_path, "demo")
     assert sizes == [16, 16, 8] * 4
     expected = [np.average(losses[i : i + 3], weights=sizes[i : i + 3]) for i in range(0, 12, 3)]
     assert metrics["train/loss"] == pytest.approx(expected, rel=1e-6)
@@ -138,16 +144,18 @@ def test_train_loss_is_the_mean_over_the_epochs_images(compose, tmp_path, monkey
 
 @pytest.mark.slow
 def test_a_compiled_run_is_the_one_that_is_not(compose, tmp_path, monkeypatch, run):
-    compiled, original = [], nn.Module.compile
+    compiled, resets, original = [], [], nn.Module.compile
 
     def compile(module):
         compiled.append(module)
         original(module, backend="eager")  # the graphs, without minutes for their kernels
 
     monkeypatch.setattr(nn.Module, "compile", compile)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(True))
     keys = ("model.compile=true", "finetune.cache_features=false", "finetune.features_folder=null")
     metrics = train(compose(*TINY, *keys), tmp_path, "demo")  # FreezeGuard sees both phases
     assert [type(module).__name__ for module in compiled] == ["Backbone"]
+    assert len(resets) == 1  # at the unfreeze; the graphs of this backend would give gradients without it
     plain = json.loads((run / "metrics.json").read_text())
     assert metrics["train/loss"] == pytest.approx(plain["train/loss"], rel=1e-3)
 

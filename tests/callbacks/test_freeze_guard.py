@@ -32,7 +32,8 @@ def test_frozen_phase_leaves_every_backbone_tensor_untouched(compose, tmp_path, 
         return module
 
     monkeypatch.setattr(command, "build_module", remember)
-    command.train(compose(*TINY, "finetune.unfreeze_at_epoch=null", "trainer.max_epochs=2"), tmp_path, "demo")
+    keys = ("finetune.unfreeze_at_epoch=null", "trainer.max_epochs=2", "finetune.cache_features=false")
+    command.train(compose(*TINY, *keys), tmp_path, "demo")
     final = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     moved = {name for name in initial if not torch.equal(initial[name], final[name])}
     assert {name for name in initial if name.startswith("backbone.")}.isdisjoint(moved)

@@ -80,8 +80,22 @@ def test_one_warp_flips_shifts_and_rotates_as_torchvision_does_one_by_one():
     moved = transforms.warp(smooth, torch.zeros(1), torch.ones(1), torch.tensor([True]), torch.tensor([[3, -2]]))
     exact = transforms.mirror_and_shift(smooth, torch.tensor([True]), torch.tensor([[3, -2]]), reach=4)
     torch.testing.assert_close(moved, exact, atol=0.01, rtol=0)
+    together = transforms.warp(smooth, angle, torch.ones(1), torch.tensor([True]), torch.tensor([[3, -2]]))
+    expected = F.rotate(exact, 20, interpolation=F.InterpolationMode.BILINEAR)
+    torch.testing.assert_close(together[..., 6:26, 6:26], expected[..., 6:26, 6:26], atol=0.5, rtol=0)
     zoomed = transforms.warp(smooth, torch.zeros(1), torch.tensor([2.0]), None, None)
     assert zoomed.sum() > 3 * smooth.sum()
+
+
+@pytest.mark.parametrize("kind", ["color_jitter", "rotation", "cutout"])
+def test_what_is_drawn_for_each_image_is_applied_to_it(kind):
+    result = apply(replace(NOTHING, **{kind: {"color_jitter": 0.4, "rotation": 30, "cutout": 8}[kind]}))
+    changes = (result - IMAGES.float()).abs().sum(1)
+    assert (changes.flatten(1).sum(1) > 0).all()
+    same_place = (changes[:1] > 0) == (changes[1:] > 0)
+    if kind == "cutout":
+        assert not same_place.flatten(1).all(1).any()
+    assert len({round(change.item(), 2) for change in changes.flatten(1).sum(1)}) > 40
 
 
 def test_cutout_blanks_one_square_per_image():

@@ -10,6 +10,7 @@ from PIL import Image
 from cifar_tl.build import build_datamodule
 from cifar_tl.data.datamodule import CIFAR10DataModule
 from cifar_tl.data.lazy import LazyImages
+from cifar_tl.data.splits import content_hash
 from cifar_tl.errors import UserError
 from cifar_tl.train import train
 
@@ -81,6 +82,9 @@ def test_the_splits_hash_covers_images_targets_and_class_names(fitted, tmp_path)
     first, again, lazy = fitted(root), fitted(root), fitted(root, "data.workers=1")
     assert first.split_sha256 == again.split_sha256 == lazy.split_sha256
     assert first.test_sha256 == again.test_sha256 == lazy.test_sha256
+    rows, images = torch.arange(2), [b"a", b"b"]
+    hashes = {content_hash(("cat", "dog"), (rows, images, torch.tensor(targets))) for targets in ([0, 1], [1, 0])}
+    assert len(hashes) == 2
     for split in ("train", "test"):
         (root / split / "dog").rename(root / split / "elk")
     renamed = fitted(root)

@@ -94,6 +94,25 @@ def test_mixing_gives_targets_that_are_shares(mix):
     assert ((targets > 0).sum(dim=1) == 2).any()
 
 
+@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
+def test_mixed_images_are_made_of_both_as_their_targets_are(mix):
+    torch.manual_seed(0)
+    kept, classes = next(iter(ArrayLoader(IMAGES, TARGETS, 50, MEAN, STD, augment=lambda epoch: NOTHING, classes=50)))
+    augment = replace(NOTHING, **{mix: 1.0})
+    mixed = ArrayLoader(IMAGES, TARGETS, 50, MEAN, STD, augment=lambda epoch: augment, classes=50)
+    images, targets = next(iter(mixed))
+    other = kept.roll(1, 0)
+    share = targets[torch.arange(50), classes]
+    torch.testing.assert_close(targets[torch.arange(50), classes.roll(1)], 1 - share)
+    assert 0.01 < share[0] < 0.99
+    if mix == "mixup":
+        torch.testing.assert_close(images, share[0] * kept + (1 - share[0]) * other)
+    else:
+        own = (images == kept).all(1)
+        assert ((images == other).all(1) | own).all()
+        assert own.float().mean().item() == pytest.approx(share[0].item(), abs=0.01)
+
+
 def test_an_epoch_takes_the_augmentation_of_its_phase():
     phases = {"augment": lambda epoch: replace(NOTHING, flip="none" if epoch < 2 else "random")}
     plain = torch.cat([images for images, _ in loader()])

@@ -2,10 +2,11 @@ import hashlib
 
 import pytest
 import torch
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, linear
 from torchvision.models import resnet18, resnet50
 
 from cifar_tl.errors import UserError
+from cifar_tl.model import cpu_kernels
 from cifar_tl.model.backbone import FEATURES, Backbone
 from cifar_tl.model.weights import load_weights
 
@@ -29,7 +30,7 @@ def test_backbone_is_torchvisions_resnet50_up_to_its_pooling(tmp_path):
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("batchnorm_trains", [False, True])
 @pytest.mark.slow
-def test_tuning_for_the_cpu_changes_neither_features_nor_gradients(size, batchnorm_trains):
+def test_tuning_for_the_cpu_changes_neither_features_nor_gradients(size, batchnorm_trains, monkeypatch):
     torch.manual_seed(0)
     plain, tuned = Backbone(upscale=1), Backbone(upscale=1)
     for name, buffer in plain.named_buffers():  # statistics that make a difference
@@ -40,12 +41,15 @@ def test_tuning_for_the_cpu_changes_neither_features_nor_gradients(size, batchno
     tuned.load_state_dict(plain.state_dict())
     tuned.tuned_for_cpu = True
     images = torch.randn(40, 3, size, size)  # enough that some layers are folded and some are not
-    gradients = []
+    gradients, products = [], []
+    monkeypatch.setattr(cpu_kernels, "linear", lambda *args: products.append(args) or linear(*args))
     for backbone in (plain, tuned):
+        assert not products  # torchvision's layers need none
         backbone.train(batchnorm_trains)
         features = backbone.double()(images.double())
         features.square().mean().backward()
         gradients.append({"features": features} | {name: p.grad for name, p in backbone.named_parameters()})
+    assert products
     torch.testing.assert_close(gradients[0], gradients[1])
     torch.testing.assert_close(plain.state_dict(), tuned.state_dict())
 
