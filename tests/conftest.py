@@ -1,4 +1,5 @@
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there: small networks gain nothing from more threads
 
@@ -22,6 +23,9 @@ TINY = (
 )
 """Both phases on 40 generated images: 3 steps an epoch, 2 + 2 epochs, seconds."""
 
+
+SMALL = [sys.executable, str(Path(__file__).with_name("small_command.py"))]
+"""The command of a process like `cifar_tl.train` with few blocks and without pages."""
 
 RESNET50 = Backbone.blocks
 
@@ -74,6 +78,19 @@ def tiny_run(compose: Callable[..., DictConfig], tmp_path_factory: pytest.TempPa
 def tiny_checkpoint(tiny_run: Path) -> Path:
     """A checkpoint with ten classes of generated images."""
     return tiny_run / "checkpoints" / "best.ckpt"
+
+
+@pytest.fixture
+def no_run_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave an empty page per run: drawing takes longer than the runs of these tests."""
+
+    def leave(folder: Path, output: Path | None = None) -> Path:
+        page = (output or folder) / "report.html"
+        page.touch()
+        return page
+
+    monkeypatch.setattr("cifar_tl.reports.run_page.write_run_report", leave)
+    monkeypatch.setattr("cifar_tl.train.write_run_report", leave)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import SMALL, TINY
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from cifar_tl import cli
@@ -165,7 +165,7 @@ def test_somebody_elses_checkpoint_is_refused(command, tmp_path):
 
 
 @pytest.mark.slow
-def test_sweep_runs_four_jobs_in_four_folders_and_ends_with_a_table(command, tmp_path):
+def test_sweep_runs_four_jobs_in_four_folders_and_ends_with_a_table(command, tmp_path, no_run_pages):
     code, out, err = command("-m", "model.dropout=0.0,0.2", "seed=1,2", *TINY, "trainer.max_epochs=3")
     assert code == 0, err
     (sweep,) = (tmp_path / "outputs" / "demo").iterdir()
@@ -182,19 +182,22 @@ def test_sweep_runs_four_jobs_in_four_folders_and_ends_with_a_table(command, tmp
 
 @pytest.mark.slow
 def test_a_failing_job_leaves_the_others_and_their_record_alone(command, tmp_path):
-    code, _, err = command("-m", "data.eval_batch_size=0,500", *TINY, "trainer.max_epochs=3")
+    code, out, err = command("-m", "data.eval_batch_size=0,500", *TINY, "trainer.max_epochs=3")
     assert code == 1
     assert "data.eval_batch_size=0 is not allowed" in err
     (table,) = tmp_path.glob("outputs/demo/*/sweep.csv")
     rows = table.read_text().splitlines()
     assert "failed" in rows[1]
     assert "finished" in rows[2]
+    (page,) = tmp_path.glob("outputs/demo/*/1/report.html")
+    assert "<svg" in page.read_text()
+    assert f"  report      {page.relative_to(tmp_path)}" in out.replace(f"{tmp_path}/", "")
 
 
 @pytest.mark.slow
-def test_ctrl_c_says_what_is_saved_and_the_run_can_be_resumed(tmp_path):
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    arguments = [sys.executable, "-m", "cifar_tl.train", *TINY, "trainer.max_epochs=500", "hydra.run.dir=run"]
+def test_ctrl_c_says_what_is_saved_and_the_run_can_be_resumed(command, tmp_path, no_run_pages):
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    arguments = [*SMALL, *TINY, "trainer.max_epochs=500", "hydra.run.dir=run"]
     with subprocess.Popen(
         arguments,
         cwd=tmp_path,
@@ -220,13 +223,8 @@ def test_ctrl_c_says_what_is_saved_and_the_run_can_be_resumed(tmp_path):
     assert "Traceback" not in err
     saved = len(json.loads((tmp_path / "run" / "metrics.json").read_text())["val/acc"])
     assert 1 <= saved < 500
-    resumed = subprocess.run(
-        [sys.executable, "-m", "cifar_tl.train", "resume=run", f"trainer.max_epochs={saved + 2}"],
-        cwd=tmp_path,
-        text=True,
-        capture_output=True,
-    )
-    assert resumed.returncode == 0, resumed.stderr
+    code, _, err = command("resume=run", f"trainer.max_epochs={saved + 2}")
+    assert code == 0, err
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["status"] == "finished"
     assert metrics["epoch"] == list(range(saved + 2))

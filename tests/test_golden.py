@@ -98,7 +98,7 @@ def test_a_runs_page_says_what_was_agreed(tmp_path, agreed):
 
 
 @pytest.mark.slow
-def test_a_comparison_says_what_was_agreed(tmp_path, agreed):
+def test_a_comparison_says_what_was_agreed(tmp_path, agreed, no_run_pages):
     for job, (rate, seed) in enumerate([("1e-3", 0), ("1e-3", 1), ("1e-4", 0), ("1e-4", 1)]):
         make_run(tmp_path / "sweep" / str(job), [f"finetune.head_lr={rate}"], seed, strength=1.5 if job < 2 else 1.2)
     assert main([str(tmp_path / "sweep")]) == 0

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
-
-SMALL = [sys.executable, str(Path(__file__).with_name("small_command.py"))]
+from conftest import SMALL, TINY
 
 ARGUMENTS = (
     "data=synthetic",

@@ -125,7 +125,7 @@ def test_where_slurms_programs_are_missing_nothing_is_started_again(environ, tmp
 
 @pytest.mark.slow
 def test_sigusr1_saves_and_the_requeued_command_goes_on_and_a_finished_run_is_kept(
-    command, environ, programs, monkeypatch, tmp_path
+    command, environ, programs, monkeypatch, tmp_path, no_run_pages
 ):
     environ(**BATCH)
     calls = programs("RUNNING")

@@ -32,7 +32,7 @@ FAST = (*TINY, "data.train_size=40", "trainer.max_epochs=3", "finetune.features_
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
+def command(tmp_path, monkeypatch, capsys, no_run_pages):
     """Run cifar_tl.train in an empty folder; return its exit code and what it printed."""
     monkeypatch.chdir(tmp_path)
 

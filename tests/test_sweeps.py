@@ -12,7 +12,7 @@ import joblib
 import pytest
 import torch
 import yaml
-from conftest import TINY
+from conftest import SMALL, TINY
 from hydra.core.hydra_config import HydraConfig
 from joblib.externals.loky import get_reusable_executor
 
@@ -99,7 +99,7 @@ def test_a_sweep_of_12_jobs_that_is_killed_twice_has_12_results_none_computed_tw
     sweep, finished = tmp_path / "sweep", {}
 
     def start(*arguments):
-        command = [sys.executable, str(Path(__file__).with_name("small_command.py")), "-m", *arguments]
+        command = [*SMALL, "-m", *arguments]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         with (tmp_path / "log").open("a") as log:
             return subprocess.Popen(
