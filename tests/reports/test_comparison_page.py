@@ -212,7 +212,7 @@ def test_a_run_that_went_on_with_other_values_is_named(tmp_path):
 def test_runs_whose_pages_cannot_be_written_are_compared_elsewhere(tmp_path, monkeypatch, capsys):
     runs = [make_run(tmp_path / name, [f"x={name}"]) for name in "ab"]
 
-    def protected(run):
+    def protected(run, output):
         raise PermissionError(13, "Permission denied", str(run / "report.html"))
 
     monkeypatch.setattr("cifar_tl.reports.run_page.write_run_report", protected)
