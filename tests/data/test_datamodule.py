@@ -77,6 +77,17 @@ def test_test_images_that_are_training_images_are_counted_with_an_example(fitted
     assert "(test/cat/copy0.png is train/cat/0.png)" in caplog.text
 
 
+def test_validation_images_that_are_training_images_are_counted(fitted, tmp_path, caplog):
+    root = write(tmp_path, {"cat": 6, "dog": 6}, {"cat": 3, "dog": 3})
+    for copy in (root / "train" / "cat").iterdir():
+        Image.new("RGB", (32, 32)).save(copy)
+    datamodule = fitted(root, "data.val_size=4")
+    copies = [name for name in datamodule.indices["val"].tolist() if "cat" in datamodule.source.name("train", name)]
+    assert datamodule.duplicates == {"test": 0, "val": len(copies), "example": None}
+    assert len(copies) == 2
+    assert "warning: 2 of 4 validation images are training images, too, pixel for pixel" in caplog.text
+
+
 def test_the_splits_hash_covers_images_targets_and_class_names(fitted, tmp_path):
     root = write(tmp_path / "root", {"cat": 6, "dog": 6}, {"cat": 3, "dog": 3})
     first, again, lazy = fitted(root), fitted(root), fitted(root, "data.workers=1")
