@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 OPEN = ("trainer.", "callbacks.", "logger.", "hydra.", "hydra/")
 """Where `+key=value` may add keys."""
+RECIPES = ("experiment", "ablate", "sweep")
+"""Groups whose files have keys of all groups."""
 DISK_ERRORS = (errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST, errno.EDQUOT)
 READING_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE)
 """What reading meets, too."""
@@ -143,6 +145,8 @@ def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: li
         jobs += 1
         multirun = HydraConfig.get().mode is RunMode.MULTIRUN
         try:
+            if config_name == "train":
+                _refuse_unread_keys(cfg)
             # a launcher may have brought this to another process
             return function(cfg) if StopSignals.current is not None else _end_on_signals(function, cfg)
         except Exception as error:
@@ -372,6 +376,26 @@ def _refuse_added_keys(arguments: list[str]) -> None:
             )
 
 
+def _refuse_unread_keys(cfg: DictConfig) -> None:
+    """Refuse keys that a file of `conf` has brought, most likely mistyped: Hydra merges them without a word."""
+    choices = HydraConfig.get().runtime.choices
+    known = _keys(compose("train", [f"data={choices['data']}"]))
+    unread = [key for key in _keys(cfg) if key not in known and not key.startswith(OPEN)]
+    if not unread:
+        return
+    recipe = unread[0].partition(".")[0]
+    if recipe in RECIPES:
+        raise UserError(
+            f"{recipe}={choices[recipe]}: nothing reads the keys of its file, {', '.join(cfg[recipe])}, as long as its "
+            f"first line is not '# @package _global_'."
+        )
+    chosen = ", ".join(f"{group}={choices[group]}" for group in _groups() if choices.get(group))
+    raise UserError(
+        f"{', '.join(unread)}: nothing reads {'it' if len(unread) == 1 else 'them'}.{suggest(unread[0], known)} "
+        f"Correct the file of conf that has {'it' if len(unread) == 1 else 'them'}, one of {chosen}."
+    )
+
+
 def explain(error: HydraException | OmegaConfBaseException, config_name: str) -> str:
     """Say what a config error is about, with the closest existing key for a mistyped one."""
     text = str(error)
@@ -408,7 +432,7 @@ def explain(error: HydraException | OmegaConfBaseException, config_name: str) ->
 
 
 def _groups() -> list[str]:
-    return [path.name for path in conf_folder().iterdir() if path.is_dir() and path.name != "hydra"]
+    return sorted(path.name for path in conf_folder().iterdir() if path.is_dir() and path.name != "hydra")
 
 
 def _keys(config: DictConfig, prefix: str = "") -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -240,3 +241,45 @@ def test_help_and_typos_do_not_wait_for_torch(tmp_path, program, arguments):
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "hydra" in imported
     assert imported.isdisjoint({"torch", "lightning", "matplotlib"})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "given", "expected"),
+    [
+        (
+            "experiment/mine",
+            "# @package _global_\nmodel:\n  upscal: 3\n",
+            ["experiment=mine"],
+            "error: model.upscal: nothing reads it. Did you mean model.upscale? Correct the file of conf that has "
+            "it, one of augment=flip_crop, callbacks=none, data=cifar10, experiment=mine, finetune=two_phase, model=",
+        ),
+        (
+            "experiment/mine",
+            "model:\n  upscale: 3\nseed: 1\n",
+            ["-m", "experiment=mine"],
+            "error: job 0 (experiment=mine): experiment=mine: nothing reads the keys of its file, model, seed, as long "
+            "as its first line is not '# @package _global_'.",
+        ),
+        (
+            "finetune/mine",
+            "defaults: [two_phase]\nhead_rate: 1\nheadlr: 2\n",
+            ["finetune=mine"],
+            "error: finetune.head_rate, finetune.headlr: nothing reads them. Did you mean",
+        ),
+        ("trainer/mine", "defaults: [cpu]\nmax_time: null\n", ["trainer=mine"], None),
+        ("data/mine", "defaults: [folder]\nroot: here\n", ["data=mine"], None),
+    ],
+)
+def test_keys_of_files_that_nothing_reads_are_refused(tmp_path, monkeypatch, capsys, name, text, given, expected):
+    shutil.copytree(cli.conf_folder(), tmp_path / "conf")
+    (tmp_path / "conf" / f"{name}.yaml").write_text(text)
+    monkeypatch.setattr(cli, "conf_folder", lambda: tmp_path / "conf")
+    monkeypatch.chdir(tmp_path)
+    begun = []
+    code = cli.run(begun.append, "train", given)
+    err = capsys.readouterr().err
+    if expected is None:
+        assert (code, err, len(begun)) == (0, "", 1)
+    else:
+        assert (code, len(begun)) == (1, 0)
+        assert expected in err

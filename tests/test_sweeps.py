@@ -94,6 +94,19 @@ def test_sweeps_that_are_ready_have_their_jobs(command, choice, count, some):
     assert {override for job in jobs for override in job} >= some
 
 
+def test_recipes_are_swept_in_one_folder_with_one_table(command, tmp_path):
+    def task(cfg):
+        return 0.5
+
+    code, out, err = command(task, "-m", "experiment=best32,demo", "ablate=none,adamw")
+    assert (code, err) == (0, "")
+    (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["sweeps"]
+    assert {path.name for path in sweep.iterdir() if path.is_dir()} == {"0", "1", "2", "3"}
+    assert len((sweep / "sweep.csv").read_text().splitlines()) == 5
+    assert "experiment=demo ablate=adamw" in out
+
+
 @pytest.mark.slow
 def test_a_sweep_of_12_jobs_that_is_killed_twice_has_12_results_none_computed_twice(tmp_path):
     sweep, finished = tmp_path / "sweep", {}
