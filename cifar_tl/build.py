@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from omegaconf import DictConfig, OmegaConf
 
 from cifar_tl import slurm
@@ -58,6 +60,11 @@ TRAINER_KEYS = {
     *("log_every_n_steps", "enable_progress_bar", "enable_model_summary", "profiler", "detect_anomaly"),
 }
 """What a run can honour of Lightning's Trainer, without a difference between its record and what was done."""
+FLAGS = {
+    *("sync_batchnorm", "benchmark", "deterministic"),
+    *("enable_progress_bar", "enable_model_summary", "detect_anomaly"),
+}
+"""Those that are true or false: Lightning takes any other value for one of them, and does not say for which."""
 
 INSTEAD = {
     "fast_dev_run": "It keeps no checkpoint, so that there is nothing to test. experiment=demo goes through everything "
@@ -130,6 +137,9 @@ def build_datamodule(cfg: DictConfig) -> CIFAR10DataModule:
 
 def build_module(cfg: DictConfig, classes: Any) -> ResNet50Classifier:
     """Build the LightningModule of a config, with a random backbone."""
+    if not OmegaConf.is_list(cfg.model.head):
+        shown = "null" if cfg.model.head is None else cfg.model.head
+        raise UserError(f"model.head={shown} is not allowed: give the units of its layers as a list, [128,64] or [].")
     return ResNet50Classifier(
         classes=list(classes),
         upscale=cfg.model.upscale,
@@ -201,30 +211,30 @@ def build_callbacks(
         PredictionsRecorder(datamodule, folder, unfreeze_at_epoch, max_epochs),
         TensorBoardFigures(datamodule, schedule, plain(cfg)),
         *checkpoint_callbacks(folder / "checkpoints"),
-        *progress_bar(),
+        *(progress_bar() if cfg.trainer.get("enable_progress_bar", True) else []),
     ]
     return callbacks + [_instantiated("callbacks", name, node) for name, node in cfg.callbacks.items()]
 
 
 def build_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
-    """Build the loggers of the `logger` group, by `_target_`; each writes into the run's folder unless it says where.
+    """Build the loggers of the `logger` group, by `_target_`.
 
-    TensorBoard's files are in RUN/tensorboard.
+    One that takes `save_dir` has the run's folder for it, unless it says where. TensorBoard's files are in
+    RUN/tensorboard.
     """
-    loggers: list[Logger] = []
-    for name, node in cfg.logger.items():
-        loggers.append(_instantiated("logger", name, node, {"save_dir": str(folder)}))
-    return loggers
+    return [_instantiated("logger", name, node, {"save_dir": str(folder)}) for name, node in cfg.logger.items()]
 
 
 def _instantiated(group: str, name: Any, node: DictConfig, defaults: Mapping[str, Any] | None = None) -> Any:
-    """Make what a node of the config with a `_target_` describes."""
+    """Make what a node of the config with a `_target_` describes; it gets those of the defaults that it takes."""
     if not OmegaConf.is_dict(node) or "_target_" not in node:
         raise UserError(f"{group}.{name} has no _target_: give the class to build, as conf/{group}/*.yaml do.")
     try:
-        return instantiate({**(defaults or {}), **node}, _convert_="all")
-    except HydraException as error:
-        cause = error.__cause__ or error
+        make = instantiate(node, _convert_="all", _partial_=True)
+        taken = signature(make.func).parameters.keys() - make.keywords.keys()
+        return make(**{key: value for key, value in (defaults or {}).items() if key in taken})
+    except Exception as error:  # whatever somebody's class raises
+        cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ else error
         missing = f" `pip install {cause.name}` may help." if isinstance(cause, ModuleNotFoundError) else ""
         raise UserError(f"{group}.{name}: {node._target_} cannot be built: {cause}.{missing}") from error
 
@@ -300,6 +310,11 @@ def check_trainer(trainer: Mapping[Any, Any]) -> None:
     check_choice("trainer.precision", trainer.get("precision", "auto"), PRECISIONS)
     check_int("trainer.accumulate_grad_batches", trainer.get("accumulate_grad_batches", 1), 1)
     check_int("trainer.log_every_n_steps", trainer.get("log_every_n_steps", 1), 1)
+    for key in sorted(FLAGS & trainer.keys()):
+        if (key, trainer[key]) != ("deterministic", "warn"):
+            check_flag(f"trainer.{key}", trainer[key])
+    if isinstance(trainer.get("max_time"), int | float):
+        raise UserError(f"trainer.max_time={trainer['max_time']} is not allowed: give DD:HH:MM:SS.")
     if trainer.get("limit_train_batches") in (0, 0.0):
         raise UserError("trainer.limit_train_batches=0 leaves nothing to train on: give a number of steps, or a share.")
     every = check_int("trainer.check_val_every_n_epoch", trainer.get("check_val_every_n_epoch", 1), 1)
@@ -316,6 +331,11 @@ def check_strategy(trainer: L.Trainer, schedule: FinetuneSchedule) -> None:
     Raises:
         UserError: There is a frozen phase, and DistributedDataParallel is not told that parameters may be unused.
     """
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise UserError(
+            f"trainer.strategy= starts the processes by {trainer.strategy.launcher._start_method}, which leaves this "
+            f"one, whose record it is, without what they have trained. Give trainer=ddp."
+        )
     if trainer.world_size == 1 or not isinstance(trainer.strategy, DDPStrategy):
         return
     finds_unused = trainer.strategy._ddp_kwargs.get("find_unused_parameters", False)
@@ -389,6 +409,7 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 def quieten_lightning() -> None:
     """Silence what Lightning says about itself; its warnings stay, but for those that do not fit here."""
+    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")  # left out: on the run's record
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`")  # Lightning 2.6 on torch 2.14
     warnings.filterwarnings("ignore", message=r".*find_unused_parameters=True was specified")  # once all is unfrozen
     warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")  # a resumed run's

@@ -33,11 +33,13 @@ def suggest(given: str, allowed: Iterable[str]) -> str:
     return f" Did you mean {close[0]}?" if close else ""
 
 
-def check_int(key: str, value: object, minimum: int) -> int:
-    """Return `value` if it is a whole number of at least `minimum`; raise UserError naming `key` otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise UserError(f"{key}={value} is not allowed: give a whole number of at least {minimum}.")
-    return value
+def check_int(key: str, value: object, minimum: int, maximum: int | None = None) -> int:
+    """Return `value` if it is a whole number from `minimum` to `maximum`; raise UserError naming `key` otherwise."""
+    number = isinstance(value, int) and not isinstance(value, bool)
+    if not number or value < minimum or (maximum is not None and value > maximum):  # type: ignore[operator]  # an int
+        upper = "" if maximum is None else f" and at most {maximum}"
+        raise UserError(f"{key}={value} is not allowed: give a whole number of at least {minimum}{upper}.")
+    return value  # type: ignore[return-value]  # an int
 
 
 def check_number(key: str, value: object, minimum: float, below: float = float("inf")) -> float:

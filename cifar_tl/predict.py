@@ -212,7 +212,7 @@ def choose_format(format: str | None, output: Path | None) -> str:
     """Return the format that a file should have: `format`, or what the ending of `output` says, or csv.
 
     Raises:
-        UserError: An unknown format, or pyarrow is needed and not there.
+        UserError: An unknown format or ending, or pyarrow is needed and not there.
     """
     if format is None:
         format = "csv" if output is None else output.suffix.removeprefix(".").lower()

@@ -23,6 +23,7 @@ import lightning as L
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import LambdaCallback
 from omegaconf import DictConfig
 
 from cifar_tl import slurm
@@ -83,6 +84,12 @@ FIXED = (
     "finetune.progressive_resizing",
 )
 """Beginnings of the keys that a resumed run cannot change. Others count from the epoch on at which it goes on."""
+OF_A_TEST = (
+    *("resume", "logger.", "data.root", "data.download", "data.eval_batch_size", "data.workers", "trainer.max_epochs"),
+    *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.precision"),
+    *("trainer.enable_progress_bar", "finetune.cache_features", "finetune.features_folder"),
+)
+"""Beginnings of the keys that may still change where all epochs are trained."""
 
 
 def main(cfg: DictConfig) -> float:
@@ -98,13 +105,13 @@ def main(cfg: DictConfig) -> float:
     several = hydra.mode is RunMode.MULTIRUN and hydra.launcher._target_.endswith(".JoblibLauncher")
     if several and cfg.trainer.devices == 1:
         cfg.trainer.devices = gpu_in_turn(hydra.job.num, resolve_accelerator(cfg.trainer.accelerator))
+    gc.collect()  # model and trainer of the last job refer to each other: this one would start beside them
     with run_lock(folder):
         if is_first_process():
             remove_partial_files(folder / "checkpoints")
-            if cfg.resume is None:
-                save_overrides(cfg, folder)
+        if cfg.resume is None:
+            save_overrides(cfg, folder)
         metrics = train(cfg, folder, experiment=hydra.runtime.choices["experiment"])
-    gc.collect()  # model and trainer refer to each other: the next job of a sweep would start beside them
     draw_report(folder)
     return float(metrics["best/val/acc"])
 
@@ -126,7 +133,7 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     """
     flush_denormals()
     quieten_lightning()
-    L.seed_everything(check_int("seed", cfg.seed, 0), workers=True, verbose=False)
+    L.seed_everything(check_int("seed", cfg.seed, 0, 2**32 - 1), workers=True, verbose=False)
     build_schedule(cfg)  # its mistakes before anything is read
     check_trainer(cfg.trainer)
     accelerator = resolve_accelerator(cfg.trainer.accelerator)
@@ -143,16 +150,18 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     datamodule.setup("fit")
     if cfg.resume is not None:
         check_data_of_resumed_run(datamodule, last)
-        if is_first_process():
-            save_overrides(cfg, folder)
 
     facts = {**run_facts(cfg, datamodule, experiment), **weights}
     module.provenance = {"format": FORMAT, "config": plain(cfg), "facts": facts}
     batches = math.ceil(datamodule.sizes["train"] / cfg.data.batch_size)
+    # when nothing is refused any more; a run that has all its epochs is tested alone
+    saving = LambdaCallback(
+        on_train_start=lambda *_: save_overrides(cfg, folder), on_test_start=lambda *_: save_overrides(cfg, folder)
+    )
     trainer = build_trainer(
         {**cfg.trainer, "log_every_n_steps": min(cfg.trainer.log_every_n_steps, batches)},
         logger=build_loggers(cfg, folder),
-        callbacks=build_callbacks(cfg, datamodule, facts, folder),
+        callbacks=[*build_callbacks(cfg, datamodule, facts, folder), saving],
         plugins=[PacedCheckpointIO()],
         default_root_dir=folder,
     )
@@ -236,11 +245,19 @@ def resumed_weights(cfg: DictConfig, last: Path) -> dict[str, Any]:
     changed = {key: (old, new) for key, (old, new) in values.items() if old != new}
     # where images grow, the number of epochs says when they have grown
     fixed = FIXED if cfg.finetune.progressive_resizing is None else (*FIXED, "trainer.max_epochs")
-    if lost := {key: values for key, values in changed.items() if key.startswith(fixed)}:
+    lost = {key: values for key, values in changed.items() if key.startswith(fixed)}
+    if "model.dropout" in changed and not all(changed["model.dropout"]):
+        lost["model.dropout"] = changed["model.dropout"]  # from or to 0: layers come or go
+    if lost:
         texts = ", ".join(f"{key}={new} (the run has {old})" for key, (old, new) in lost.items())
         raise UserError(
             f"a resumed run cannot change {texts}: what it has trained so far depends on it. Leave it out, or start a "
             f"new run with it."
+        )
+    if done == cfg.trainer.max_epochs and (late := [key for key in changed if not key.startswith(OF_A_TEST)]):
+        raise UserError(
+            f"the run has trained all of its {done} epochs, so that {', '.join(f'{k}={changed[k][1]}' for k in late)} "
+            f"would change its record alone. Leave it out, or raise trainer.max_epochs, too."
         )
     changed.pop("resume", None)
     for key, (old, new) in changed.items():

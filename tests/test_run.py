@@ -4,16 +4,18 @@ import csv
 import json
 import os
 from mmap import mmap
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from cifar_tl import hardware
-from cifar_tl.build import build_schedule
+from cifar_tl.build import build_loggers, build_schedule
 from cifar_tl.checkpoints import load_trained
 from cifar_tl.errors import UserError
 from cifar_tl.evaluate import evaluate
@@ -186,6 +188,38 @@ def test_early_stopping_by_config_alone_ends_the_run_early_and_it_is_tested(comp
     patient = train(compose(*resumed, "callbacks.early_stopping.patience=3"), tmp_path, "demo")
     assert patient["epoch"] == [0, 1, 2, 3]
     assert patient["starts"][-1]["changed"] == {"callbacks.early_stopping.patience": 3}
+
+
+@pytest.mark.slow
+def test_an_early_stop_has_its_own_reason(compose, tmp_path):
+    stopping = ("callbacks=early_stopping", "+callbacks.early_stopping.stopping_threshold=0.0")
+    metrics = train(compose(*TINY, *stopping, "finetune.unfreeze_at_epoch=null"), tmp_path, "demo")
+    assert metrics["epoch"] == [0]
+    (warning,) = metrics["warnings"]
+    assert warning.startswith(
+        "The training ended in epoch 0 of 0..3: EarlyStopping: Stopping threshold reached: val/acc"
+    )
+
+
+class Elsewhere(DummyLogger):
+    """A logger that has no folder."""
+
+    def __init__(self, project):
+        super().__init__()
+        self.project = project
+
+
+def test_loggers_have_the_runs_folder_where_they_take_one(compose, tmp_path):
+    mine = f"+logger.mine={{_target_:{__name__}.Elsewhere,project:p}}"
+    csv_logger, other, mine = build_loggers(
+        compose(
+            *TINY, f"+logger.other={{_target_:lightning.pytorch.loggers.CSVLogger,save_dir:{tmp_path}/there}}", mine
+        ),
+        tmp_path,
+    )
+    assert Path(csv_logger.save_dir) == tmp_path
+    assert Path(other.save_dir) == tmp_path / "there"
+    assert mine.project == "p"
 
 
 @pytest.mark.filterwarnings("ignore")  # of MLflow's own dependencies

@@ -339,13 +339,18 @@ def test_a_file_system_without_locks_says_so(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_before_it_could_save_is_started_again_in_its_folder(command, half, tmp_path):
+def test_a_run_that_was_killed_before_it_could_save_starts_again_in_its_folder(command, half, tmp_path, monkeypatch):
+    def other_start(folder):
+        (tmp_path / "run" / ".hydra" / "overrides.yaml").write_text("[seed=7]")  # of one that the lock keeps out
+
+    monkeypatch.setattr("cifar_tl.train.remove_partial_files", other_start)
     (tmp_path / "run").mkdir()
     metrics = {**json.loads((half / "metrics.json").read_text()), "status": "running"}
     (tmp_path / "run" / "metrics.json").write_text(json.dumps(metrics))
     code, _, err = command(*FAST, "trainer.max_epochs=2", "finetune.unfreeze_at_epoch=1", "hydra.run.dir=run")
     assert code == 0, err
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["epoch"] == [0, 1]
+    assert "trainer.max_epochs=2" in (tmp_path / "run" / ".hydra" / "overrides.yaml").read_text()
 
 
 @pytest.fixture
@@ -358,12 +363,23 @@ def resumable(half, tmp_path):
     return run / ".hydra"
 
 
-@pytest.mark.parametrize("mistake", ["data.batch_size=0", "seed=5", "finetune.schedule=cosin"])
-def test_a_resume_that_is_refused_leaves_the_run_as_it_was(command, resumable, mistake):
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        ("data.batch_size=0", "data.batch_size=0 is not allowed"),
+        ("seed=5", "a resumed run cannot change seed=5"),
+        ("finetune.schedule=cosin", "finetune.schedule=cosin is not allowed"),
+        ("finetune.label_smoothing=0.2", "finetune.label_smoothing=0.2 would change its record alone"),
+        ("model.dropout=0.2", "a resumed run cannot change model.dropout=0.2 (the run has 0.0)"),
+        ("+logger.mine._target_=nowhere.Logger", "logger.mine: nowhere.Logger cannot be built"),
+        ("finetune.cache_features=perhaps", "finetune.cache_features=perhaps is not allowed"),
+    ],
+)
+def test_a_resume_that_is_refused_leaves_the_run_as_it_was(command, resumable, mistake, said):
     before = {path.name: path.read_text() for path in resumable.iterdir()}
     code, _, err = command("resume=run", mistake)
     assert code == 1
-    assert mistake.partition("=")[0] in err
+    assert said in err
     with run_lock(resumable.parent):
         assert command("resume=run", "finetune.weight_decay=0.5")[0] == 1
     assert {path.name: path.read_text() for path in resumable.iterdir()} == before
@@ -371,13 +387,21 @@ def test_a_resume_that_is_refused_leaves_the_run_as_it_was(command, resumable, m
 
 @pytest.mark.slow
 def test_a_resume_that_is_accepted_is_what_the_next_one_goes_on_with(command, resumable):
-    code, _, err = command("resume=run", "finetune.weight_decay=0.5", "trainer.max_epochs=4")
+    features = json.loads((resumable.parent / "metrics.json").read_text())["features"]
+    uncached = ("finetune.weight_decay=0.5", "finetune.cache_features=false")
+    code, _, err = command("resume=run", *uncached, "trainer.max_epochs=4")
     assert code == 0, err
     assert "finetune.weight_decay=0.5" in (resumable / "overrides.yaml").read_text()
     assert "weight_decay: 0.5" in (resumable / "config.yaml").read_text()
     assert command("resume=run", "trainer.max_epochs=5")[0] == 0
     metrics = json.loads((resumable.parent / "metrics.json").read_text())
     assert [start["changed"].get("finetune.weight_decay") for start in metrics["starts"][1:]] == [0.5, None]
+    assert metrics["features"] == features  # of the frozen phase, which was over
+    assert command("resume=run", "data.eval_batch_size=7")[0] == 0  # nothing is left to train
+    metrics = json.loads((resumable.parent / "metrics.json").read_text())
+    assert [start["epoch"] for start in metrics["starts"]] == [0, 3, 4, 5]
+    assert metrics["starts"][-1]["changed"] == {"data.eval_batch_size": 7}
+    assert "eval_batch_size: 7" in (resumable / "config.yaml").read_text()
 
 
 def test_epochs_that_are_trained_cannot_be_taken_back(compose, half, tmp_path):

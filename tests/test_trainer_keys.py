@@ -12,10 +12,10 @@ import lightning as L
 import pytest
 import torch
 from conftest import TINY
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import RichProgressBar, Timer
 
 from cifar_tl import hardware
-from cifar_tl.build import build_trainer, check_strategy, check_trainer
+from cifar_tl.build import build_callbacks, build_datamodule, build_trainer, check_strategy, check_trainer
 from cifar_tl.callbacks.epoch_timer import EpochTimer
 from cifar_tl.errors import Interrupted, UserError
 from cifar_tl.model.module import ResNet50Classifier
@@ -71,6 +71,15 @@ def test_max_time_ends_a_run_that_is_validated_and_tested(compose, tmp_path, hou
 
 
 @pytest.mark.slow
+def test_a_run_that_goes_on_after_half_an_epoch_says_so(compose, tmp_path, hours_from_step):
+    hours_from_step(5)
+    train(compose(*TINY, "+trainer.max_time='00:01:00:00'"), tmp_path, "demo")
+    metrics = train(compose(*TINY, f"resume={tmp_path}"), tmp_path, "demo")
+    assert metrics["epoch"] == [0, 1, 2, 3]
+    assert metrics["warnings"] == ["Epoch 1 was cut short, and the run went on with the one after it."]
+
+
+@pytest.mark.slow
 def test_a_run_that_is_killed_while_it_is_tested_records_the_same_when_it_goes_on(
     compose, tmp_path, monkeypatch, hours_from_step
 ):
@@ -87,8 +96,9 @@ def test_a_run_that_is_killed_while_it_is_tested_records_the_same_when_it_goes_o
     after = train(compose(*keys, f"resume={tmp_path}"), tmp_path, "demo")
     assert after["status"] == "finished"
     assert "The training ended in epoch 1 of 0..3: trainer.max_time is over." in after["warnings"]
-    for key in ("warnings", "features", "starts", "epoch", "plan"):
+    for key in ("warnings", "features", "epoch", "plan"):
         assert after[key] == before[key], key
+    assert [start["epoch"] for start in after["starts"]] == [0, 2]  # the second one has tested
 
 
 @pytest.mark.slow
@@ -255,3 +265,12 @@ def test_a_deterministic_run_does_not_choose_algorithms_by_their_time(monkeypatc
     )
     build_trainer({**CPU, **key})
     assert given["benchmark"] == benchmark
+
+
+def test_the_progress_bar_can_be_switched_off_at_a_terminal(compose, tmp_path, monkeypatch):
+    monkeypatch.setattr("cifar_tl.build.progress_bar", lambda: [RichProgressBar()])
+    for value, shown in ((True, 1), (False, 0)):
+        cfg = compose(*TINY, f"+trainer.enable_progress_bar={value}")
+        callbacks = build_callbacks(cfg, build_datamodule(cfg), {"weights_sha256": None}, tmp_path)
+        trainer = build_trainer(cfg.trainer, logger=False, callbacks=callbacks)
+        assert sum(isinstance(callback, RichProgressBar) for callback in trainer.callbacks) == shown

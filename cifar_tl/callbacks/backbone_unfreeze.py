@@ -1,5 +1,6 @@
 """The callback that keeps the backbone frozen, unfreezes it on time, and owns every learning rate."""
 
+import math
 from collections.abc import Sequence
 
 import lightning as L
@@ -16,8 +17,9 @@ class BackboneUnfreeze(L.Callback):
     """Freeze the backbone until `unfreeze_at_epoch`, then unfreeze it and drop the learning rates.
 
     Works on any LightningModule with a `backbone` and a `head` whose optimizer has the parameters of both, in groups of
-    their own, from step 0, and no learning rate scheduler. What trains and how fast is a function of the epoch, applied
-    anew at the start of every epoch: a resumed run is in the right phase by construction (Lightning issue 21901).
+    their own, and of nothing else, from step 0, and no learning rate scheduler, on training data with a length. What
+    trains and how fast is a function of the epoch, applied anew at the start of every epoch: a resumed run is in the
+    right phase by construction (Lightning issue 21901).
 
     Args:
         unfreeze_at_epoch: First epoch of fine-tuning; 0 trains everything from the start, None never unfreezes.
@@ -35,6 +37,8 @@ class BackboneUnfreeze(L.Callback):
 
     Raises:
         UserError: A value that cannot be, or an unfreeze that is never reached; without `max_epochs`, when fit starts.
+            Then, too: no `backbone` or `head`, a parameter group of both or of neither, a learning rate scheduler, or
+            training data without a length.
     """
 
     schedule: FinetuneSchedule
@@ -96,7 +100,7 @@ class BackboneUnfreeze(L.Callback):
         """Find out whose learning rate each parameter group has.
 
         Raises:
-            UserError: A group with parameters of both, or of neither.
+            UserError: A group with parameters of both, or of neither; a scheduler; training data without a length.
         """
         members = {name: {id(p) for p in pl_module.get_submodule(name).parameters()} for name in ("head", "backbone")}
         self._modules: list[list[str]] = []
@@ -114,6 +118,10 @@ class BackboneUnfreeze(L.Callback):
                 self._modules[-1].append(whose[0])
         if trainer.lr_scheduler_configs:
             raise UserError("BackboneUnfreeze owns the learning rates: return no scheduler from configure_optimizers.")
+        if math.isinf(trainer.num_training_batches):
+            raise UserError(
+                "The training data has no length, but learning rates depend on it: give Trainer limit_train_batches."
+            )
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Enter the epoch's phase; at the unfreeze, drop what the optimizer remembers of the frozen phase."""

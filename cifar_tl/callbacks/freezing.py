@@ -88,7 +88,7 @@ def adapt_statistics(modules: Iterable[nn.Module], momentum: float = ADAPT_MOMEN
         assert layer.running_var is not None
         with torch.no_grad():
             images = inputs[0].detach().float()
-            variance, mean = torch.var_mean(images, dim=(0, 2, 3))
+            variance, mean = torch.var_mean(images, dim=[0, *range(2, images.dim())])
             layer.running_mean.lerp_(mean, momentum)
             layer.running_var.lerp_(variance, momentum)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping, Timer
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 from cifar_tl.callbacks.epoch_timer import EpochTimer
 from cifar_tl.errors import Pruned
@@ -47,10 +48,16 @@ class RunRecorder(EpochTimer):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note what this run is started with, beside what it was started with before."""
         self._training = True
-        epoch = trainer.current_epoch
+        self._note_start(trainer.current_epoch)
+        if self.epochs and not self.complete:
+            self.warnings.append(
+                f"Epoch {self.epochs[-1]['epoch']} was cut short, and the run went on with the one after it."
+            )
+        super().on_train_start(trainer, pl_module)
+
+    def _note_start(self, epoch: int) -> None:
         self.starts = [start for start in self.starts if start["epoch"] < epoch]  # others have left nothing
         self.starts.append({"epoch": epoch, **{key: self.facts.get(key) for key in START}})
-        super().on_train_start(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add the epoch to the history, write it, and warn of a training that has collapsed."""
@@ -73,7 +80,8 @@ class RunRecorder(EpochTimer):
                 self.warnings.append(warning)
                 if trainer.is_global_zero:
                     log.warning("warning: %s", warning)
-        self.facts["features"] = getattr(trainer.datamodule, "caching", "")  # type: ignore[attr-defined]  # Lightning's
+        if not phase.stages or not self.facts.get("features"):  # a later start says nothing of the frozen phase
+            self.facts["features"] = getattr(trainer.datamodule, "caching", "")  # type: ignore[attr-defined]  # Lightning's
         self.write(trainer)
         super().on_train_epoch_end(trainer, pl_module)
 
@@ -90,7 +98,9 @@ class RunRecorder(EpochTimer):
         self.write(trainer)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say it in a run that was resumed with nothing left to train, too: Lightning ends no training there."""
+        """Note a start and its end where a run was resumed with nothing left to train: Lightning starts none there."""
+        if not self._training:
+            self._note_start(self.epochs[-1]["epoch"] + 1)
         self.on_train_end(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -182,6 +192,9 @@ def _reason_of_early_end(trainer: L.Trainer) -> str:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning adds it
         if isinstance(callback, Timer) and (callback.time_remaining() or 0) <= 0:
             return "trainer.max_time is over"
-        if isinstance(callback, EarlyStopping) and callback.stopped_epoch:
-            return f"EarlyStopping saw {callback.monitor} not improve for {callback.patience} epochs"
+        if isinstance(callback, EarlyStopping):
+            if callback.stopping_reason is EarlyStoppingReason.PATIENCE_EXHAUSTED:
+                return f"EarlyStopping saw {callback.monitor} not improve for {callback.patience} epochs"
+            if callback.stopping_reason is not EarlyStoppingReason.NOT_STOPPED:
+                return f"EarlyStopping: {str(callback.stopping_reason_message).rstrip('.')}"
     return "a callback stopped it"

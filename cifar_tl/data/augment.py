@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cifar_tl.data import transforms
+from cifar_tl.data.decode import SIZE
 from cifar_tl.data.splits import make_generator
 from cifar_tl.errors import check_choice, check_int, check_number
 
@@ -48,7 +49,7 @@ class Augment:
 
     def __post_init__(self) -> None:
         check_choice("augment.flip", self.flip, FLIPS)
-        check_int("augment.crop_padding", self.crop_padding, 0)
+        check_int("augment.crop_padding", self.crop_padding, 0, SIZE - 1)  # reflected, which a whole image cannot be
         check_number("augment.rotation", self.rotation, 0)
         check_number("augment.scale", self.scale, 0, below=1)
         check_int("augment.cutout", self.cutout, 0)

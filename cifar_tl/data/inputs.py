@@ -83,7 +83,8 @@ def open_inputs(source: Path) -> Iterator[Inputs]:
         Its files.
 
     Raises:
-        UserError: Nothing is there, the archive cannot be opened, or there are no files in it.
+        UserError: Nothing is there, the archive cannot be opened, or there are no files in it (of a tar: when the last
+            one has been asked for).
     """
     name = source.name.lower()
     skipped: Counter[str] = Counter()

@@ -42,7 +42,7 @@ class ResNet50Classifier(L.LightningModule):
         momentum: For `sgd` and `muon`.
         weight_decay: For weight matrices and kernels; biases and norms have none.
         label_smoothing: Share of the target spread over all classes, in the training loss only.
-        conventions: One of CONVENTIONS, whose defaults the layers and optimizers have.
+        conventions: One of CONVENTIONS, whose defaults the layers, Adam and AdamW have (not AdamW beside Muon).
     """
 
     def __init__(

@@ -213,7 +213,10 @@ def config_sha256(config: Mapping[str, Any]) -> str:
 
 
 def git_state() -> dict[str, Any]:
-    """Return the commit of the checkout that this code runs from and whether it has changes; None if installed."""
+    """Return the commit of the checkout that this code runs from and whether it has changes; None if installed.
+
+    New files count where they can change a run, in `conf` and `cifar_tl`.
+    """
     here = Path(__file__).parents[2]
 
     def git(*arguments: str) -> str:
@@ -226,7 +229,10 @@ def git_state() -> dict[str, Any]:
             return {"git_commit": None, "git_dirty": None}  # installed somewhere inside another project's checkout
         return {
             "git_commit": git("rev-parse", "HEAD").strip(),
-            "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no").strip()),
+            "git_dirty": bool(
+                git("status", "--porcelain", "--untracked-files=no").strip()
+                or git("ls-files", "--others", "--exclude-standard", "conf", "cifar_tl").strip()
+            ),
         }
     except (OSError, subprocess.CalledProcessError):
         return {"git_commit": None, "git_dirty": None}

@@ -87,11 +87,12 @@ def with_overrides_of_resumed_run(arguments: list[str], outputs: Path = Path("ou
 
 
 def save_overrides(cfg: DictConfig, folder: Path) -> None:
-    """Save in a run's folder what Hydra saves of a run that starts, where it was told to leave that to us.
+    """Save in a run's folder what Hydra saves of a run that starts.
 
-    A run that goes on has its config there, which stays as it is until nothing is refused any more.
+    A run that goes on has its config there, which stays as it is until nothing is refused any more. Of two that start
+    there at once, both have had Hydra save theirs; this one trains.
     """
-    if not HydraConfig.initialized() or HydraConfig.get().output_subdir is not None:
+    if not HydraConfig.initialized() or not is_first_process():
         return
     saved = {"config": cfg, "overrides": HydraConfig.get().overrides.task}
     for name, values in saved.items():

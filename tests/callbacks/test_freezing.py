@@ -68,3 +68,11 @@ def test_stages_cover_every_backbone_parameter_once():
     backbone = Backbone(upscale=1)
     stages = [p for stage in STAGES for m in freezing.stage_modules(backbone, stage) for p in m.parameters()]
     assert len(stages) == len({id(p) for p in stages}) == len(list(backbone.parameters()))
+
+
+def test_statistics_of_features_adapt_as_those_of_maps_do():
+    layer = nn.Sequential(nn.BatchNorm1d(4)).eval()
+    freezing.adapt_statistics([layer], momentum=1.0)
+    features = torch.randn(16, 4)
+    layer(features)
+    torch.testing.assert_close(layer[0].running_mean, features.mean(dim=0))

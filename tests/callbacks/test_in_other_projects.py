@@ -1,12 +1,13 @@
 """BackboneUnfreeze and FreezeGuard in somebody else's module, beside Lightning's BackboneFinetuning."""
 
+from itertools import cycle
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import BackboneFinetuning
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from cifar_tl import callbacks
 from cifar_tl.callbacks import BackboneUnfreeze, FreezeGuard
@@ -165,3 +166,30 @@ def test_a_module_without_a_head_is_refused(tmp_path):
     del module.head
     with pytest.raises(UserError, match="has no module named head"):
         fit(module, ours(), 3, tmp_path)
+
+
+class Endless(IterableDataset):
+    """Images without a length."""
+
+    def __iter__(self):
+        return cycle([(torch.zeros(3, 8, 8), torch.tensor(0))])
+
+
+def test_training_data_without_a_length_is_refused(tmp_path):
+    unfreeze = BackboneUnfreeze(unfreeze_at_epoch=1, head_lr=0.1, backbone_lr=0.1)
+
+    def trainer(**more):
+        return L.Trainer(
+            max_epochs=2,
+            callbacks=[unfreeze],
+            logger=False,
+            enable_checkpointing=False,
+            default_root_dir=tmp_path,
+            **more,
+        )
+
+    with pytest.raises(UserError, match=r"no length.* limit_train_batches"):
+        trainer().fit(TheirModule(), DataLoader(Endless(), batch_size=4))
+    limited = trainer(limit_train_batches=3)
+    limited.fit(TheirModule(), DataLoader(Endless(), batch_size=4))
+    assert limited.global_step == 6
