@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from cifar_tl.cli import compose
-from cifar_tl.errors import UserError
+from cifar_tl.errors import UserError, first_line
 from cifar_tl.files import replacing
 from cifar_tl.model.classifier import ImageClassifier
 from cifar_tl.model.module import ResNet50Classifier
@@ -260,7 +260,7 @@ def load_trained(path: Path) -> Trained:
     except (KeyError, TypeError, ValueError, RuntimeError, OmegaConfBaseException) as error:
         raise UserError(
             f"checkpoint {path} does not fit this version of cifar_tl "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Use the version that wrote it, or train again."
+            f"({type(error).__name__}: {first_line(error)}). Use the version that wrote it, or train again."
         ) from error
     return Trained(path, module.eval(), config, saved_config, facts, epoch)
 

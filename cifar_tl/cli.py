@@ -181,6 +181,9 @@ def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: li
             if multirun and (sweep := SweepCallback.current) is not None:
                 told, count = sweep.failures()
                 failures, jobs = (told, count) if count else (failures, jobs)  # no table where none could be written
+        except BrokenPipeError:  # `--help | head`: who reads has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the exit
+            return 1
         except BaseException as error:
             if signals.stopped(error):
                 if not signals.end(error) and multirun:

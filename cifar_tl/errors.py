@@ -33,6 +33,11 @@ def suggest(given: str, allowed: Iterable[str]) -> str:
     return f" Did you mean {close[0]}?" if close else ""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or the name of its type where it has none."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def check_int(key: str, value: object, minimum: int, maximum: int | None = None) -> int:
     """Return `value` if it is a whole number from `minimum` to `maximum`; raise UserError naming `key` otherwise."""
     number = isinstance(value, int) and not isinstance(value, bool)

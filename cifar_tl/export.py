@@ -7,7 +7,6 @@ from cifar_tl import cli
 if __name__ == "__main__":  # before what takes seconds to import
     sys.exit(cli.run("cifar_tl.export:main", "export", sys.argv[1:]))
 
-import hashlib
 import io
 import json
 import logging
@@ -32,6 +31,7 @@ from cifar_tl.data.splits import make_generator
 from cifar_tl.errors import UserError, check_choice, check_int, check_number, check_path
 from cifar_tl.files import check_writable, replacing, writing_for
 from cifar_tl.model.classifier import INPUTS
+from cifar_tl.model.weights import file_sha256
 
 log = logging.getLogger(__name__)
 
@@ -179,11 +179,9 @@ def parity_images(trained: Trained, root: Path | None, limit: int) -> tuple[Tens
 
 def metadata(trained: Trained, input: str) -> dict[str, str]:
     """Return what travels in the file: strings, JSON where it has structure."""
-    with trained.path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     provenance = {
         "cifar_tl": __version__,
-        "checkpoint_sha256": sha256,
+        "checkpoint_sha256": file_sha256(trained.path),
         "epoch": trained.epoch,
         "facts": trained.facts,
         # where a run was logged says nothing of the model, and may be somebody's server, with a password

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,7 +21,7 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: It cannot be written there.
     """
     path = path.resolve() if path.is_symlink() else path  # the link stays one
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -67,17 +68,13 @@ def lock(path: Path, wait: bool = True) -> TextIO:
     return file
 
 
-def check_writable(path: Path, key: str = "output") -> None:
-    """Make the folder of a file that is to be written later.
-
-    Args:
-        path: Of the file.
-        key: Of the config, for the error.
+def check_writable(path: Path) -> None:
+    """Make the folder of a file that is to be written later, as `output=` names it.
 
     Raises:
         UserError: It cannot be written there.
     """
-    with writing_for(path, key):
+    with writing_for(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if (path.exists() and not path.is_file()) or not os.access(path.parent, os.W_OK):
             raise PermissionError(0, "is a folder or a device, or in a folder that is write-protected")

@@ -169,7 +169,7 @@ def test_somebody_elses_checkpoint_is_refused(command, tmp_path):
 def test_sweep_runs_four_jobs_in_four_folders_and_ends_with_a_table(command, tmp_path, no_run_pages):
     code, out, err = command("-m", "model.dropout=0.0,0.2", "seed=1,2", *TINY, "trainer.max_epochs=3")
     assert code == 0, err
-    (sweep,) = (tmp_path / "outputs" / "demo").iterdir()
+    (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
     assert sorted(p.parent.name for p in sweep.glob("*/metrics.json")) == ["0", "1", "2", "3"]
     rows = (sweep / "sweep.csv").read_text().splitlines()
     assert len(rows) == 5
@@ -186,11 +186,11 @@ def test_a_failing_job_leaves_the_others_and_their_record_alone(command, tmp_pat
     code, out, err = command("-m", "data.eval_batch_size=0,500", *TINY, "trainer.max_epochs=3")
     assert code == 1
     assert "data.eval_batch_size=0 is not allowed" in err
-    (table,) = tmp_path.glob("outputs/demo/*/sweep.csv")
+    (table,) = tmp_path.glob("outputs/sweeps/*/sweep.csv")
     rows = table.read_text().splitlines()
     assert "failed" in rows[1]
     assert "finished" in rows[2]
-    (page,) = tmp_path.glob("outputs/demo/*/1/report.html")
+    (page,) = tmp_path.glob("outputs/sweeps/*/1/report.html")
     assert "<svg" in page.read_text()
     assert f"  report      {page.relative_to(tmp_path)}" in out.replace(f"{tmp_path}/", "")
 
@@ -283,3 +283,13 @@ def test_keys_of_files_that_nothing_reads_are_refused(tmp_path, monkeypatch, cap
     else:
         assert (code, len(begun)) == (1, 0)
         assert expected in err
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_seen_enough_gets_no_traceback():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "cifar_tl.train", "--cfg", "job"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=Path(cli.__file__).parents[1])
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")

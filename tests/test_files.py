@@ -42,4 +42,4 @@ def test_a_link_is_written_through_and_a_device_is_not_replaced(tmp_path):
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "target").read_text() == "new"
     with pytest.raises(UserError, match="output=/dev/null cannot be written: is a folder or a device"):
-        check_writable(Path("/dev/null"), "output")
+        check_writable(Path("/dev/null"))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cifar_tl.callbacks.freezing import evaluating
 from cifar_tl.data.augment import Augment
 from cifar_tl.data.datamodule import CIFAR10DataModule
-from cifar_tl.errors import UserError, check_choice
+from cifar_tl.errors import UserError, check_choice, first_line
 from cifar_tl.files import replacing
 from cifar_tl.hardware import device_name
 from cifar_tl.model import backbone as backbone_code
@@ -231,7 +231,7 @@ def _write(path: Path, features: dict[str, Tensor]) -> bool:
         with replacing(path) as partial:
             torch.save({split: values.cpu() for split, values in features.items()}, partial)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
-        log.warning("features are not kept: %s cannot be written (%s)", path, str(error).splitlines()[0])
+        log.warning("features are not kept: %s cannot be written (%s)", path, first_line(error))
         return False
     return True
 

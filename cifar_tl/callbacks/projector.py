@@ -63,16 +63,10 @@ class Projector:
     @torch.no_grad()
     def _features(self, trainer: L.Trainer, module: L.LightningModule) -> NDArray[np.float64]:
         """Return what the backbone gives for the chosen images, (images, features)."""
-        kept: list[Tensor] = []
-        hook = module.get_submodule("backbone").register_forward_hook(
-            lambda _module, _inputs, output: kept.append(output.float().cpu())
-        )
-        try:
-            with evaluating(module), trainer.precision_plugin.forward_context():
-                for images in self.datamodule.normalized("val", self._chosen()):
-                    module(images.to(module.device))
-        finally:
-            hook.remove()
+        backbone = module.get_submodule("backbone")
+        batches = self.datamodule.normalized("val", self._chosen())
+        with evaluating(backbone), trainer.precision_plugin.forward_context():
+            kept = [backbone(images.to(module.device)).float().cpu() for images in batches]
         return np.asarray(torch.cat(kept).numpy(), dtype=np.float64)
 
 

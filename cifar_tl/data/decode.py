@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from cifar_tl.errors import first_line
+
 SIZE = 32
 FORMATS = (
     *("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF"),
@@ -93,8 +95,7 @@ def decode(file: Path | BinaryIO) -> Decoded:
     except UnidentifiedImageError as error:
         raise _no_image(file) from error
     except Exception as error:  # hostile files make decoders raise nearly anything: struct.error, SyntaxError, ...
-        text = (str(error) or type(error).__name__).splitlines()[0]
-        raise UnreadableImage(f"broken image: {text}") from error
+        raise UnreadableImage(f"broken image: {first_line(error)}") from error
     return Decoded(np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1)), size, tuple(notes))
 
 

@@ -20,14 +20,14 @@ import tarfile
 import time
 import urllib.error
 import urllib.request
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, TextIO
 
 from cifar_tl.errors import UserError
+from cifar_tl.files import lock, replacing
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +68,8 @@ CHUNK = 1 << 18  # bytes per read
 
 @dataclass(frozen=True)
 class FileStatus:
-    """What was found at `path`: a word, and a sentence with the path, the expected and the found value."""
+    """What was found of a file: a word, and a sentence with its path, the expected and the found value."""
 
-    path: Path
     state: Literal["ok", "missing", "truncated", "altered", "unreadable"]
     message: str
 
@@ -102,7 +101,7 @@ def ensure(root: str | Path, download: bool, urls: Sequence[str] | None = None) 
     archive = _check(root / ARCHIVE, ARCHIVE_SIZE, ARCHIVE_MD5)
     if archive.state == "missing" and not download:
         if not (root / FOLDER).exists():  # one line says it, rather than seven
-            files = [FileStatus(root / FOLDER, "missing", f"{root / FOLDER} is missing")]
+            files = [FileStatus("missing", f"{root / FOLDER} is missing")]
         _refuse(root, [*files, archive])
     _refuse(root, [file for file in [*files, archive] if file.state != "missing"])
     try:
@@ -154,15 +153,15 @@ def _check(path: Path, size: int, md5: str, copy_to: BinaryIO | None = None) -> 
         found_size = path.stat().st_size
         if found_size != size:
             word: Literal["truncated", "altered"] = "truncated" if found_size < size else "altered"
-            return FileStatus(path, word, f"{path} is {word}: expected {size} bytes, found {found_size}")
+            return FileStatus(word, f"{path} is {word}: expected {size} bytes, found {found_size}")
         found_md5 = _md5(path, copy_to)
     except FileNotFoundError:
-        return FileStatus(path, "missing", f"{path} is missing")
+        return FileStatus("missing", f"{path} is missing")
     except OSError as error:
-        return FileStatus(path, "unreadable", f"{path} cannot be read: {error.strerror}")
+        return FileStatus("unreadable", f"{path} cannot be read: {error.strerror}")
     if found_md5 != md5:
-        return FileStatus(path, "altered", f"{path} is altered: expected MD5 {md5}, found {found_md5}")
-    return FileStatus(path, "ok", f"{path} is right")
+        return FileStatus("altered", f"{path} is altered: expected MD5 {md5}, found {found_md5}")
+    return FileStatus("ok", f"{path} is right")
 
 
 def _refuse(root: Path, found: Sequence[FileStatus]) -> None:
@@ -201,13 +200,8 @@ def _extract(root: Path) -> None:
                 continue
             source = tar.extractfile(member)
             assert source is not None  # it is a regular file
-            temporary = folder / f"{path.name}.{uuid.uuid4().hex}.part"  # unique: two processes may extract at once
-            try:
-                with temporary.open("wb") as target:
-                    shutil.copyfileobj(source, target)
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            with replacing(path) as temporary, temporary.open("wb") as target:
+                shutil.copyfileobj(source, target)
     log.info("extracted %s", folder)
 
 
@@ -251,21 +245,14 @@ def _download(root: Path, urls: Sequence[str]) -> None:
     raise UserError("\n  ".join(["CIFAR-10 could not be downloaded:", *failures]) + f"{kept}\n{_ways_out(root)}")
 
 
-@contextmanager
-def _one_at_a_time(root: Path) -> Iterator[None]:
-    """Let one process at a time write the partial download. Without fcntl (Windows) there is no lock."""
+def _one_at_a_time(root: Path) -> TextIO:
+    """Return a lock, held until it is closed: one process at a time writes the partial download."""
+    path = root / f"{ARCHIVE}.lock"
     try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with (root / f"{ARCHIVE}.lock").open("w") as file:  # the lock goes with the process, so the file may stay behind
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("another process is downloading to %s; waiting for it", root)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        return lock(path, wait=False)
+    except BlockingIOError:
+        log.info("another process is downloading to %s; waiting for it", root)
+        return lock(path)
 
 
 def _from_mirror(url: str, part: Path, min_speed: float) -> None:

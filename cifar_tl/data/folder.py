@@ -137,14 +137,6 @@ class ImageFolders:
     def prepare(self) -> None:
         """Do nothing: files are read when the splits are."""
 
-    def train(self) -> tuple[Tensor | LazyImages, Tensor]:
-        """Return images (examples, 3, 32, 32), uint8, and targets (examples,), int64."""
-        return self.read(["train"])["train"]
-
-    def test(self) -> tuple[Tensor | LazyImages, Tensor]:
-        """Return images (examples, 3, 32, 32), uint8, and targets (examples,), int64."""
-        return self.read(["test"])["test"]
-
     def read(self, splits: Sequence[str]) -> dict[str, tuple[Tensor | LazyImages, Tensor]]:
         """Decode every image of some splits and return them by split; one error names all that cannot be used.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from cifar_tl.data.walk import IRREGULAR, counts_text, is_folder, skipped_by_name, walk
-from cifar_tl.errors import UserError
+from cifar_tl.errors import UserError, first_line
 
 Archive = TypeVar("Archive", zipfile.ZipFile, tarfile.TarFile)
 
@@ -147,7 +147,7 @@ def _opened(source: Path, open_archive: Callable[[], Archive]) -> Archive:
     except Exception as error:  # BadZipFile, TarError, OSError, UnicodeDecodeError, NotImplementedError (version), ...
         raise UserError(
             f"input={source} cannot be opened as an archive: it is broken, or something else than its name says "
-            f"({_first_line(error).rstrip(':')})."
+            f"({first_line(error).rstrip(':')})."
         ) from error
 
 
@@ -194,7 +194,7 @@ def _read_zip(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
     except UnreadableFile:
         raise
     except Exception as error:  # BadZipFile, zlib.error, RuntimeError (encrypted), NotImplementedError (method), ...
-        raise UnreadableFile(f"broken in the archive: {_first_line(error)}") from error
+        raise UnreadableFile(f"broken in the archive: {first_line(error)}") from error
 
 
 def _tar_files(source: Path, archive: tarfile.TarFile, skipped: Counter[str]) -> Iterator[InputFile]:
@@ -224,7 +224,7 @@ def _tar_files(source: Path, archive: tarfile.TarFile, skipped: Counter[str]) ->
         archive.fileobj.read(MAX_TAR_HEADER_BYTES)  # padding, then the checksum of a gzip
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         number += 1
-        yield InputFile(str(source), _failing(f"the archive is broken from here on: {_first_line(error)}"))
+        yield InputFile(str(source), _failing(f"the archive is broken from here on: {first_line(error)}"))
     _refuse_empty(source, number, skipped)
 
 
@@ -265,7 +265,3 @@ def _beyond_limits() -> str:
         f"not read: the archive has more than {MAX_ARCHIVE_BYTES:,} bytes uncompressed, or more than "
         f"{MAX_MEMBERS:,} files"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from cifar_tl.errors import UserError
 
@@ -79,22 +79,11 @@ def in_workers(
     """
     return iter(
         DataLoader(
-            _Batches(files, task),
-            sampler=batches,
-            batch_size=None,
+            files,  # type: ignore[arg-type]  # a sequence is a dataset, too
+            batch_sampler=batches,
+            collate_fn=task,
             num_workers=workers,
             pin_memory=pin,
             generator=torch.Generator(),  # a seed for workers, which need none, is not to come from training's draws
         )
     )
-
-
-class _Batches(Dataset[Any]):
-    """Carries out a task for a list of indices; a loader's worker has nothing else to do."""
-
-    def __init__(self, files: Sequence[Path], task: Callable[[Sequence[Path]], Any]) -> None:
-        self.files = files
-        self.task = task
-
-    def __getitem__(self, indices: list[int]) -> Any:
-        return self.task([self.files[i] for i in indices])

@@ -157,7 +157,7 @@ class ResNet50Classifier(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics."""
-        self.val_details = self._log_metrics(self.val_metrics)
+        self._log_metrics(self.val_metrics)
 
     def on_test_epoch_end(self) -> None:
         """Log the test metrics."""

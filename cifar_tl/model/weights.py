@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet50_Weights
 
-from cifar_tl.errors import UserError, check_number, check_path, suggest
+from cifar_tl.errors import UserError, check_number, check_path, first_line, suggest
 from cifar_tl.model.backbone import conv_batchnorm_pairs
 
 DEAD = 1e-3
@@ -104,7 +104,7 @@ def _torchvision_file(weights: ResNet50_Weights) -> Path:
             weights.get_state_dict(progress=True, check_hash=True)
         except (URLError, OSError, RuntimeError) as error:
             raise UserError(
-                f"model.weights={weights.name} cannot be downloaded ({_first_line(error)}). "
+                f"model.weights={weights.name} cannot be downloaded ({first_line(error)}). "
                 f"Put {weights.url} at {path}, "
                 f"give model.weights=PATH to a ResNet-50 state dict, or try experiment=demo, which needs no weights."
             ) from error
@@ -130,7 +130,3 @@ def _check_layout(backbone: nn.Module, state: object, weights: str) -> None:
             f"model.weights={weights} is not a ResNet-50 in torchvision's layout: {problem}. "
             f"Give the state_dict() of torchvision.models.resnet50, saved with torch.save."
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

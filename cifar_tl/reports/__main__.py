@@ -1,6 +1,7 @@
 """python -m cifar_tl.reports RUN_OR_SWEEP [...]: a page per run, and one that compares several."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -79,10 +80,7 @@ def report(folders: list[Path], output: Path | None = None) -> list[Path]:
 
 def common_folder(folders: list[Path]) -> Path:
     """Return a sweep's own folder, or the innermost folder that holds all that were given."""
-    if len(folders) == 1:
-        return folders[0]
-    first, *others = [folder.resolve() for folder in folders]
-    return next(p for p in first.parents if all(p in other.parents or p == other for other in others))
+    return folders[0] if len(folders) == 1 else Path(os.path.commonpath([folder.resolve() for folder in folders]))
 
 
 if __name__ == "__main__":

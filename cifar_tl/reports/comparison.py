@@ -69,7 +69,6 @@ class Difference:
         high: Upper end.
         only_a: Images that only `a` gets right, on average over its seeds.
         only_b: Images that only `b` gets right.
-        images: Test images.
         seeds: Seeds that both have.
         per_seed: Difference of the accuracies for each of them.
     """
@@ -79,7 +78,6 @@ class Difference:
     high: float
     only_a: float
     only_b: float
-    images: int
     seeds: list[int]
     per_seed: list[float]
 
@@ -157,7 +155,6 @@ def paired_difference(a: Group, b: Group) -> Difference | None:
         mean + half,
         only_a=float((right_a * (1 - right_b)).sum(axis=1).mean()),
         only_b=float((right_b * (1 - right_a)).sum(axis=1).mean()),
-        images=n,
         seeds=[run.metrics["seed"] for run, _ in pairs],
         per_seed=(right_a - right_b).mean(axis=1).tolist(),
     )

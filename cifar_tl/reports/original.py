@@ -9,6 +9,7 @@ from typing import Any
 from cifar_tl.reports import figures
 from cifar_tl.reports.page import FigureFolder
 from cifar_tl.runs.folder import Run
+from cifar_tl.runs.formatting import percent_or_dash
 from cifar_tl.runs.table import Table
 
 EXPERIMENT = "seed_baseline"
@@ -48,21 +49,17 @@ def beside_original(run: Run, folder: FigureFolder) -> dict[str, Any] | None:
         return None
     series = {"this run": metrics["val/acc"], "original": ORIGINAL}
     phases = [(phase["name"], phase["epochs"][0]) for phase in metrics["phases"]]
-    title = "Validation accuracy, beside the original"
+    title, last = "Validation accuracy, beside the original", percent_or_dash(metrics["val/acc"][-1])
     drawn = folder.draw(
         "original",
         partial(figures.curves, title, metrics["epoch"], series, phases, None, percent=True),
-        alt_text=f"{title}: after the last epoch {_percent(metrics['val/acc'][-1])} and {_percent(ORIGINAL[-1])}%.",
+        alt_text=f"{title}: after the last epoch {last} and {percent_or_dash(ORIGINAL[-1])}%.",
     )
     rows = [
-        [str(epoch), phase, _percent(ours), _percent(theirs)]
+        [str(epoch), phase, percent_or_dash(ours), percent_or_dash(theirs)]
         for epoch, phase, ours, theirs in zip(
             metrics["epoch"], metrics["phase"], metrics["val/acc"], ORIGINAL, strict=True
         )
     ]
     table = Table("Validation accuracy, %", ["epoch", "phase", "this run", "original"], rows, words=(0, 1))
     return {"figures": [drawn], "table": table, "differences": DIFFERENCES}
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.2f}"

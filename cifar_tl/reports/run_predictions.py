@@ -36,17 +36,16 @@ def classes(run: Run, folder: FigureFolder) -> dict[str, Any] | None:
     tested, matrix, names = run.test_metrics, run.test_confusion, run.classes
     if matrix is None:
         return None
-    counts = class_scores(matrix)
+    examples, predicted = matrix.sum(axis=1).tolist(), matrix.sum(axis=0).tolist()
     # as the test computed them; a file without them has the confusion matrix, from which they follow
-    recall, precision, f1 = (
-        tested.get(f"test/{name}", [getattr(each, name) for each in counts]) for name in ("recall", "precision", "f1")
-    )
-    found = [(share, *wilson_interval(share, each.examples)) for share, each in zip(recall, counts, strict=True)]
+    follow = class_scores(matrix)
+    recall, precision, f1 = (tested.get(f"test/{name}", follow[name]) for name in ("recall", "precision", "f1"))
+    found = [(share, *wilson_interval(share, count)) for share, count in zip(recall, examples, strict=True)]
     rows = []
-    for name, count, (share, low, high), p, f in zip(names, counts, found, precision, f1, strict=True):
-        trusted = percent_range(*wilson_interval(p, count.predicted), 1)
-        row = [f"{100 * share:.1f}", percent_range(low, high, 1), f"{100 * p:.1f}", trusted, f"{100 * f:.1f}"]
-        rows.append([name, f"{count.examples:,}", *row])
+    for i, (name, (share, low, high)) in enumerate(zip(names, found, strict=True)):
+        trusted = percent_range(*wilson_interval(precision[i], predicted[i]), 1)
+        scores = [f"{100 * share:.1f}", percent_range(low, high, 1), f"{100 * precision[i]:.1f}", trusted]
+        rows.append([name, f"{examples[i]:,}", *scores, f"{100 * f1[i]:.1f}"])
     means = [f"{100 * sum(values) / len(names):.1f}" for values in (recall, precision, f1)]
     rows.append(["mean", f"{matrix.sum():,}", means[0], "", means[1], "", means[2]])
     order = sorted(range(len(names)), key=lambda i: -recall[i])
@@ -158,10 +157,10 @@ class ImageSections:
     def confused_pairs(self) -> dict[str, Any]:
         """Return the pairs of classes that are confused most often, with examples."""
         matrix = confusion_matrix(self.test.predicted, self.test.targets, len(self.names))
-        mistakes, found, pairs = int((~self.test.right).sum()), confused_pairs(matrix, CONFUSED_PAIRS), []
-        for pair in found:
-            ways = []
-            for true, predicted in ((pair.first, pair.second), (pair.second, pair.first)):
+        mistakes, shown, pairs = int((~self.test.right).sum()), 0, []
+        for pair in confused_pairs(matrix, CONFUSED_PAIRS):
+            ways: list[dict[str, Any]] = []
+            for true, predicted in (pair, pair[::-1]):
                 examples = mistaken(self.probabilities, self.test.targets, true, predicted, PAIR_EXAMPLES)
                 count = int(matrix[true, predicted])
                 ways.append(
@@ -173,10 +172,10 @@ class ImageSections:
                         "examples": [self._thumbnail(at) for at in examples.tolist()],
                     }
                 )
-            share = percent((pair.first_as_second + pair.second_as_first) / max(1, mistakes), 1)
-            names = {"first": self.names[pair.first], "second": self.names[pair.second]}
-            pairs.append({**names, "ways": ways, "share": share})
-        shown = sum(pair.first_as_second + pair.second_as_first for pair in found)
+            both = sum(way["count"] for way in ways)
+            shown += both
+            names = {"first": self.names[pair[0]], "second": self.names[pair[1]]}
+            pairs.append({**names, "ways": ways, "share": percent(both / max(1, mistakes), 1)})
         return {"pairs": pairs, "shown": f"{shown:,}", "mistakes": f"{mistakes:,}"}
 
     def mistakes(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from cifar_tl.reports import figures
 from cifar_tl.reports.page import FigureFolder
 from cifar_tl.runs.folder import Run
-from cifar_tl.runs.formatting import duration_text, percent, points
+from cifar_tl.runs.formatting import duration_text, percent, percent_or_dash, points
 from cifar_tl.runs.record import START
 from cifar_tl.runs.table import Table
 from cifar_tl.schedule import Phase, epochs_text, stages_text
@@ -62,8 +62,8 @@ def schedule(run: Run) -> dict[str, Any]:
                 f"{peak['backbone']:g}" if phase.stages else "frozen",
                 f"{len(epochs)} of {phase.end - phase.start}",
                 f"{_number(loss[epochs[0]])} → {_number(loss[epochs[-1]])}" if epochs else "-",
-                f"{_percent(accuracy[epochs[0]])} → {_percent(accuracy[epochs[-1]])}" if epochs else "-",
-                _percent(max(measured)) if measured else "-",
+                f"{percent_or_dash(accuracy[epochs[0]])} → {percent_or_dash(accuracy[epochs[-1]])}" if epochs else "-",
+                percent_or_dash(max(measured)) if measured else "-",
             ]
         )
     unfreezes = []
@@ -151,8 +151,3 @@ def _times(seconds: Sequence[float]) -> list[str]:
 def _number(value: float | None, kind: str = "f") -> str:
     """Return a number with 4 decimals, or 4 digits for kind `g`; null as a dash."""
     return "-" if value is None else f"{value:.4{kind}}"
-
-
-def _percent(share: float | None) -> str:
-    """Return a share in percent, without the sign; null as a dash."""
-    return "-" if share is None else f"{100 * share:.2f}"

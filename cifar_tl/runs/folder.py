@@ -187,7 +187,6 @@ def _check_agreement(run: Run) -> None:
 def _measured(test: SplitPredictions, classes: int) -> dict[str, Any]:
     """Return the metrics of a test, under the keys of metrics.json."""
     confusion = confusion_matrix(test.predicted, test.targets, classes)
-    by_class = class_scores(confusion)
-    details = {f"test/{name}": [getattr(each, name) for each in by_class] for name in ("precision", "recall", "f1")}
+    details = {f"test/{name}": values.tolist() for name, values in class_scores(confusion).items()}
     scalars = {f"test/{name}": value for name, value in scores(test.logits, test.targets).items()}
     return metrics_of_test(scalars, {**details, "test/confusion": confusion.tolist()}, len(test.targets))

@@ -9,6 +9,11 @@ def percent(share: float, digits: int = 2) -> str:
     return f"{100 * share:.{digits}f}%"
 
 
+def percent_or_dash(share: float | None) -> str:
+    """Return a share in percent, without the sign; None as a dash."""
+    return "-" if share is None else f"{100 * share:.2f}"
+
+
 def percent_range(low: float, high: float, digits: int = 2) -> str:
     """Return two shares as `86.20 to 86.31`, in percent."""
     return f"{100 * low:.{digits}f} to {100 * high:.{digits}f}"

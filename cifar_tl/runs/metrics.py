@@ -142,71 +142,26 @@ def confusion_matrix(predicted: Ints, targets: Ints, classes: int) -> Ints:
     return np.bincount(targets * classes + predicted, minlength=classes**2).reshape(classes, classes)
 
 
-@dataclass(frozen=True)
-class ClassScores:
-    """Scores of one class; a share without examples is 0, its interval 0 to 1.
+def class_scores(confusion: Ints) -> dict[str, Floats]:
+    """Return `precision`, `recall` and `f1` of every class, (classes,); a share without examples is 0.
 
-    Attributes:
-        examples: Images of the class.
-        predicted: Images predicted as the class.
-        right: Images of the class that are predicted as it.
+    Args:
+        confusion: From `confusion_matrix`.
     """
-
-    examples: int
-    predicted: int
-    right: int
-
-    @property
-    def precision(self) -> float:
-        """Share of the images predicted as the class that are of it."""
-        return self.right / self.predicted if self.predicted else 0.0
-
-    @property
-    def recall(self) -> float:
-        """Share of the class's images that are predicted as it: its accuracy."""
-        return self.right / self.examples if self.examples else 0.0
-
-    @property
-    def f1(self) -> float:
-        """Harmonic mean of precision and recall."""
-        both = self.examples + self.predicted
-        return 2 * self.right / both if both else 0.0
+    right, examples, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
+    return {
+        "precision": right / np.maximum(1, predicted),
+        "recall": right / np.maximum(1, examples),
+        "f1": 2 * right / np.maximum(1, examples + predicted),
+    }
 
 
-def class_scores(confusion: Ints) -> list[ClassScores]:
-    """Return the scores of every class, in order."""
-    return [
-        ClassScores(int(confusion[i].sum()), int(confusion[:, i].sum()), int(confusion[i, i]))
-        for i in range(len(confusion))
-    ]
-
-
-@dataclass(frozen=True)
-class ConfusedPair:
-    """Two classes that are taken for each other; `first` is taken for `second` at least as often as the other way.
-
-    Attributes:
-        first: Index of a class.
-        second: Index of the other.
-        first_as_second: Images of `first` predicted as `second`.
-        second_as_first: Images of `second` predicted as `first`.
-    """
-
-    first: int
-    second: int
-    first_as_second: int
-    second_as_first: int
-
-
-def confused_pairs(confusion: Ints, count: int) -> list[ConfusedPair]:
-    """Return the pairs of classes that are confused most often, both directions together."""
-    found = []
-    for a in range(len(confusion)):
-        for b in range(a + 1, len(confusion)):
-            first, second = (a, b) if confusion[a, b] >= confusion[b, a] else (b, a)
-            found.append(ConfusedPair(first, second, int(confusion[first, second]), int(confusion[second, first])))
-    found.sort(key=lambda pair: -(pair.first_as_second + pair.second_as_first))
-    return [pair for pair in found[:count] if pair.first_as_second]
+def confused_pairs(confusion: Ints, count: int) -> list[tuple[int, int]]:
+    """Return the pairs of classes confused most, both directions together; the more frequent direction first."""
+    both = np.triu(confusion + confusion.T, k=1)
+    most = np.argsort(-both, axis=None, kind="stable")[:count].tolist()
+    pairs = [divmod(at, len(both)) for at in most if both.flat[at]]
+    return [(a, b) if confusion[a, b] >= confusion[b, a] else (b, a) for a, b in pairs]
 
 
 def top_mistakes(probabilities: Floats, targets: Ints, count: int) -> Ints:

@@ -127,7 +127,7 @@ def worth_showing(test: SplitPredictions) -> Ints:
         least_certain(probabilities, UNCERTAIN),
     ]
     for pair in confused_pairs(confusion, CONFUSED_PAIRS):
-        for true, predicted in ((pair.first, pair.second), (pair.second, pair.first)):
+        for true, predicted in (pair, pair[::-1]):
             chosen.append(mistaken(probabilities, test.targets, true, predicted, PAIR_EXAMPLES))
     return np.unique(np.concatenate(chosen))
 

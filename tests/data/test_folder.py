@@ -32,7 +32,7 @@ def root(tmp_path):
 
 def test_folders_are_classes_and_pixels_are_kept(root):
     source = ImageFolders(root, workers=0)
-    images, targets = source.train()
+    images, targets = source.read(["train"])["train"]
     assert source.classes == ("cat", "dog")
     assert targets.tolist() == [0, 1]
     assert images.shape == (2, 3, 32, 32)
@@ -42,7 +42,7 @@ def test_folders_are_classes_and_pixels_are_kept(root):
 def test_other_sizes_are_brought_to_32_and_counted(root, caplog):
     save(root / "train" / "cat" / "2.jpg", size=(100, 60))
     with caplog.at_level(logging.INFO):
-        images, _ = ImageFolders(root, workers=0).train()
+        images, _ = ImageFolders(root, workers=0).read(["train"])["train"]
     assert images.shape == (3, 3, 32, 32)
     assert "train: 3 images, 1 resized to 32x32" in caplog.text
 
@@ -57,7 +57,7 @@ def test_what_is_hidden_or_of_the_system_or_no_regular_file_is_skipped_and_count
     save(root / "train" / "dog" / "folder.png" / "2.png")  # a folder named like an image
     with caplog.at_level(logging.INFO):
         source = ImageFolders(root, workers)
-        _, targets = source.train()
+        _, targets = source.read(["train"])["train"]
     assert source.classes == ("cat", "dog")
     assert targets.tolist() == [0, 1, 1]
     assert source.name("train", 2) == "train/dog/folder.png/2.png"
@@ -72,7 +72,7 @@ def test_images_are_told_by_content_and_what_is_none_is_left_out_and_counted(roo
     (root / "train" / "cat" / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(30))
     (root / "train" / "classes.csv").write_text("cat,dog")
     with caplog.at_level(logging.INFO):
-        _, targets = ImageFolders(root, workers=0).train()
+        _, targets = ImageFolders(root, workers=0).read(["train"])["train"]
     assert targets.tolist() == [0, 1, 1, 1, 1, 1]
     assert "left out   4 files without an image in them: .txt 2, HEIC 1, beside the class folders 1" in caplog.text
 
@@ -84,7 +84,7 @@ def test_links_are_followed_and_loops_end(root, caplog):
     (root / "train" / "dog" / "3.png").symlink_to(root / "elsewhere" / "2.png")
     with caplog.at_level(logging.INFO):
         source = ImageFolders(root, workers=0)
-        _, targets = source.train()
+        _, targets = source.read(["train"])["train"]
     assert targets.tolist() == [0, 1, 1, 1]
     assert [source.name("train", at) for at in (1, 2, 3)] == [
         f"train/dog/{n}" for n in ("1.png", "3.png", "linked/2.png")
@@ -174,7 +174,7 @@ def test_class_names_are_compared_after_unicode_normalization(root):
     save(root / "test" / composed / "1.png")
     source = ImageFolders(root, workers=0)
     assert source.classes == (composed, "cat", "dog")
-    assert len(source.train()[1]) == len(source.test()[1]) == 3
+    assert len(source.read(["train"])["train"][1]) == len(source.read(["test"])["test"][1]) == 3
     save(root / "train" / composed / "2.png")
     with pytest.raises(UserError, match="has the class café twice"):
         ImageFolders(root, workers=0)
@@ -184,7 +184,7 @@ def test_a_split_may_be_missing_until_it_is_read(root):
     shutil.rmtree(root / "train")
     source = ImageFolders(root, workers=0)
     assert source.classes == ("cat", "dog")
-    assert len(source.test()[1]) == 2
+    assert len(source.read(["test"])["test"][1]) == 2
     with pytest.raises(UserError, match=r"has no folder train\. Its folders are: test\."):
         source.read(["train", "test"])
 
@@ -204,7 +204,7 @@ def test_a_root_at_the_wrong_level_is_recognized(root):
 
 
 def test_an_image_that_breaks_during_a_run_is_named_without_a_traceback(root):
-    images, _ = ImageFolders(root, workers=1).train()
+    images, _ = ImageFolders(root, workers=1).read(["train"])["train"]
     (root / "train" / "dog" / "1.png").write_bytes(b"broken meanwhile")
     with pytest.raises(UserError, match=r"dog/1\.png was a readable image when the run began") as raised:
         next(images.read([torch.tensor([0, 1])]))
@@ -214,7 +214,7 @@ def test_an_image_that_breaks_during_a_run_is_named_without_a_traceback(root):
 def test_worker_processes_give_the_same_batches_as_memory(root):
     for i in range(7):
         save(root / "train" / "dog" / f"{i}.png", size=(40, 32), color=(i * 30, i, 0))
-    (stored, targets), (lazy, same_targets) = (ImageFolders(root, workers=w).train() for w in (0, 2))
+    (stored, targets), (lazy, same_targets) = (ImageFolders(root, workers=w).read(["train"])["train"] for w in (0, 2))
     assert torch.equal(targets, same_targets)
     augment = Augment("random", 2, 0, 0, 0, 0, 0, 0)
     options = {"batch_size": 4, "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "augment": lambda epoch: augment}

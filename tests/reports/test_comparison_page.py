@@ -75,7 +75,7 @@ def test_runs_of_other_seeds_or_images_are_not_paired(tmp_path):
     a, b = make_run(tmp_path / "a", ["x=1"], seed=1), make_run(tmp_path / "b", ["x=2"], seed=2)
     one, two = group_runs(read_runs([a, b]))
     assert paired_difference(one, two) is None
-    assert paired_difference(one, one) == Difference(0, 0, 0, 0, 0, 400, [1], [0.0])
+    assert paired_difference(one, one) == Difference(0, 0, 0, 0, 0, [1], [0.0])
 
 
 def test_which_override_mattered(tmp_path):
