@@ -76,7 +76,7 @@ def test_a_sweep_of_jobs_of_two_processes_each_has_a_clean_folder_per_job(tmp_pa
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (folder,) = (tmp_path / "outputs" / "demo").iterdir()
+    (folder,) = (tmp_path / "outputs" / "sweeps").iterdir()
     jobs = sorted(path.parent for path in folder.glob("*/metrics.json"))
     assert [job.name for job in jobs] == ["0", "1"]
     assert [json.loads((job / "metrics.json").read_text())["seed"] for job in jobs] == [0, 1]
