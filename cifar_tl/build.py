@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
-from inspect import signature
+from inspect import Parameter, getmro, isclass, signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -229,14 +229,25 @@ def _instantiated(group: str, name: Any, node: DictConfig, defaults: Mapping[str
     """Make what a node of the config with a `_target_` describes; it gets those of the defaults that it takes."""
     if not OmegaConf.is_dict(node) or "_target_" not in node:
         raise UserError(f"{group}.{name} has no _target_: give the class to build, as conf/{group}/*.yaml do.")
+    if left_out := sorted(OmegaConf.missing_keys(node)):
+        raise UserError(f"{group}.{name}.{left_out[0]}= is missing: give it.")
     try:
         make = instantiate(node, _convert_="all", _partial_=True)
-        taken = signature(make.func).parameters.keys() - make.keywords.keys()
-        return make(**{key: value for key, value in (defaults or {}).items() if key in taken})
+        given = {key: value for key, value in (defaults or {}).items() if key not in make.keywords}
+        return make(**{key: value for key, value in given.items() if _takes(make.func, key)})
     except Exception as error:  # whatever somebody's class raises
         cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ else error
         missing = f" `pip install {cause.name}` may help." if isinstance(cause, ModuleNotFoundError) else ""
         raise UserError(f"{group}.{name}: {node._target_} cannot be built: {cause}.{missing}") from error
+
+
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    """Return whether a function has an argument; a class may pass on what it does not name to the one it is made of."""
+    for each in [base.__init__ for base in getmro(function)] if isclass(function) else [function]:  # type: ignore[misc]
+        parameters = signature(each).parameters
+        if name in parameters or not any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values()):
+            return name in parameters
+    return False
 
 
 def cluster_environment() -> list[ClusterEnvironment]:
@@ -311,7 +322,7 @@ def check_trainer(trainer: Mapping[Any, Any]) -> None:
     check_int("trainer.accumulate_grad_batches", trainer.get("accumulate_grad_batches", 1), 1)
     check_int("trainer.log_every_n_steps", trainer.get("log_every_n_steps", 1), 1)
     for key in sorted(FLAGS & trainer.keys()):
-        if (key, trainer[key]) != ("deterministic", "warn"):
+        if trainer[key] is not None and (key, trainer[key]) != ("deterministic", "warn"):  # null: Lightning's default
             check_flag(f"trainer.{key}", trainer[key])
     if isinstance(trainer.get("max_time"), int | float):
         raise UserError(f"trainer.max_time={trainer['max_time']} is not allowed: give DD:HH:MM:SS.")

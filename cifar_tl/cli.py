@@ -181,7 +181,10 @@ def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: li
             if multirun and (sweep := SweepCallback.current) is not None:
                 told, count = sweep.failures()
                 failures, jobs = (told, count) if count else (failures, jobs)  # no table where none could be written
-        except BrokenPipeError:  # `--help | head`: who reads has seen enough
+        except BrokenPipeError:
+            if jobs:
+                raise
+            # `--help | head`: who reads has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the exit
             return 1
         except BaseException as error:
@@ -382,7 +385,8 @@ def _refuse_added_keys(arguments: list[str]) -> None:
 def _refuse_unread_keys(cfg: DictConfig) -> None:
     """Refuse keys that a file of `conf` has brought, most likely mistyped: Hydra merges them without a word."""
     choices = HydraConfig.get().runtime.choices
-    known = _keys(compose("train", [f"data={choices['data']}"]))
+    named = (conf_folder() / "data" / f"{cfg.data.get('name')}.yaml").is_file()
+    known = _keys(compose("train", [f"data={cfg.data.name if named else choices['data']}"]))
     unread = [key for key in _keys(cfg) if key not in known and not key.startswith(OPEN)]
     if not unread:
         return

@@ -13,7 +13,7 @@ import logging
 import math
 import shlex
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +23,6 @@ import lightning as L
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import LambdaCallback
 from omegaconf import DictConfig
 
 from cifar_tl import slurm
@@ -84,12 +83,13 @@ FIXED = (
     "finetune.progressive_resizing",
 )
 """Beginnings of the keys that a resumed run cannot change. Others count from the epoch on at which it goes on."""
-OF_A_TEST = (
-    *("resume", "logger.", "data.root", "data.download", "data.eval_batch_size", "data.workers", "trainer.max_epochs"),
-    *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.precision"),
-    *("trainer.enable_progress_bar", "finetune.cache_features", "finetune.features_folder"),
+OF_TRAINING = (
+    *("augment.", "data.batch_size", "model.dropout", "finetune.head_lr", "finetune.backbone_lr", "finetune.schedule"),
+    *("finetune.warmup_epochs", "finetune.batchnorm", "finetune.momentum", "finetune.weight_decay"),
+    *("finetune.label_smoothing", "finetune.frozen_augment", "trainer.accumulate_grad_batches"),
+    *("trainer.gradient_clip", "trainer.limit_train_batches"),
 )
-"""Beginnings of the keys that may still change where all epochs are trained."""
+"""Beginnings of the keys that say nothing but how epochs train, and cannot change where none is left."""
 
 
 def main(cfg: DictConfig) -> float:
@@ -154,14 +154,11 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     facts = {**run_facts(cfg, datamodule, experiment), **weights}
     module.provenance = {"format": FORMAT, "config": plain(cfg), "facts": facts}
     batches = math.ceil(datamodule.sizes["train"] / cfg.data.batch_size)
-    # when nothing is refused any more; a run that has all its epochs is tested alone
-    saving = LambdaCallback(
-        on_train_start=lambda *_: save_overrides(cfg, folder), on_test_start=lambda *_: save_overrides(cfg, folder)
-    )
     trainer = build_trainer(
         {**cfg.trainer, "log_every_n_steps": min(cfg.trainer.log_every_n_steps, batches)},
         logger=build_loggers(cfg, folder),
-        callbacks=[*build_callbacks(cfg, datamodule, facts, folder), saving],
+        # the first one, for the others write
+        callbacks=[Accepted(cfg, folder, facts.get("changed", {})), *build_callbacks(cfg, datamodule, facts, folder)],
         plugins=[PacedCheckpointIO()],
         default_root_dir=folder,
     )
@@ -183,6 +180,42 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
         return read_metrics(folder)
     except SystemExit as stop:  # how Lightning ends after Ctrl-C
         raise Interrupted(interrupted_text(folder, last)) from stop
+
+
+class Accepted(L.Callback):
+    """Save a run's config and overrides once nothing is refused any more.
+
+    Args:
+        cfg: The config.
+        folder: The run's.
+        changed: What a run that goes on has been given anew.
+    """
+
+    def __init__(self, cfg: DictConfig, folder: Path, changed: Mapping[str, Any]) -> None:
+        self.cfg = cfg
+        self.folder = folder
+        self.late = [f"{key}={value}" for key, value in changed.items() if key.startswith(OF_TRAINING)]
+        self.trains = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save them."""
+        self.trains = True
+        save_overrides(self.cfg, self.folder)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save them where nothing was left to train.
+
+        Raises:
+            UserError: Keys of the training are changed, which would change the run's record alone.
+        """
+        if self.trains:
+            return
+        if self.late:
+            raise UserError(
+                f"the run has nothing left to train, so that {', '.join(self.late)} would change its record alone. "
+                f"Leave it out, or raise trainer.max_epochs, too."
+            )
+        save_overrides(self.cfg, self.folder)
 
 
 def check_sweep(trainer: L.Trainer) -> None:
@@ -253,11 +286,6 @@ def resumed_weights(cfg: DictConfig, last: Path) -> dict[str, Any]:
         raise UserError(
             f"a resumed run cannot change {texts}: what it has trained so far depends on it. Leave it out, or start a "
             f"new run with it."
-        )
-    if done == cfg.trainer.max_epochs and (late := [key for key in changed if not key.startswith(OF_A_TEST)]):
-        raise UserError(
-            f"the run has trained all of its {done} epochs, so that {', '.join(f'{k}={changed[k][1]}' for k in late)} "
-            f"would change its record alone. Leave it out, or raise trainer.max_epochs, too."
         )
     changed.pop("resume", None)
     for key, (old, new) in changed.items():

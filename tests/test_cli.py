@@ -268,6 +268,12 @@ def test_help_and_typos_do_not_wait_for_torch(tmp_path, program, arguments):
         ),
         ("trainer/mine", "defaults: [cpu]\nmax_time: null\n", ["trainer=mine"], None),
         ("data/mine", "defaults: [folder]\nroot: here\n", ["data=mine"], None),
+        (
+            "data/mine",
+            "defaults: [folder]\nroot: here\nbatchsize: 64\n",
+            ["data=mine"],
+            "error: data.batchsize: nothing reads it. Did you mean data.batch_size?",
+        ),
     ],
 )
 def test_keys_of_files_that_nothing_reads_are_refused(tmp_path, monkeypatch, capsys, name, text, given, expected):
@@ -293,3 +299,11 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback():
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=Path(cli.__file__).parents[1])
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_a_broken_pipe_in_a_run_is_no_end_of_reading(command):
+    def task(cfg):
+        raise BrokenPipeError(32, "a logger's")
+
+    with pytest.raises(BrokenPipeError, match="a logger's"):
+        command("hydra.output_subdir=null", task=task)

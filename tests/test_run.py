@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -185,6 +186,10 @@ def test_early_stopping_by_config_alone_ends_the_run_early_and_it_is_tested(comp
     resumed = (*TINY, *stopping, "finetune.head_lr=0", "trainer.max_epochs=9", f"resume={tmp_path}")
     again = train(compose(*resumed), tmp_path, "demo")
     assert (again["epoch"], again["warnings"]) == ([0, 1], metrics["warnings"])
+    record = (tmp_path / "metrics.json").read_bytes()
+    with pytest.raises(UserError, match=r"nothing left to train, so that finetune\.weight_decay=0\.5 would change"):
+        train(compose(*resumed, "finetune.weight_decay=0.5"), tmp_path, "demo")
+    assert (tmp_path / "metrics.json").read_bytes() == record
     patient = train(compose(*resumed, "callbacks.early_stopping.patience=3"), tmp_path, "demo")
     assert patient["epoch"] == [0, 1, 2, 3]
     assert patient["starts"][-1]["changed"] == {"callbacks.early_stopping.patience": 3}
@@ -209,14 +214,19 @@ class Elsewhere(DummyLogger):
         self.project = project
 
 
+class Passing(CSVLogger):
+    """A logger that names no argument of its own."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+
+
 def test_loggers_have_the_runs_folder_where_they_take_one(compose, tmp_path):
+    passing = f"+logger.passing={{_target_:{__name__}.Passing}}"
     mine = f"+logger.mine={{_target_:{__name__}.Elsewhere,project:p}}"
-    csv_logger, other, mine = build_loggers(
-        compose(
-            *TINY, f"+logger.other={{_target_:lightning.pytorch.loggers.CSVLogger,save_dir:{tmp_path}/there}}", mine
-        ),
-        tmp_path,
-    )
+    there = f"+logger.other={{_target_:lightning.pytorch.loggers.CSVLogger,save_dir:{tmp_path}/there}}"
+    csv_logger, other, mine, passing = build_loggers(compose(*TINY, there, mine, passing), tmp_path)
+    assert Path(passing.save_dir) == tmp_path
     assert Path(csv_logger.save_dir) == tmp_path
     assert Path(other.save_dir) == tmp_path / "there"
     assert mine.project == "p"
@@ -243,6 +253,10 @@ def test_mlflow_by_config_alone(compose, tmp_path):
     ("override", "said"),
     [
         ("+callbacks.mine.patience=3", r"callbacks\.mine has no _target_"),
+        (
+            "+callbacks.mine={_target_:cifar_tl.callbacks.FreezeGuard,unfreeze_at_epoch:???}",
+            "unfreeze_at_epoch= is missing",
+        ),
         ("+callbacks.mine._target_=nowhere.Callback", r"callbacks\.mine: nowhere\.Callback cannot be built"),
         ("logger.csv._target_=lightning.pytorch.loggers.CSV", r"logger\.csv: .* cannot be built"),
     ],

@@ -369,7 +369,10 @@ def resumable(half, tmp_path):
         ("data.batch_size=0", "data.batch_size=0 is not allowed"),
         ("seed=5", "a resumed run cannot change seed=5"),
         ("finetune.schedule=cosin", "finetune.schedule=cosin is not allowed"),
-        ("finetune.label_smoothing=0.2", "finetune.label_smoothing=0.2 would change its record alone"),
+        (
+            "finetune.label_smoothing=0.2",
+            "nothing left to train, so that finetune.label_smoothing=0.2 would change its record alone",
+        ),
         ("model.dropout=0.2", "a resumed run cannot change model.dropout=0.2 (the run has 0.0)"),
         ("+logger.mine._target_=nowhere.Logger", "logger.mine: nowhere.Logger cannot be built"),
         ("finetune.cache_features=perhaps", "finetune.cache_features=perhaps is not allowed"),

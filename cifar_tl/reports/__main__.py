@@ -17,7 +17,13 @@ def main(arguments: list[str]) -> int:
         description="Draw reports from the files of finished and unfinished runs: RUN/report.html with RUN/figures for "
         "a run; for a sweep, or several folders, also sweep_report.html, .csv and .md, which compare the runs.",
     )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_OR_SWEEP", help="outputs/EXPERIMENT/TIME[/JOB]")
+    parser.add_argument(
+        "folders",
+        nargs="+",
+        type=Path,
+        metavar="RUN_OR_SWEEP",
+        help="outputs/EXPERIMENT/TIME, outputs/sweeps/TIME[/JOB]",
+    )
     parser.add_argument(
         "--output",
         type=Path,

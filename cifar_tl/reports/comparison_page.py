@@ -172,7 +172,8 @@ def _warnings(groups: Sequence[Group]) -> list[str]:
         for start in run.starts:
             if changed := start.get("changed"):
                 values = " ".join(f"{key}={value}" for key, value in changed.items())
-                warnings.append(f"{run.folder.name} had {values} from its epoch {start['epoch']} on alone.")
+                since = f"from its epoch {start['epoch']} on" if start in run.training_starts else "in its test"
+                warnings.append(f"{run.folder.name} had {values} {since} alone.")
     best = reference(groups)
     unpaired: dict[str, list[str]] = {}
     for group in groups:

@@ -105,7 +105,7 @@ def time(run: Run) -> dict[str, Any]:
         rows.append([phase["name"], *_times(each), f"{phase['images_per_s']:,.0f}"])
     rows.append(["all", *_times(metrics["seconds"]), ""])
     head = ["phase", "epochs", "time", "per epoch, with validation", "training images/s"]
-    where = dict.fromkeys(f"{s['device']}, {s['precision']}, threads: {s['threads']}" for s in run.starts)
+    where = dict.fromkeys(f"{s['device']}, {s['precision']}, threads: {s['threads']}" for s in run.training_starts)
     return {"table": Table("Time per phase", head, rows, note="; then ".join(where))}
 
 
@@ -123,7 +123,8 @@ def repeat(run: Run) -> dict[str, Any]:
         if number:
             changes = ", ".join(f"{key}={value}" for key, value in (start["changed"] or {}).items())
             text += f"; changed: {changes or 'nothing'}"
-        rows.append((f"resumed at epoch {start['epoch']}" if number else "started", text))
+        again = f"resumed at epoch {start['epoch']}" if start in run.training_starts else "resumed to be tested"
+        rows.append((again if number else "started", text))
     images = dict(metrics.get("images", {}))
     if images and run.test_confusion is not None:
         images["test"] = int(run.test_confusion.sum())

@@ -278,11 +278,11 @@ def _provenance(part: str, jobs: Sequence[Job], runs: dict[str, Run]) -> list[st
 
 
 def _device(run: Run) -> str:
-    return distinct(str(start.get("device")) for start in run.starts)
+    return distinct(str(start.get("device")) for start in run.training_starts)
 
 
 def _precision(run: Run) -> str:
-    return distinct(str(start.get("precision")) for start in run.starts)
+    return distinct(str(start.get("precision")) for start in run.training_starts)
 
 
 def _weights(run: Run) -> str:

@@ -61,6 +61,12 @@ class Run:
         return list(self.metrics.get("starts") or [self.metrics])
 
     @property
+    def training_starts(self) -> list[dict[str, Any]]:
+        """Those that trained: others found all epochs trained, and tested."""
+        epochs = self.metrics.get("epoch") or []
+        return [start for start in self.starts if start.get("epoch") in epochs] or self.starts
+
+    @property
     def classes(self) -> list[str]:
         """Class names, in the order of their indices; empty if they are not recorded."""
         return self.predictions.classes if self.predictions is not None else list(self.metrics.get("classes", []))
@@ -102,7 +108,10 @@ def find_runs(folder: Path) -> list[Path]:
         UserError: There is none.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder. Give a run's folder, or a sweep's: outputs/EXPERIMENT/TIME.")
+        raise UserError(
+            f"{folder}: no such folder. Give a run's folder, outputs/EXPERIMENT/TIME, or a "
+            f"sweep's, outputs/sweeps/TIME."
+        )
     if is_run(folder):
         return [folder]
     candidates = {path.parent for path in folder.rglob(METRICS)} | {
@@ -111,7 +120,8 @@ def find_runs(folder: Path) -> list[Path]:
     runs = [path for path in candidates if is_run(path)]
     if not runs:
         raise UserError(
-            f"{folder} is no run and holds none: a run's folder has a {METRICS}. Runs are in outputs/EXPERIMENT/TIME."
+            f"{folder} is no run and holds none: a run's folder has a {METRICS}. Runs are in outputs/EXPERIMENT/TIME, "
+            f"those of sweeps in outputs/sweeps/TIME."
         )
     return sorted(runs, key=lambda path: [(int(p), "") if p.isdigit() else (-1, p) for p in path.parts])
 
