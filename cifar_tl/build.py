@@ -230,7 +230,7 @@ def _instantiated(group: str, name: Any, node: DictConfig, defaults: Mapping[str
     if not OmegaConf.is_dict(node) or "_target_" not in node:
         raise UserError(f"{group}.{name} has no _target_: give the class to build, as conf/{group}/*.yaml do.")
     if left_out := sorted(OmegaConf.missing_keys(node)):
-        raise UserError(f"{group}.{name}.{left_out[0]}= is missing: give it.")
+        raise UserError(f"{left_out[0]}= is missing: give it.")
     try:
         make = instantiate(node, _convert_="all", _partial_=True)
         given = {key: value for key, value in (defaults or {}).items() if key not in make.keywords}
@@ -322,7 +322,7 @@ def check_trainer(trainer: Mapping[Any, Any]) -> None:
     check_int("trainer.accumulate_grad_batches", trainer.get("accumulate_grad_batches", 1), 1)
     check_int("trainer.log_every_n_steps", trainer.get("log_every_n_steps", 1), 1)
     for key in sorted(FLAGS & trainer.keys()):
-        if trainer[key] is not None and (key, trainer[key]) != ("deterministic", "warn"):  # null: Lightning's default
+        if (key, trainer[key]) not in (("deterministic", "warn"), ("deterministic", None), ("benchmark", None)):
             check_flag(f"trainer.{key}", trainer[key])
     if isinstance(trainer.get("max_time"), int | float):
         raise UserError(f"trainer.max_time={trainer['max_time']} is not allowed: give DD:HH:MM:SS.")

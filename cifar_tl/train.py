@@ -87,7 +87,8 @@ OF_TRAINING = (
     *("augment.", "data.batch_size", "model.dropout", "finetune.head_lr", "finetune.backbone_lr", "finetune.schedule"),
     *("finetune.warmup_epochs", "finetune.batchnorm", "finetune.momentum", "finetune.weight_decay"),
     *("finetune.label_smoothing", "finetune.frozen_augment", "trainer.accumulate_grad_batches"),
-    *("trainer.gradient_clip", "trainer.limit_train_batches"),
+    *("trainer.gradient_clip", "trainer.limit_train_batches", "trainer.check_val_every_n_epoch"),
+    *("trainer.sync_batchnorm", "trainer.detect_anomaly"),
 )
 """Beginnings of the keys that say nothing but how epochs train, and cannot change where none is left."""
 
@@ -194,7 +195,7 @@ class Accepted(L.Callback):
     def __init__(self, cfg: DictConfig, folder: Path, changed: Mapping[str, Any]) -> None:
         self.cfg = cfg
         self.folder = folder
-        self.late = [f"{key}={value}" for key, value in changed.items() if key.startswith(OF_TRAINING)]
+        self.changed = changed
         self.trains = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -210,12 +211,28 @@ class Accepted(L.Callback):
         """
         if self.trains:
             return
-        if self.late:
-            raise UserError(
-                f"the run has nothing left to train, so that {', '.join(self.late)} would change its record alone. "
-                f"Leave it out, or raise trainer.max_epochs, too."
-            )
+        refuse_without_training(
+            {
+                key: value
+                for key, value in self.changed.items()
+                if key.startswith(OF_TRAINING) or (key == "trainer.max_epochs" and value > trainer.current_epoch)
+            }
+        )
         save_overrides(self.cfg, self.folder)
+
+
+def refuse_without_training(changed: Mapping[str, Any]) -> None:
+    """Refuse keys of the training where nothing is left to train.
+
+    Raises:
+        UserError: There is one.
+    """
+    if changed:
+        raise UserError(
+            f"the run has nothing left to train, so that {', '.join(f'{k}={v}' for k, v in changed.items())} would "
+            f"change its record alone. Leave it out, or let the run go on by more of what has ended it: "
+            f"trainer.max_epochs, a callback's patience or trainer.max_time."
+        )
 
 
 def check_sweep(trainer: L.Trainer) -> None:
@@ -287,6 +304,8 @@ def resumed_weights(cfg: DictConfig, last: Path) -> dict[str, Any]:
             f"a resumed run cannot change {texts}: what it has trained so far depends on it. Leave it out, or start a "
             f"new run with it."
         )
+    if done == cfg.trainer.max_epochs:
+        refuse_without_training({key: new for key, (_, new) in changed.items() if key.startswith(OF_TRAINING)})
     changed.pop("resume", None)
     for key, (old, new) in changed.items():
         log.info("changed    %s=%s from here on (the run had %s)", key, new, old)

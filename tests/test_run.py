@@ -189,6 +189,8 @@ def test_early_stopping_by_config_alone_ends_the_run_early_and_it_is_tested(comp
     record = (tmp_path / "metrics.json").read_bytes()
     with pytest.raises(UserError, match=r"nothing left to train, so that finetune\.weight_decay=0\.5 would change"):
         train(compose(*resumed, "finetune.weight_decay=0.5"), tmp_path, "demo")
+    with pytest.raises(UserError, match=r"trainer\.max_epochs=20 would change its record alone"):
+        train(compose(*resumed, "trainer.max_epochs=20"), tmp_path, "demo")
     assert (tmp_path / "metrics.json").read_bytes() == record
     patient = train(compose(*resumed, "callbacks.early_stopping.patience=3"), tmp_path, "demo")
     assert patient["epoch"] == [0, 1, 2, 3]
@@ -255,7 +257,7 @@ def test_mlflow_by_config_alone(compose, tmp_path):
         ("+callbacks.mine.patience=3", r"callbacks\.mine has no _target_"),
         (
             "+callbacks.mine={_target_:cifar_tl.callbacks.FreezeGuard,unfreeze_at_epoch:???}",
-            "unfreeze_at_epoch= is missing",
+            r"^callbacks\.mine\.unfreeze_at_epoch= is missing",
         ),
         ("+callbacks.mine._target_=nowhere.Callback", r"callbacks\.mine: nowhere\.Callback cannot be built"),
         ("logger.csv._target_=lightning.pytorch.loggers.CSV", r"logger\.csv: .* cannot be built"),

@@ -384,7 +384,8 @@ def test_a_resume_that_is_refused_leaves_the_run_as_it_was(command, resumable, m
     assert code == 1
     assert said in err
     with run_lock(resumable.parent):
-        assert command("resume=run", "finetune.weight_decay=0.5")[0] == 1
+        code, _, err = command("resume=run", "data.eval_batch_size=7")
+        assert (code, "trains there now" in err) == (1, True)
     assert {path.name: path.read_text() for path in resumable.iterdir()} == before
 
 

@@ -95,7 +95,8 @@ class RunRecorder(EpochTimer):
             self.status = "failed"
         if trainer.is_global_zero:
             log.warning("warning: %s", self._early_end[0])
-        self.write(trainer)
+        if self._training:  # else it is only tested again, and its result stands until there is another one
+            self.write(trainer)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note a start and its end where a run was resumed with nothing left to train: Lightning starts none there."""

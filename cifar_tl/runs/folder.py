@@ -63,8 +63,8 @@ class Run:
     @property
     def training_starts(self) -> list[dict[str, Any]]:
         """Those that trained: others found all epochs trained, and tested."""
-        epochs = self.metrics.get("epoch") or []
-        return [start for start in self.starts if start.get("epoch") in epochs] or self.starts
+        trained = [start for start in self.starts if start.get("epoch") in self.metrics.get("epoch", [])]
+        return trained if trained and self.finished else self.starts  # an unfinished one has not come to an epoch's end
 
     @property
     def classes(self) -> list[str]:

@@ -202,10 +202,12 @@ def test_no_ablation_where_something_else_was_varied_too(tmp_path):
 @pytest.mark.slow
 def test_a_run_that_went_on_with_other_values_is_named(tmp_path):
     make_run(tmp_path / "0", ["x=1"], 1)
-    starts = [{"epoch": 0}, {"epoch": 2, "changed": {"x": 1}}]
+    starts = [{"epoch": 0}, {"epoch": 2, "changed": {"x": 1}}, {"epoch": 99, "changed": {"y": 3}}]
     make_run(tmp_path / "1", ["x=1"], 2, starts=starts)
     assert main([str(tmp_path)]) == 0
-    assert "1 had x=1 from its epoch 2 on alone." in (tmp_path / "sweep_report.html").read_text()
+    text = (tmp_path / "sweep_report.html").read_text()
+    assert "1 had x=1 from its epoch 2 on alone." in text
+    assert "1 had y=3 in its test alone." in text
 
 
 @pytest.mark.slow

@@ -424,12 +424,16 @@ def test_every_start_of_a_resumed_run_is_on_its_page(tmp_path):
     first |= {"device": "a GPU", "threads": 4, "precision": "bf16-mixed", "changed": None}
     second = {**first, "epoch": 2, "started": "2026-01-02T00:00:00+00:00", "git_commit": "bbbb", "git_dirty": False}
     second |= {"device": "a CPU", "precision": "32-true", "changed": {"trainer.accelerator": "cpu"}}
-    run = make_run(tmp_path / "run", starts=[first, second], **{key: second[key] for key in ("started", "device")})
+    third = {**second, "epoch": 99, "device": "another CPU", "changed": {"data.eval_batch_size": 7}}
+    starts, facts = [first, second, third], {key: third[key] for key in ("started", "device")}
+    run = make_run(tmp_path / "run", starts=starts, **facts)
     assert main([str(run)]) == 0
     text = unescape((run / "report.html").read_text(encoding="utf-8"))
     assert "2026-01-01T00:00:00+00:00, commit aaaa with uncommitted changes, a GPU, bf16-mixed" in text
     assert "2026-01-02T00:00:00+00:00, commit bbbb, a CPU, 32-true; changed: trainer.accelerator=cpu" in text
-    assert "a GPU, bf16-mixed, threads: 4; then a CPU, 32-true, threads: 4" in text
+    assert "a GPU, bf16-mixed, threads: 4; then a CPU, 32-true, threads: 4<" in text
+    assert "resumed to be tested" in text
+    assert "another CPU, 32-true; changed: data.eval_batch_size=7" in text
     assert "handmade, 2026-01-01" in text
 
 
