@@ -33,7 +33,7 @@ from cifar_tl.search import OptunaSweeper
 log = logging.getLogger(__name__)
 
 OPEN = ("trainer.", "callbacks.", "logger.", "hydra.", "hydra/")
-"""Where `+key=value` may add keys."""
+"""Where `+key=value` may add keys of a run; the other commands have Hydra's alone, and evaluation the Trainer's."""
 RECIPES = ("experiment", "ablate", "sweep")
 """Groups whose files have keys of all groups."""
 DISK_ERRORS = (errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST, errno.EDQUOT)
@@ -172,7 +172,7 @@ def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: li
         try:
             if multirun and {"--cfg", "-c"} & {argument.partition("=")[0] for argument in arguments}:
                 raise UserError("--cfg prints the config of one run, and -m is for several: leave one of them out.")
-            _refuse_added_keys(arguments)
+            _refuse_added_keys(arguments, config_name)
             arguments = [_set_or_add(argument) for argument in arguments]
             if config_name == "train":
                 arguments = with_folder_of_slurm_job(arguments)
@@ -370,15 +370,21 @@ def _path_as_text(argument: str) -> str:
     return f"{key}='{escaped}'"
 
 
-def _refuse_added_keys(arguments: list[str]) -> None:
+def _refuse_added_keys(arguments: list[str], config_name: str) -> None:
     """Refuse `+key=value` where nothing would read the key."""
+    places = {"train": OPEN, "evaluate": ("trainer.", "hydra.", "hydra/")}.get(config_name, ("hydra.", "hydra/"))
+    added = {
+        "train": "; additional ones go to Lightning's Trainer (+trainer.KEY=VALUE), callbacks and loggers "
+        "(+callbacks.NAME._target_=CLASS)",
+        "evaluate": "; additional ones go to Lightning's Trainer (+trainer.KEY=VALUE)",
+    }
     for argument in arguments:
         key = argument.lstrip("+").partition("=")[0]
-        if argument.startswith("+") and not argument.startswith("++") and not key.startswith(OPEN):
+        twice = argument.startswith("++") and not key.startswith(OPEN)  # sets a key, if there is one: see _set_or_add
+        if argument.startswith("+") and not twice and not key.startswith(places):
             raise UserError(
-                f"{argument} adds a config key that nothing reads. Drop the + to set an existing key; "
-                f"additional ones go to Lightning's Trainer (+trainer.KEY=VALUE), callbacks and loggers "
-                f"(+callbacks.NAME._target_=CLASS)."
+                f"{argument} adds a config key that nothing reads. Drop the + to set an existing key"
+                f"{added.get(config_name, '')}."
             )
 
 

@@ -13,7 +13,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -80,8 +79,8 @@ def predict(cfg: DictConfig, folder: Path) -> Path:
     rows.sort(key=lambda row: str(row["path"]))  # a tar's come in its own order
     errors = [row for row in rows if row["error"] is not None]
     for row in rows:
-        row["path"] = path_text(row["path"])
-    write_table(rows, cfg.top_k, output, format)
+        row |= {"path": path_text(row["path"]), "error": row["error"] and path_text(row["error"])}  # names others
+    write_table(rows, output, format)
 
     predicted = len(rows) - len(errors)
     log.info("input       %s: files %d, predicted %d, errors %d", cfg.input, len(rows), predicted, len(errors))
@@ -111,10 +110,10 @@ def classify(cfg: DictConfig, total: int | None, files: Iterable[InputFile]) -> 
         UserError: The checkpoint or a key is wrong.
     """
     batch_size = check_int("batch_size", cfg.batch_size, 1)
-    top_k = check_int("top_k", cfg.top_k, 1)
     threads = default_threads() if cfg.threads is None else check_int("threads", cfg.threads, 1)
     device = resolve_accelerator(cfg.trainer.accelerator)
     trained = load_trained(check_path("checkpoint", cfg.checkpoint))
+    top_k = min(3, len(trained.classes)) if cfg.top_k is None else check_int("top_k", cfg.top_k, 1)
     if top_k > len(trained.classes):
         raise UserError(f"top_k={top_k} is not allowed: {cfg.checkpoint} knows {len(trained.classes)} classes.")
     prepare_for(device, trained.module)
@@ -205,7 +204,7 @@ def columns(top_k: int) -> list[str]:
 
 def path_text(path: str) -> str:
     """Return a path as UTF-8 text; bytes that are not UTF-8 show as `\\xe9`."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def choose_format(format: str | None, output: Path | None) -> str:
@@ -228,12 +227,11 @@ def choose_format(format: str | None, output: Path | None) -> str:
     return format
 
 
-def write_table(rows: Sequence[Row], top_k: int, path: Path, format: str) -> None:
+def write_table(rows: Sequence[Row], path: Path, format: str) -> None:
     """Write predictions in one step.
 
     Args:
-        rows: In the order of the file.
-        top_k: Classes per row.
+        rows: In the order of the file, one or more.
         path: Of the file; replaced if there is one.
         format: A key of WRITERS.
 
@@ -241,7 +239,7 @@ def write_table(rows: Sequence[Row], top_k: int, path: Path, format: str) -> Non
         UserError: It cannot be written there.
     """
     with writing_for(path), replacing(path) as partial:
-        WRITERS[format](rows, columns(top_k), partial)
+        WRITERS[format](rows, list(rows[0]), partial)
 
 
 def _write_csv(rows: Sequence[Row], names: list[str], path: Path) -> None:

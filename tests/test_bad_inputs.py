@@ -83,6 +83,7 @@ ROWS: dict[str, list[tuple[str, tuple[str, ...]]]] = {
         ("predict", ("checkpoint=RUN", "input=nowhere.png")),
         ("predict", ("checkpoint=RUN", "input=empty")),
         ("predict", ("checkpoint=RUN", "input=[a,b]")),
+        ("predict", ("checkpoint=RUN", "input=red.png", "+trainer.precision=bf16-mixed")),
         ("evaluate", ("checkpoint=RUN", "data.limit=0")),
     ],
     "Weights": [

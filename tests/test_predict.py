@@ -8,6 +8,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from cifar_tl import cli
 from cifar_tl.checkpoints import load_trained
 from cifar_tl.data import inputs
 from cifar_tl.errors import UserError
+from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.predict import main, predict
 
 
@@ -458,3 +460,24 @@ def test_what_it_says(command, tmp_path):
     assert "error       'text/readme.txt': no image" in out
     assert (tmp_path / "table.csv").read_text().splitlines()[0].startswith("path,class_1,probability_1,")
     assert not list(tmp_path.glob("**/*.partial*"))
+
+
+def test_a_hard_link_to_a_name_that_is_not_utf8_has_a_row(command, tmp_path):
+    with tarfile.open("photos.tar", "w") as archive:
+        archive.add("image.png", "image.png")
+        link = tarfile.TarInfo("b.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "caf\udce9.png"
+        archive.addfile(link)
+    assert command("input=photos.tar", "output=table.csv")[0] == 0
+    assert "hard link: its content is that of caf\\xe9.png" in Path("table.csv").read_text(encoding="utf-8")
+
+
+def test_a_model_of_two_classes_gives_two_without_being_told(tmp_path, monkeypatch, tiny_checkpoint):
+    trained = load_trained(tiny_checkpoint)
+    two = ResNet50Classifier(**{**trained.module.hparams, "classes": ["cat", "dog"]})
+    few = replace(trained, module=two.eval(), facts={**trained.facts, "classes": ["cat", "dog"]})
+    monkeypatch.setattr("cifar_tl.predict.load_trained", lambda path: few)
+    (tmp_path / "image.png").write_bytes(PNG)
+    table = predict(cli.compose("predict", [f"checkpoint='{tiny_checkpoint}'", f"input='{tmp_path}'"]), tmp_path)
+    head = table.read_text().splitlines()[0]
+    assert head == "path,class_1,probability_1,class_2,probability_2,note,error"

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import os
 from mmap import mmap
 from pathlib import Path
@@ -20,8 +21,10 @@ from cifar_tl.build import build_loggers, build_schedule
 from cifar_tl.checkpoints import load_trained
 from cifar_tl.errors import UserError
 from cifar_tl.evaluate import evaluate
+from cifar_tl.loggers import spelled_out
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.runs.metrics import wilson_interval
+from cifar_tl.runs.predictions import read_predictions
 from cifar_tl.runs.record import collapse_warnings
 from cifar_tl.schedule import FinetuneSchedule
 from cifar_tl.train import train
@@ -198,6 +201,16 @@ def test_early_stopping_by_config_alone_ends_the_run_early_and_it_is_tested(comp
 
 
 @pytest.mark.slow
+def test_epochs_without_a_number_are_never_the_best_by_naming_one_class(compose, tmp_path, caplog):
+    exploding = ("finetune=full", "finetune.optimizer=sgd", "finetune.backbone_lr=1e9", "finetune.head_lr_unfrozen=1e9")
+    caplog.set_level(logging.INFO)
+    metrics = train(compose(*TINY, *exploding, "trainer.max_epochs=1"), tmp_path, "demo")
+    assert (metrics["best/val/acc"], metrics["test/acc"], metrics["test/loss"]) == (0, 0, None)
+    assert "Test accuracy 0.00%" in caplog.text
+    assert read_predictions(tmp_path).test.accuracy == 0
+
+
+@pytest.mark.slow
 def test_an_early_stop_has_its_own_reason(compose, tmp_path):
     stopping = ("callbacks=early_stopping", "+callbacks.early_stopping.stopping_threshold=0.0")
     metrics = train(compose(*TINY, *stopping, "finetune.unfreeze_at_epoch=null"), tmp_path, "demo")
@@ -232,6 +245,12 @@ def test_loggers_have_the_runs_folder_where_they_take_one(compose, tmp_path):
     assert Path(csv_logger.save_dir) == tmp_path
     assert Path(other.save_dir) == tmp_path / "there"
     assert mine.project == "p"
+
+
+def test_names_that_mlflow_refuses_are_spelled_out():
+    names = ["val/precision/C++", "val/precision/C#", "val/precision/猫", "val/acc"]
+    expected = ["val/precision/C_2b_2b", "val/precision/C_23", "val/precision/_732b", "val/acc"]
+    assert [spelled_out(name) for name in names] == expected
 
 
 @pytest.mark.filterwarnings("ignore")  # of MLflow's own dependencies

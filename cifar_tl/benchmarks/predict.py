@@ -17,6 +17,7 @@ from cifar_tl.data.decode import default_threads
 from cifar_tl.data.inputs import open_inputs
 from cifar_tl.data.synthetic import Synthetic
 from cifar_tl.predict import attempts, predict
+from cifar_tl.runs.resume import quoted
 
 IMAGES = 10_000
 
@@ -27,7 +28,7 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
     pngs, checkpoint = setting.folder / "pngs", setting.folder / "model.ckpt"
     write_pngs(pngs, count)
     write_checkpoint(checkpoint)
-    given = [f"checkpoint='{checkpoint}'", f"input='{pngs}'", f"trainer.accelerator={setting.device}"]
+    given = [f"checkpoint={quoted(checkpoint)}", f"input={quoted(pngs)}", f"trainer.accelerator={setting.device}"]
     cfg = compose("predict", given)
 
     def decode_all() -> float:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from cifar_tl.cli import compose
 from cifar_tl.hardware import resolve_precision
+from cifar_tl.runs.resume import quoted
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Setting:
 
     def overrides(self) -> list[str]:
         """Return the overrides that make the command line measure what the benchmarks do."""
-        data = ["data=synthetic"] if self.data_root is None else [f"data.root='{self.data_root}'"]
-        weights = "null" if self.weights is None else f"'{self.weights}'"
+        data = ["data=synthetic"] if self.data_root is None else [f"data.root={quoted(self.data_root)}"]
+        weights = "null" if self.weights is None else quoted(self.weights)
         return [
             *data,
             f"model.weights={weights}",

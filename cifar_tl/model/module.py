@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 from torchmetrics.classification import (
@@ -152,7 +152,11 @@ class ResNet50Classifier(L.LightningModule):
         images, targets = batch
         logits: Tensor = self(images).float()
         self.log(f"{split}/loss", cross_entropy(logits, targets), batch_size=len(images), sync_dist=True)
-        metrics.update(logits.softmax(dim=1), class_indices(targets))
+        indices, classes = class_indices(targets), logits.shape[1]
+        # argmax makes class 0 of logits that are no numbers, as often right as that class is frequent
+        wrong = one_hot((indices + 1) % classes, classes).to(logits)
+        finite = logits.isfinite().all(dim=1, keepdim=True)
+        metrics.update(torch.where(finite, logits.softmax(dim=1), wrong), indices)
         return logits
 
     def on_validation_epoch_end(self) -> None:

@@ -162,6 +162,11 @@ def _warnings(groups: Sequence[Group]) -> list[str]:
             warnings.append(f"The runs are of different {what}.")
     if len({str(start.get("git_commit")) for run in runs for start in run.starts}) > 1:
         warnings.append("The runs are of different commits.")
+    if len({bool(start.get("git_dirty")) for run in runs for start in run.starts}) > 1:
+        warnings.append("Some of the runs are of a checkout with changes, which commits do not name.")
+    for key, what in (("device", "devices"), ("precision", "precisions")):
+        if len({str(start.get(key)) for run in runs for start in run.training_starts}) > 1:
+            warnings.append(f"The runs are of different {what}.")
     if len({tuple(run.classes) for run in runs if run.classes}) > 1:
         warnings.append("The runs are of different classes.")
     for group in groups:

@@ -336,7 +336,7 @@ def cliff(title: str, recipes: Mapping[str, tuple[Sequence[int], Sequence[float]
         recipes: Epochs, shares, and the first epoch after the unfreeze, by name.
     """
     figure, axes = _axes(3.4, width=4.4)  # it stands in half a page
-    for color, (name, (epochs, values, unfreeze)) in zip(COLORS, recipes.items(), strict=False):
+    for color, (name, (epochs, values, unfreeze)) in zip(cycle(COLORS), recipes.items(), strict=False):
         step = f"{100 * (values[unfreeze] - values[unfreeze - 1]):+.1f}"
         axes.plot(epochs, values, color=color, marker="o", label=f"{name}  {step}")
         axes.plot([unfreeze - 1, epochs[-1]], [values[unfreeze - 1]] * 2, color=color, linewidth=1, linestyle=":")

@@ -1,8 +1,10 @@
 """The page of one run: RUN/report.html, and its figures in RUN/figures."""
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from cifar_tl.reports import run_predictions, run_training
 from cifar_tl.reports.original import beside_original
@@ -63,7 +65,9 @@ def write_run_report(folder: Path, output: Path | None = None) -> Path:
         attempt("Time", "time", METRICS, lambda: run_training.time(run))
     attempt("Repeat it", "repeat", METRICS, lambda: run_training.repeat(run))
     lines = [*_warnings(run), *run.problems, *problems, *figures.problems]
-    write_page(output / REPORT, "run.html.j2", sections=sections, lines=lines, **_header(run))
+    beside = output.resolve() == folder.resolve()
+    place = "" if beside else quote(os.fsencode(os.path.relpath(folder.resolve(), output.resolve()))) + "/"
+    write_page(output / REPORT, "run.html.j2", sections=sections, lines=lines, place=place, **_header(run))
     return output / REPORT
 
 

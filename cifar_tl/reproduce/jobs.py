@@ -92,7 +92,8 @@ def plan_jobs(cfg: DictConfig, passed: Sequence[str], folder: Path) -> list[Job]
                     config.seed = seed
                     name = f"{part}-{recipe}-{scale}-seed{seed}"
                     job = Job(name, folder / name, given, list(passed), config)
-                    job = jobs.setdefault(config_sha256(_related(config)), job)
+                    places = {key: str(OmegaConf.select(config, key)) for key in ("data.root", "model.weights")}
+                    job = jobs.setdefault(config_sha256({**_related(config), **places}), job)
                     if part in only:
                         job.uses.append((part, str(scale), str(recipe)))
                     if part in only and "evaluate" in cfg[part]:

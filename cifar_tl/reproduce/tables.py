@@ -39,12 +39,12 @@ def write_tables(jobs: Sequence[Job], folder: Path) -> list[Path]:
             scale: [group for group in _groups(jobs, runs, part, scale) if group.runs]
             for scale in sorted({scale for job in jobs for its, scale, _ in job.uses if its == part})
         }
-        for name, table in _tables(part, groups).items():
-            with_provenance(table, groups).write_csv(folder / f"{name}.csv")
+        for name, (table, its) in _tables(part, groups).items():
+            with_provenance(table, its).write_csv(folder / f"{name}.csv")
             written.append(folder / f"{name}.csv")
             theirs = [job for job in jobs if part in {use[0] for use in job.uses}]
             texts += [table.markdown(), *_provenance(part, theirs, runs)]
-        curves = {group.label: _curve(group.runs[0]) for those in groups.values() for group in those}
+        curves = {_label(group, scale, groups): _curve(group.runs[0]) for scale in groups for group in groups[scale]}
         drawn = {label: curve for label, curve in curves.items() if curve is not None}
         if part == "results" and drawn:
             jumps = "; ".join(f"{label} {points(v[at] - v[at - 1], 1)} points" for label, (_, v, at) in drawn.items())
@@ -63,14 +63,19 @@ def write_tables(jobs: Sequence[Job], folder: Path) -> list[Path]:
     return written
 
 
-def _tables(part: str, groups: dict[str, list[Group]]) -> dict[str, Table]:
-    """Return the tables of a part, by the name of their file, as far as there are runs."""
+def _tables(part: str, groups: dict[str, list[Group]]) -> dict[str, tuple[Table, dict[str, list[Group]]]]:
+    """Return the tables of a part, with the groups that each is of, by the name of their file; of what has runs."""
     if part == "ladder":
         table = ladder(groups)
-        return {part: table} if table.rows else {}
+        return {part: (table, groups)} if table.rows else {}
     make = {"results": results, "ablation": ablation, "scale": equal_images}[part]
-    made = {scale if len(groups) > 1 else "": make(those) for scale, those in groups.items()}
-    return {f"{part}-{scale}".rstrip("-"): table for scale, table in made.items() if table is not None and table.rows}
+    made = {scale: make(those) for scale, those in groups.items()}
+    names = {scale: f"{part}-{scale}" if len(groups) > 1 else part for scale in groups}
+    return {names[s]: (table, {s: groups[s]}) for s, table in made.items() if table is not None and table.rows}
+
+
+def _label(group: Group, scale: str, groups: dict[str, list[Group]]) -> str:
+    return group.label if len(groups) == 1 else f"{group.label} {scale}"
 
 
 def results(groups: Sequence[Group]) -> Table:
@@ -119,7 +124,7 @@ def timed_results(groups: dict[str, list[Group]]) -> list[figures.Timed]:
             tuned = [run for run in its.runs if any(phase["stages"] for phase in run.metrics.get("plan", [])[-1:])]
             found.append(
                 figures.Timed(
-                    group.label if len(groups) == 1 else f"{group.label} {scale}",
+                    _label(group, scale, groups),
                     _minutes(its),
                     fmean(its.values("test/acc")),
                     *_range(its),

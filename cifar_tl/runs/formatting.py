@@ -38,7 +38,8 @@ def duration_text(seconds: float) -> str:
 
 def result_text(metrics: Mapping[str, Any], images: int) -> str:
     """Return a test's metrics in a line."""
+    loss, ece = ("-" if metrics[key] is None else f"{metrics[key]:.4f}" for key in ("test/loss", "test/ece"))
     return (
         f"Test accuracy {percent(metrics['test/acc'])} (95% interval {percent_range(*metrics['test/acc_interval'])}% "
-        f"for {images:,} images), loss {metrics['test/loss']:.4f}, ECE {metrics['test/ece']:.4f}"
+        f"for {images:,} images), loss {loss}, ECE {ece}"
     )

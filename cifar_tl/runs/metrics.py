@@ -76,6 +76,17 @@ def fit_temperature(logits: NDArray[np.floating], targets: Ints) -> float:
     return math.sqrt(low * high)
 
 
+def predicted_classes(logits: NDArray[np.floating], targets: Ints) -> Ints:
+    """Return the classes with the highest logits, (examples,); a wrong one where a logit is no number.
+
+    Args:
+        logits: (examples, classes).
+        targets: (examples,), class indices.
+    """
+    wrong = (targets + 1) % logits.shape[1]
+    return np.asarray(np.where(np.isfinite(logits).all(axis=1), logits.argmax(axis=1), wrong))
+
+
 def scores(logits: NDArray[np.floating], targets: Ints) -> dict[str, Any]:
     """Return the scalar metrics of a set of images.
 
@@ -87,7 +98,7 @@ def scores(logits: NDArray[np.floating], targets: Ints) -> dict[str, Any]:
         `acc`; `acc_interval`, its 95% Wilson interval; `loss`, the mean cross-entropy in nats; `ece`, over BINS bins;
         both NaN of logits that are not finite.
     """
-    accuracy = float((logits.argmax(axis=1) == targets).mean())
+    accuracy = float((predicted_classes(logits, targets) == targets).mean())
     return {
         "acc": accuracy,
         "acc_interval": list(wilson_interval(accuracy, len(targets))),

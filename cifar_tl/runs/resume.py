@@ -208,7 +208,7 @@ def run_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def quoted(path: Path) -> str:
+def quoted(path: Path | str) -> str:
     """Return a path as a quoted value of Hydra's override grammar."""
     return "'" + str(path).replace("'", "\\'") + "'"
 

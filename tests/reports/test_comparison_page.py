@@ -115,11 +115,18 @@ def test_several_folders_are_compared_where_they_meet_or_where_asked(tmp_path, c
 
 
 def test_unfair_comparisons_are_named(tmp_path):
-    runs = [str(make_run(tmp_path / str(i), ["x=1"], seed=3, status="failed", split_sha256=str(i))) for i in range(2)]
+    facts = ({"git_dirty": True, "device": "a"}, {"git_dirty": False, "device": "b", "precision": "16-mixed"})
+    runs = [
+        str(make_run(tmp_path / str(i), ["x=1"], seed=3, status="failed", split_sha256=str(i), **those))
+        for i, those in enumerate(facts)
+    ]
     assert main(runs) == 0
     page = (tmp_path / "sweep_report.html").read_text()
     assert "The runs are of different train/validation splits." in page
     assert "has a seed twice" in page
+    assert "Some of the runs are of a checkout with changes" in page
+    assert "The runs are of different devices." in page
+    assert "The runs are of different precisions." in page
 
 
 @pytest.mark.slow

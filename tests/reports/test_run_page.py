@@ -404,6 +404,7 @@ def test_a_page_may_go_elsewhere(tmp_path):
     run = make_run(tmp_path / "run")
     before = sorted(run.rglob("*"))
     assert main([str(run), "--output", str(tmp_path / "pages")]) == 0
+    assert 'href="../run/metrics.json"' in (tmp_path / "pages" / "report.html").read_text()
     assert (tmp_path / "pages" / "report.html").is_file()
     assert (tmp_path / "pages" / "figures" / "confusion.png").is_file()
     assert sorted(run.rglob("*")) == before

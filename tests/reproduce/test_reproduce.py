@@ -21,7 +21,8 @@ from cifar_tl.errors import Interrupted, UserError
 from cifar_tl.reports.__main__ import main as report
 from cifar_tl.reproduce import __main__ as reproduce
 from cifar_tl.reproduce import jobs
-from cifar_tl.reproduce.tables import spearman
+from cifar_tl.reproduce.jobs import Job
+from cifar_tl.reproduce.tables import spearman, write_tables
 from cifar_tl.runs.resume import run_lock
 
 PASSED = ("data=synthetic", "model.weights=null", "trainer=cpu")
@@ -444,3 +445,25 @@ def test_a_commands_exit_code_decides(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert reproduce.command("cifar_tl.train", ["--help"])
     assert not reproduce.command("cifar_tl.train", ["experiment=nothing"])
+
+
+def test_runs_with_other_weights_or_data_are_runs_of_their_own(tmp_path):
+    cfg = cli.compose("reproduce")
+    recipes = [["model.weights=a/resnet50.pth"], ["model.weights=b/resnet50.pth"], ["data.root=c"]]
+    cfg.results.recipes = {f"recipe{i}": ["experiment=best32", *given] for i, given in enumerate(recipes)}
+    planned = jobs.plan_jobs(cfg, [], tmp_path)
+    assert [job.name for job in planned if job.uses[0][0] == "results"] == [
+        f"results-recipe{i}-full-seed0" for i in range(3)
+    ]
+
+
+def test_tables_of_several_scales_have_their_own_provenance(tmp_path):
+    made = []
+    for scale, device in (("small", "a CPU"), ("full", "a GPU")):
+        make_run(tmp_path / scale, ["experiment=best32"], experiment="best32", device=device)
+        made.append(Job(scale, tmp_path / scale, [], [], OmegaConf.create(), None, [("results", scale, "best32")]))
+    written = write_tables(made, tmp_path)
+    tables = {path.stem: path.read_text() for path in written if path.suffix == ".csv"}
+    assert ("a GPU" in tables["results-full"], "a CPU" in tables["results-full"]) == (True, False)
+    assert ("a CPU" in tables["results-small"], "a GPU" in tables["results-small"]) == (True, False)
+    assert "best32 full" in (tmp_path / "cliff.svg").read_text()

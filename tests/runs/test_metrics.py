@@ -127,7 +127,7 @@ def test_logits_that_are_not_finite_have_no_temperature():
     logits, targets = np.array([[np.nan, 1.0], [0.0, 1.0]], np.float32), np.array([0, 1])
     assert math.isnan(fit_temperature(logits, targets))
     numbers = scores(logits, targets)
-    assert (math.isnan(numbers["loss"]), math.isnan(numbers["ece"]), numbers["acc"]) == (True, True, 1.0)
+    assert (math.isnan(numbers["loss"]), math.isnan(numbers["ece"]), numbers["acc"]) == (True, True, 0.5)
 
 
 def test_temperature_is_a_bound_where_everything_is_right_or_wrong():
