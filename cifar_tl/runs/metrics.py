@@ -30,7 +30,7 @@ def wilson_interval(share: float, examples: int, z: float = Z95) -> tuple[float,
     center = (share + z**2 / (2 * examples)) / (1 + z**2 / examples)
     spread = math.sqrt(share * (1 - share) / examples + z**2 / (4 * examples**2))
     half = z / (1 + z**2 / examples) * spread
-    return center - half, center + half
+    return max(0.0, center - half), min(1.0, center + half)  # rounding would pass the ends
 
 
 def softmax(logits: NDArray[np.floating], temperature: float = 1.0) -> Floats:
@@ -76,17 +76,6 @@ def fit_temperature(logits: NDArray[np.floating], targets: Ints) -> float:
     return math.sqrt(low * high)
 
 
-def predicted_classes(logits: NDArray[np.floating], targets: Ints) -> Ints:
-    """Return the classes with the highest logits, (examples,); a wrong one where a logit is no number.
-
-    Args:
-        logits: (examples, classes).
-        targets: (examples,), class indices.
-    """
-    wrong = (targets + 1) % logits.shape[1]
-    return np.asarray(np.where(np.isfinite(logits).all(axis=1), logits.argmax(axis=1), wrong))
-
-
 def scores(logits: NDArray[np.floating], targets: Ints) -> dict[str, Any]:
     """Return the scalar metrics of a set of images.
 
@@ -98,12 +87,13 @@ def scores(logits: NDArray[np.floating], targets: Ints) -> dict[str, Any]:
         `acc`; `acc_interval`, its 95% Wilson interval; `loss`, the mean cross-entropy in nats; `ece`, over BINS bins;
         both NaN of logits that are not finite.
     """
-    accuracy = float((predicted_classes(logits, targets) == targets).mean())
+    finite = np.isfinite(logits).all(axis=1)  # argmax makes class 0 of what is no number
+    accuracy = float((finite & (logits.argmax(axis=1) == targets)).mean())
     return {
         "acc": accuracy,
         "acc_interval": list(wilson_interval(accuracy, len(targets))),
         "loss": negative_log_likelihood(logits, targets),
-        "ece": reliability(softmax(logits), targets).ece if np.isfinite(logits).all() else math.nan,
+        "ece": reliability(softmax(logits), targets).ece if finite.all() else math.nan,
     }
 
 
