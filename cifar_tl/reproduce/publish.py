@@ -102,14 +102,16 @@ def markdown(head: list[str], rows: list[list[str]], labels: Sequence[str], colu
 def merged(
     old_head: list[str], old_rows: list[list[str]], head: list[str], rows: list[list[str]]
 ) -> tuple[list[str], list[list[str]]]:
-    """Return the new table with the old one's rows and columns that it does not have; `-` where a row has no value."""
-    labels = {row[0] for row in rows}
-    new = [dict(zip(head, row, strict=True)) for row in rows]
-    kept = [dict(zip(old_head, row, strict=True)) for row in old_rows if row[0] not in labels]
-    lost = [name for name in old_head if name not in head] if kept else []
+    """Return the old table with the new one's rows in the place of those with the same first cell, and others last.
+
+    A column of the old one goes with the last row that it is for; `-` is where a row has no value.
+    """
+    new = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    old = {row[0]: dict(zip(old_head, row, strict=True)) for row in old_rows}
+    lost = [name for name in old_head if name not in head] if old.keys() - new.keys() else []
     first = next((at for at, name in enumerate(head) if name in PROVENANCE), len(head))
     together = [*head[:first], *lost, *head[first:]]
-    return together, [[row.get(name, "-") for name in together] for row in [*new, *kept]]
+    return together, [[row.get(name, "-") for name in together] for row in {**old, **new}.values()]
 
 
 def read(path: Path) -> tuple[list[str], list[list[str]]]:
