@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -388,11 +389,17 @@ def _refuse_added_keys(arguments: list[str], config_name: str) -> None:
             )
 
 
+@cache
+def _known_keys(data: str, conf: Path) -> list[str]:
+    """Return the keys of a run on a choice of data; a sweep's jobs share them."""
+    return _keys(compose("train", [f"data={data}"]))
+
+
 def _refuse_unread_keys(cfg: DictConfig) -> None:
     """Refuse keys that a file of `conf` has brought, most likely mistyped: Hydra merges them without a word."""
     choices = HydraConfig.get().runtime.choices
     named = (conf_folder() / "data" / f"{cfg.data.get('name')}.yaml").is_file()
-    known = _keys(compose("train", [f"data={cfg.data.name if named else choices['data']}"]))
+    known = _known_keys(cfg.data.name if named else choices["data"], conf_folder())
     unread = [key for key in _keys(cfg) if key not in known and not key.startswith(OPEN)]
     if not unread:
         return

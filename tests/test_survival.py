@@ -305,7 +305,7 @@ def test_warnings_of_before_a_resume_keep_what_caused_them(tmp_path):
     def recorder(backbone_lr):
         schedule = FinetuneSchedule(unfreeze_at_epoch=2, max_epochs=4, head_lr=1e-3, backbone_lr=backbone_lr)
         found = RunRecorder(tmp_path, schedule, {"images": {"val": 5000}, "changed": None})
-        found.images, found.train_seconds = 1, 1.0
+        found.images, found.train_seconds, found.complete = 1, 1.0, True
         return found
 
     def epoch(recorder, accuracy):
