@@ -153,8 +153,8 @@ def test_only_publish_writes_into_the_checkout(command, recipes):
     committed = (root / "conf" / "experiment" / "results" / "results.csv").read_text()
     assert [line.split(",")[0] for line in committed.splitlines()] == [
         "config",
-        "seed_baseline",
         "best32",
+        "seed_baseline",
         "statistics_alone",
         "best64",
     ]
