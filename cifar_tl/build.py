@@ -243,7 +243,7 @@ def _instantiated(group: str, name: Any, node: DictConfig, defaults: Mapping[str
 
 def _takes(function: Callable[..., Any], name: str) -> bool:
     """Return whether a function has an argument; a class may pass on what it does not name to the one it is made of."""
-    for each in [base.__init__ for base in getmro(function)] if isclass(function) else [function]:  # type: ignore[misc]
+    for each in [base.__init__ for base in getmro(function)] if isclass(function) else [function]:  # type: ignore[misc]  # no instance's
         parameters = signature(each).parameters
         if name in parameters or not any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values()):
             return name in parameters
