@@ -30,6 +30,8 @@ from cifar_tl.runs.formatting import duration_text, percent, percent_range, poin
 from cifar_tl.runs.table import Table, write_csv
 
 NAME = "sweep_report"
+OVER = ("finished", "pruned")
+"""What a run is when nothing more will come of it."""
 RUNS_AND_MEANS = "Thin lines are runs, thick ones means; dashed: a phase starts."
 
 
@@ -65,8 +67,8 @@ def write_sweep_report(folders: Sequence[Path], output: Path) -> list[Path]:
     sections[0:0] = [search] if search else []
     sections.append(Section("Runs", "runs", {"runs": _runs(groups, output)}))
     lines = [f"{run.folder}: {line}" for run in runs for line in (*run.metrics.get("warnings", []), *run.problems)]
-    unfinished = [run for run in runs if run.status not in ("finished", "pruned")]
-    lines += [f"{run.folder} has not finished ({run.status}); it is left out." for run in unfinished]
+    unfinished = [run for run in runs if run.status not in OVER]
+    lines += [f"{run.folder} has not finished ({run.status}); the tables are without it." for run in unfinished]
     lines += [*_warnings(groups), *drawing.problems]
 
     html, csv, markdown = (output / f"{NAME}.{ending}" for ending in ("html", "csv", "md"))
@@ -211,11 +213,10 @@ def _figures(groups: Sequence[Group], folder: FigureFolder) -> list[DrawnFigure 
         drawn.append(folder.draw("test_accuracy", figure, f"{title}. {means}.", "Points are runs, ticks means."))
     starts = sorted({p["epochs"][0] for g in groups for run in g.runs for p in run.metrics.get("phases", [])} - {0})
     for key, quantity in (("val/acc", "Validation accuracy"), ("train/acc", "Training accuracy")):
-        curves = {
-            group.label: [(run.metrics["epoch"], run.metrics[key]) for run in group.runs if run.metrics.get(key)]
-            for group in groups
-        }
-        curves = {label: runs for label, runs in curves.items() if runs}
+        drawable = {group.label: [run for run in group.runs if run.metrics.get(key)] for group in groups}
+        # a run that was cut short would cut its group's mean short
+        over = {label: [run for run in runs if run.status in OVER] or runs for label, runs in drawable.items()}
+        curves = {name: [(r.metrics["epoch"], r.metrics[key]) for r in runs] for name, runs in over.items() if runs}
         if curves:
             figure = partial(figures.runs_over_each_other, f"{quantity} per setting", curves, starts)
             alt_text = f"{quantity} over the epochs, per setting."

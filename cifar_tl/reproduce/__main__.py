@@ -14,9 +14,8 @@ from omegaconf import DictConfig
 
 from cifar_tl import cli
 from cifar_tl.errors import Interrupted, UserError, check_flag
-from cifar_tl.reproduce.jobs import Job, differing, plan_jobs, set_aside, state
+from cifar_tl.reproduce.jobs import Job, plan_jobs, set_aside, state, unpublishable
 from cifar_tl.reproduce.publish import publish
-from cifar_tl.runs.folder import read_run
 from cifar_tl.runs.resume import quoted
 
 log = logging.getLogger(__name__)
@@ -62,8 +61,8 @@ def reproduce(cfg: DictConfig, passed: Sequence[str], folder: Path) -> None:
 
     written = write_tables(jobs, folder)
     if publishing:
-        if others := [text for job in jobs if read_run(job.folder).finished for text in differing(job)]:
-            raise UserError(f"not published: {' '.join(others)} Give the same overrides, or run it anew.")
+        if reasons := unpublishable(jobs):
+            raise UserError(f"not published: {' '.join(reasons)}")
         written += publish([path for path in written if path.suffix == ".csv"], cli.conf_folder().parent)
     for path in written:
         log.info("%s", path)
@@ -104,7 +103,7 @@ def run_job(job: Job, what: str) -> bool:
         arguments = resume if what == "resume" else [*job.overrides, *job.passed, folder]
         if not command("cifar_tl.train", arguments):
             return False
-    if job.evaluate is None:
+    if not job.evaluate:
         return True
     job.evaluation.unlink(missing_ok=True)  # what was asked for is noted before it is done
     trainer = job.config.trainer

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cifar_tl import cli
 from cifar_tl.errors import UserError, check_choice, check_int
-from cifar_tl.runs.folder import read_run
+from cifar_tl.runs.folder import REPLACED, read_run
 from cifar_tl.runs.record import config_sha256, flat
 from cifar_tl.runs.resume import LAST, run_lock
 
@@ -28,6 +28,12 @@ IGNORED_KEYS = (
 )
 """Keys, or groups of keys, that change no result."""
 
+SHOWN_KEYS = ("model.weights", "model.filter_rms", "trainer.precision", "trainer.accelerator")
+"""Keys whose values every table shows, so that runs that were passed other ones may be published."""
+
+ADDED_BESIDE = ("checkpoint", "trainer.accelerator", "data.root", "tta", "temperature", "cifar10_1", "cifar10_c")
+"""Keys of cifar_tl.evaluate that add results to the others, or name what is evaluated and where."""
+
 
 @dataclass
 class Job:
@@ -39,7 +45,7 @@ class Job:
         overrides: Of cifar_tl.train, from conf/reproduce.yaml.
         passed: More of them, from the command line.
         config: What they compose to.
-        evaluate: Overrides of cifar_tl.evaluate, for the finished run; None if there is nothing to evaluate.
+        evaluate: Overrides of cifar_tl.evaluate, for the finished run; none: it is not evaluated again.
         uses: Part, scale and recipe of every table that it is for.
     """
 
@@ -48,7 +54,7 @@ class Job:
     overrides: list[str]
     passed: list[str]
     config: DictConfig
-    evaluate: list[str] | None = None
+    evaluate: list[str] = field(default_factory=list)
     uses: list[tuple[str, str, str]] = field(default_factory=list)
 
     @property
@@ -79,11 +85,15 @@ def plan_jobs(cfg: DictConfig, passed: Sequence[str], folder: Path) -> list[Job]
         UserError: An unknown part, or overrides that do not compose.
     """
     jobs: dict[str, Job] = {}
-    only = PARTS if cfg.only is None else [cfg.only] if isinstance(cfg.only, str) else cfg.only
+    if lacking := [part for part in PARTS if part not in cfg]:
+        others = ",".join(part for part in PARTS if part not in lacking)
+        raise UserError(f"~{lacking[0]} is not allowed: only=[{others}] goes without it.")
+    only = [cfg.only] if isinstance(cfg.only, str) else _list("only", cfg.only, "[results]") or PARTS
     only = [check_choice("only", part, PARTS) for part in only]
     for part in PARTS:  # also where few are asked for: a run that parts share has one folder, whichever part asks
-        recipes = cfg[part].recipes if cfg[part].recipes is not None else _ablations()
-        for scale, shared in cfg[part].scales.items():
+        recipes = _lists(f"{part}.recipes", cfg[part].recipes) or _ablations()
+        evaluate = _list(f"{part}.evaluate", cfg[part].get("evaluate"), "[tta=true]")
+        for scale, shared in _lists(f"{part}.scales", cfg[part].scales).items():
             for recipe, overrides in recipes.items():
                 of_any_seed = compose([*overrides, *shared, *passed])  # which takes longest here
                 for seed in _seeds(cfg, part, recipe):
@@ -96,9 +106,11 @@ def plan_jobs(cfg: DictConfig, passed: Sequence[str], folder: Path) -> list[Job]
                     job = jobs.setdefault(config_sha256({**_related(config), **places}), job)
                     if part in only:
                         job.uses.append((part, str(scale), str(recipe)))
-                    if part in only and "evaluate" in cfg[part]:
-                        job.evaluate = list(cfg[part].evaluate)
-    return [job for job in jobs.values() if job.uses]
+                    if part in only and evaluate:
+                        job.evaluate = evaluate
+    if not (asked := [job for job in jobs.values() if job.uses]):
+        raise UserError(f"Nothing to run: {', '.join(only)} of conf/reproduce.yaml have no recipe, scale or seed.")
+    return asked
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
@@ -129,6 +141,19 @@ def differing(job: Job) -> list[str]:
     return [f"{job.name} was run with {'; '.join(found)}."] if found else []
 
 
+def unpublishable(jobs: Sequence[Job]) -> list[str]:
+    """Return a sentence per reason why the tables of these jobs are not those that conf/reproduce.yaml stands for."""
+    reasons = []
+    if missing := ", ".join(job.name for job in jobs if not read_run(job.folder).finished):
+        reasons.append(f"{missing}: not finished. `~PART.recipes.NAME` leaves a recipe out, and its row as it is.")
+    for job in jobs:
+        theirs, ours = _related(job.config), _related(compose(job.overrides))
+        if keys := [k for k in theirs | ours if theirs.get(k) != ours.get(k) and k not in SHOWN_KEYS]:
+            reasons.append(f"{', '.join(f'{k}={theirs.get(k)}' for k in keys)}: no table would show it.")
+            break  # it was passed to all of them
+    return [*reasons, *(text for job in jobs for text in differing(job))]
+
+
 def state(job: Job) -> tuple[str, str]:
     """Return what there is to do, `keep`, `evaluate`, `resume`, `replace` or `run`, and a reason for people."""
     from cifar_tl.hardware import resolve_accelerator, resolve_precision  # late: `--help` should not wait for torch
@@ -147,7 +172,7 @@ def state(job: Job) -> tuple[str, str]:
     if different:
         return "replace", f"was run with {'; '.join(different)}"
     if run.finished and "test/acc" in run.metrics:
-        if job.evaluate is not None and not _evaluated(job):
+        if job.evaluate and not _evaluated(job):
             return "evaluate", "trained, to be evaluated"
         return "keep", f"finished {run.metrics['started'][:10]}, commit {str(run.metrics.get('git_commit'))[:7]}"
     if (job.folder / LAST).is_file():
@@ -156,12 +181,12 @@ def state(job: Job) -> tuple[str, str]:
 
 
 def set_aside(job: Job) -> Path:
-    """Move what is in a job's folder into `replaced`, beside it, and return where it is now.
+    """Move what is in a job's folder into REPLACED, beside it, and return where it is now.
 
     Raises:
         UserError: Another process trains there.
     """
-    place = job.folder.parent / "replaced" / job.name
+    place = job.folder.parent / REPLACED / job.name
     number = 1
     while (new := place.with_name(f"{place.name}.{number}")).exists():
         number += 1
@@ -173,17 +198,31 @@ def set_aside(job: Job) -> Path:
 
 def _evaluated(job: Job) -> bool:
     saved = job.evaluation.parent / ".hydra" / "overrides.yaml"
-    asked: Any = OmegaConf.load(saved) if saved.is_file() else []
-    return job.evaluation.is_file() and all(override in asked for override in job.evaluate or ())
+    asked: set[str] = set(OmegaConf.load(saved) if saved.is_file() else [])
+    wanted = set(job.evaluate)
+    others = {override.lstrip("+").partition("=")[0] for override in asked - wanted} - set(ADDED_BESIDE)
+    return job.evaluation.is_file() and wanted <= asked and not others
 
 
 def _seeds(cfg: DictConfig, part: str, recipe: str) -> list[int]:
-    given = {f"{part}.seeds": cfg[part].seeds}
-    given[f"{part}.more_seeds.{recipe}"] = cfg[part].get("more_seeds", {}).get(recipe, ListConfig([]))
-    for key, seeds in given.items():
-        if not isinstance(seeds, ListConfig):
-            raise UserError(f"{key}={seeds} is not allowed: give a list, such as [0,1].")
-    return list(dict.fromkeys(check_int(key, seed, 0) for key, seeds in given.items() for seed in seeds))
+    lists = {f"{part}.seeds": _list(f"{part}.seeds", cfg[part].seeds, "[0,1]")}
+    key = f"{part}.more_seeds"
+    lists[f"{key}.{recipe}"] = _lists(key, cfg[part].get("more_seeds"), "[0,1]").get(recipe, [])
+    return list(dict.fromkeys(check_int(key, seed, 0) for key, seeds in lists.items() for seed in seeds))
+
+
+def _lists(key: str, given: Any, example: str = "[experiment=best32]") -> dict[str, list[Any]]:
+    """Return the lists by name that a key holds; none for null."""
+    if given is not None and not isinstance(given, DictConfig):
+        raise UserError(f"{key}={given} is not allowed: give lists by name, such as {key}.NAME={example}.")
+    return {str(name): _list(f"{key}.{name}", value, example) for name, value in (given or {}).items()}
+
+
+def _list(key: str, given: Any, example: str) -> list[Any]:
+    """Return the list that a key holds; an empty one for null."""
+    if given is not None and not isinstance(given, ListConfig):
+        raise UserError(f"{key}={given} is not allowed: give a list, such as {example}.")
+    return list(given or ())
 
 
 def _ablations() -> dict[str, list[str]]:

@@ -25,6 +25,12 @@ RESULTS = Path("conf/experiment/results")
 PROVENANCE = ("device", "date", "commit", "weights", "filters", "precision")
 """Columns of every table that say where its numbers come from."""
 
+UNPUBLISHED = ("minutes",)
+"""Columns that are left out: how long a run takes depends on what else its machine did. Benchmarks measure speed."""
+
+RELATED = ("ablation",)
+"""Tables whose rows are distances to one of them, so that rows of two measurements do not mix."""
+
 MARKED = re.compile(r"(?P<start><!-- table: (?P<what>[^>\n]+) -->\n).*?(?P<end><!-- /table -->)", re.DOTALL)
 
 
@@ -33,7 +39,7 @@ def publish(tables: Sequence[Path], checkout: Path) -> list[Path]:
 
     Args:
         tables: CSVs with the columns of PROVENANCE. A row replaces the committed one with the same first cell; rows of
-            recipes that were not run stay.
+            recipes that were not run stay. One of RELATED replaces the committed table.
         checkout: Folder of README.md and conf.
 
     Returns:
@@ -47,7 +53,9 @@ def publish(tables: Sequence[Path], checkout: Path) -> list[Path]:
     written = []
     for table in tables:
         path = checkout / RESULTS / table.name
-        head, rows = merged(*read(path), *read(table)) if path.is_file() else read(table)
+        head, rows = without(UNPUBLISHED, *read(table))
+        if path.is_file() and table.stem not in RELATED:
+            head, rows = merged(*read(path), head, rows)
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([head, *rows])
         write_text(path, text.getvalue())
@@ -95,7 +103,8 @@ def markdown(head: list[str], rows: list[list[str]], labels: Sequence[str], colu
     cells = [[row[head.index(name)] for name in [*names, *differing]] for row in taken]
     _, body, _ = Table("", [*names, *differing], cells, "").markdown().split("\n\n")
     words = {"commit": "commit ", "weights": "weights ", "filters": "filters: "}
-    below = [words.get(n, "") + distinct(", ".join(origin[n]).split(", ")) for n in PROVENANCE if n not in differing]
+    origin["commit"] = ", ".join(origin["commit"]).split(", ")  # a cell may have several; a device's name has commas
+    below = [words.get(name, "") + distinct(origin[name]) for name in PROVENANCE if name not in differing]
     return f"\n{body}\n\n{'; '.join(below)}.\n\n"
 
 
@@ -112,6 +121,12 @@ def merged(
     first = next((at for at, name in enumerate(head) if name in PROVENANCE), len(head))
     together = [*head[:first], *lost, *head[first:]]
     return together, [[row.get(name, "-") for name in together] for row in {**old, **new}.values()]
+
+
+def without(names: Sequence[str], head: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """Return a table without the columns that have these names."""
+    kept = [at for at, name in enumerate(head) if name not in names]
+    return [head[at] for at in kept], [[row[at] for at in kept] for row in rows]
 
 
 def read(path: Path) -> tuple[list[str], list[list[str]]]:

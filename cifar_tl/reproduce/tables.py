@@ -217,10 +217,12 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def _read(job: Job) -> Run:
-    """Read a job's run, with the metrics that cifar_tl.evaluate added to its own."""
+    """Read a job's run, with the metrics that cifar_tl.evaluate added to its own, of the same test images."""
     run = read_run(job.folder)
-    if job.evaluate is not None and job.evaluation.is_file():
-        run.metrics = {**json.loads(job.evaluation.read_text()), **run.metrics}
+    if job.evaluate and job.evaluation.is_file():
+        evaluation = json.loads(job.evaluation.read_text())
+        if evaluation.get("test_sha256") == run.metrics.get("test_sha256"):
+            run.metrics = {**evaluation, **run.metrics}
     return run
 
 

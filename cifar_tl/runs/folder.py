@@ -23,6 +23,8 @@ from cifar_tl.runs.predictions import (
 from cifar_tl.runs.record import METRICS, TEST, faults, metrics_of_test, read_metrics
 
 OVERRIDES = Path(".hydra") / "overrides.yaml"
+REPLACED = "replaced"
+"""Folder of runs that cifar_tl.reproduce set aside for others of the same name."""
 
 
 @dataclass
@@ -102,7 +104,7 @@ def is_run(folder: Path) -> bool:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """Return the folder if it is a run's, and otherwise the runs below it, job 2 before job 10.
+    """Return the folder if it is a run's, and otherwise the runs below it but those in REPLACED, job 2 before job 10.
 
     Raises:
         UserError: There is none.
@@ -117,7 +119,7 @@ def find_runs(folder: Path) -> list[Path]:
     candidates = {path.parent for path in folder.rglob(METRICS)} | {
         path.parents[1] for path in folder.rglob(str(OVERRIDES))
     }
-    runs = [path for path in candidates if is_run(path)]
+    runs = [path for path in candidates if is_run(path) and REPLACED not in path.relative_to(folder).parts]
     if not runs:
         raise UserError(
             f"{folder} is no run and holds none: a run's folder has a {METRICS}. Runs are in outputs/EXPERIMENT/TIME, "

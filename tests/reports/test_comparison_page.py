@@ -14,7 +14,7 @@ from cifar_tl.reports import figures
 from cifar_tl.reports.__main__ import main
 from cifar_tl.reports.ablation import ablation
 from cifar_tl.reports.comparison import Difference, effects, group_runs, paired_difference
-from cifar_tl.runs.folder import read_runs
+from cifar_tl.runs.folder import find_runs, read_runs
 
 STRENGTHS = {"1e-3": 2.0, "3e-4": 1.0}
 
@@ -100,8 +100,18 @@ def test_unfinished_runs_are_named_and_left_out(sweep):
     assert main([str(sweep)]) == 0
     page = (sweep / "sweep_report.html").read_text()
     assert "5 of 8 runs finished" in page
-    assert f"{sweep / '6'} has not finished (failed); it is left out." in page
+    assert f"{sweep / '6'} has not finished (failed); the tables are without it." in page
     assert f"{sweep / '0'}: metrics.json cannot be read" in page
+    curves = (sweep / "sweep_figures" / "val_acc.svg").read_text()
+    # two and three seeds that finished; and of a setting without any, what there is
+    assert [f"backbone_lr={lr} (n={n})" in curves for lr, n in (("1e-3", 2), ("3e-4", 3), ("9", 1))] == [True] * 3
+
+
+def test_runs_that_were_set_aside_are_not_compared(tmp_path):
+    new = make_run(tmp_path / "ablation-none", ["ablate=none"])
+    old = make_run(tmp_path / "replaced" / "ablation-none.1", ["ablate=none"])
+    assert find_runs(tmp_path) == [new]
+    assert find_runs(tmp_path / "replaced") == [old]
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from cifar_tl.reproduce.publish import DOCUMENTS, MARKED, PROVENANCE, RESULTS, f
 
 ROOT = Path(__file__).parents[2]
 HEAD = ["config", "test acc", *PROVENANCE]
-ORIGIN = ["a device", "2026-01-02", "0123abc", "some.pth (761a)", "at RMS 0.4", "32-true"]
+ORIGIN = ["a device, 2 cores", "2026-01-02", "0123abc", "some.pth (761a)", "at RMS 0.4", "32-true"]
 
 
 def write(path, head, *rows):
@@ -59,14 +59,14 @@ def test_what_was_measured_replaces_the_row_and_fills_the_documents(checkout, tm
     for name in DOCUMENTS:
         text = (checkout / name).read_text()
         assert "| config | test acc |\n| --- | ---: |\n| best32 | 90.12 |\n| best64 | 94.30 |\n" in text
-        assert "a device; 2026-01-02; commit 0123abc; weights some.pth (761a); filters: at RMS 0.4; 32-true." in text
+        assert "a device, 2 cores; 2026-01-02; commit 0123abc; weights some.pth (761a); filters: at RMS 0.4; " in text
         assert re.fullmatch(r"Before\.\n<!-- table: results -->\n.*<!-- /table -->\nAfter\.\n", text, re.DOTALL)
         assert filled(text, checkout / RESULTS) == text
 
 
 def test_a_column_that_an_old_row_lacks_is_a_dash(checkout, tmp_path_factory):
-    head = ["config", "test acc", "minutes", *PROVENANCE]
-    publish([write(tmp_path_factory.mktemp("new") / "results.csv", head, ["best32", "90.12", "7", *ORIGIN])], checkout)
+    head = ["config", "test acc", "flip TTA", *PROVENANCE]
+    publish([write(tmp_path_factory.mktemp("new") / "results.csv", head, ["best32", "90.12", "91", *ORIGIN])], checkout)
     assert "| best64 | 94.30 | - |" in (checkout / "README.md").read_text()
 
 
@@ -105,9 +105,25 @@ def test_an_installed_copy_publishes_nothing(tmp_path):
 
 def test_where_a_row_is_of_another_device_each_row_says_its_own(checkout):
     other = [*ORIGIN]
-    other[PROVENANCE.index("device")] = "another device"
+    other[PROVENANCE.index("device")] = "another device, 2 cores"
     write(checkout / RESULTS / "results.csv", HEAD, ["best32", "89.00", *ORIGIN], ["best64", "94.30", *other])
     text = filled((checkout / "README.md").read_text(), checkout / RESULTS)
     assert "| config | test acc | device |" in text
-    assert "| best64 | 94.30 | another device |" in text
+    assert "| best64 | 94.30 | another device, 2 cores |" in text
     assert "\n2026-01-02; commit 0123abc; weights some.pth (761a); filters: at RMS 0.4; 32-true.\n" in text
+
+
+def test_a_device_whose_name_has_commas_is_said_whole(checkout):
+    both = ["a device, 2 cores, another device, 2 cores", *ORIGIN[1:]]
+    both[PROVENANCE.index("commit")] = "0123abc, 4567def"
+    write(checkout / RESULTS / "results.csv", HEAD, ["best32", "89.00", *both], ["best64", "94.30", *both])
+    text = filled((checkout / "README.md").read_text(), checkout / RESULTS)
+    assert "\na device, 2 cores, another device, 2 cores; 2026-01-02; commit 0123abc, 4567def; weights" in text
+
+
+def test_distances_of_two_measurements_do_not_mix(checkout, tmp_path_factory):
+    head = ["removed", "val acc", "points against none", *PROVENANCE]
+    write(checkout / RESULTS / "ablation.csv", head, ["none", "82", "", *ORIGIN], ["no_flip", "81", "-1", *ORIGIN])
+    publish([write(tmp_path_factory.mktemp("new") / "ablation.csv", head, ["none", "79", "", *ORIGIN])], checkout)
+    with (checkout / RESULTS / "ablation.csv").open() as file:
+        assert [row["removed"] for row in csv.DictReader(file)] == ["none"]

@@ -85,7 +85,8 @@ def command(tmp_path, monkeypatch, capsys):
         if module == "cifar_tl.evaluate":
             evaluated.append(keys)
             (Path(keys["hydra.run.dir"]) / ".hydra").mkdir(parents=True, exist_ok=True)
-            (Path(keys["hydra.run.dir"]) / ".hydra" / "overrides.yaml").write_text(json.dumps(arguments))
+            given = [argument for argument in arguments if not argument.startswith("hydra.")]  # as Hydra does
+            (Path(keys["hydra.run.dir"]) / ".hydra" / "overrides.yaml").write_text(json.dumps(given))
             (Path(keys["hydra.run.dir"]) / "evaluation.json").write_text('{"test/acc": 0, "test/flip/acc": 0.875}')
             return True
         folder = Path(keys.get("resume", keys.get("hydra.run.dir")))
@@ -141,9 +142,10 @@ def test_only_publish_writes_into_the_checkout(command, recipes):
     (root / "pyproject.toml").touch()
     (root / "README.md").write_text("<!-- table: results | best32 -->\n<!-- /table -->\n")
     before = {path: path.read_text() for path in root.rglob("*") if path.is_file()}
-    assert command("only=[results]")[0] == 0
+    passed = ("model.weights=null", "trainer=cpu")  # every table says these
+    assert command("only=[results]", passed=passed)[0] == 0
     assert {path: path.read_text() for path in root.rglob("*") if path.is_file()} == before
-    code, out, err = command("only=[results]", "tables_only=true", "publish=true")
+    code, out, err = command("only=[results]", "tables_only=true", "publish=true", passed=passed)
     assert code == 0, err
     assert command.called == []
     assert str(root / "README.md") in out
@@ -158,6 +160,8 @@ def test_only_publish_writes_into_the_checkout(command, recipes):
         "statistics_alone",
         "best64",
     ]
+    assert "minutes" in rows("results")[0]
+    assert "minutes" not in committed
 
 
 def test_finished_runs_are_kept_interrupted_ones_go_on_and_others_are_set_aside(command):
@@ -276,6 +280,20 @@ def test_another_evaluation_is_made_of_finished_runs(command):
     assert [keys["cifar10_1"] for keys in command.evaluated] == ["v6", "v6"]
     command("only=[results]")
     assert command.evaluated == []
+    command("only=[results]", "results.evaluate=['tta=true','data.limit=100']")
+    assert len(command.evaluated) == 2
+    command("only=[results]")  # of all images, again
+    assert len(command.evaluated) == 2
+    command("only=[results]", "results.evaluate=null")
+    assert command.evaluated == []
+
+
+def test_an_evaluation_of_other_images_is_not_the_runs(command):
+    command("only=[results]")
+    path = Path("outputs/reproduce", RESULTS[1], "evaluation", "evaluation.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "test_sha256": "another"}))
+    command("only=[results]", "tables_only=true")
+    assert [row["flip TTA"] for row in rows("results")] == ["87.50", "-"]
 
 
 def test_an_evaluation_that_fails_is_tried_again(command, monkeypatch):
@@ -328,7 +346,7 @@ def job_in(folder, **more):
 
 
 def test_a_folder_may_have_an_apostrophe_in_its_name(tmp_path, monkeypatch):
-    given, job = [], job_in(tmp_path / "o'brien", evaluate=[])
+    given, job = [], job_in(tmp_path / "o'brien", evaluate=["tta=true"])
     monkeypatch.setattr(reproduce, "command", lambda module, arguments: given.append(arguments) or True)
     for what in ("run", "resume"):
         assert reproduce.run_job(job, what)
@@ -355,10 +373,24 @@ def test_runs_with_other_overrides_are_not_published(command, recipes):
     (recipes.parent / "pyproject.toml").touch()
     (recipes.parent / "README.md").write_text("")
     before = (recipes / "experiment" / "results" / "results.csv").read_text()
-    assert command("only=[results]", "finetune.weight_decay=0.5")[0] == 0
-    code, _, err = command("only=[results]", "tables_only=true", "publish=true")
+    assert command("only=[results]", "finetune.weight_decay=0.5", passed=PASSED[1:])[0] == 0
+    code, _, err = command("only=[results]", "tables_only=true", "publish=true", passed=PASSED[1:])
     assert code == 1
     assert "not published: results-seed_baseline-full-seed0 was run with finetune.weight_decay=0.5, now" in err
+    assert (recipes / "experiment" / "results" / "results.csv").read_text() == before
+
+
+def test_what_the_tables_do_not_show_is_not_published(command, recipes):
+    (recipes.parent / "pyproject.toml").touch()
+    (recipes.parent / "README.md").write_text("")
+    before = (recipes / "experiment" / "results" / "results.csv").read_text()
+    code, _, err = command("only=[results]", "publish=true", passed=(*PASSED[1:], "data.limit=50"))
+    assert code == 1
+    assert "not published: data.limit=50: no table would show it." in err
+    command.failing.append(RESULTS[1])
+    code, _, err = command("only=[results]", "publish=true", "results.seeds=[0,1]", passed=PASSED[1:])
+    assert code == 1
+    assert f"not published: {RESULTS[1]}: not finished. `~PART.recipes.NAME` leaves" in err
     assert (recipes / "experiment" / "results" / "results.csv").read_text() == before
 
 
@@ -416,6 +448,12 @@ def test_the_report_of_a_sweep_over_ablations_has_their_table(tmp_path):
         ("only=[result]", "Did you mean results?"),
         ("only=result", "only=result is not allowed: choose results, ablation"),
         ("results.seeds=1", "results.seeds=1 is not allowed: give a list, such as [0,1]."),
+        ("only=[results] results.seeds=null", "no recipe, scale or seed"),
+        ("only=3", "only=3 is not allowed: give a list, such as [results]."),
+        ("results.evaluate=tta", "results.evaluate=tta is not allowed: give a list, such as [tta=true]."),
+        ("results.recipes=best32", "results.recipes=best32 is not allowed: give lists by name"),
+        ("results.recipes.best32=3", "results.recipes.best32=3 is not allowed: give a list"),
+        ("~results", "~results is not allowed: only=[ablation,ladder,scale] goes without it."),
         ("results.more_seeds.best32=2", "results.more_seeds.best32=2 is not allowed: give a list"),
         ("seed=3", "are in conf/reproduce.yaml"),
         ("model.drop=0.1", "Unknown config key model.drop. Did you mean model.dropout?"),
@@ -424,7 +462,7 @@ def test_the_report_of_a_sweep_over_ablations_has_their_table(tmp_path):
     ],
 )
 def test_a_mistake_gets_a_readable_error_before_anything_is_run(command, argument, message):
-    code, _, err = command(argument)
+    code, _, err = command(*argument.split())
     assert (code, command.called) == (1, [])
     assert message in err
     assert "Traceback" not in err
@@ -461,7 +499,7 @@ def test_tables_of_several_scales_have_their_own_provenance(tmp_path):
     made = []
     for scale, device in (("small", "a CPU"), ("full", "a GPU")):
         make_run(tmp_path / scale, ["experiment=best32"], experiment="best32", device=device)
-        made.append(Job(scale, tmp_path / scale, [], [], OmegaConf.create(), None, [("results", scale, "best32")]))
+        made.append(Job(scale, tmp_path / scale, [], [], OmegaConf.create(), [], [("results", scale, "best32")]))
     written = write_tables(made, tmp_path)
     tables = {path.stem: path.read_text() for path in written if path.suffix == ".csv"}
     assert ("a GPU" in tables["results-full"], "a CPU" in tables["results-full"]) == (True, False)
