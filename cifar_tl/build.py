@@ -21,7 +21,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import DDPStrategy
@@ -47,6 +47,7 @@ from cifar_tl.data.synthetic import Synthetic
 from cifar_tl.errors import UserError, check_choice, check_flag, check_int, check_path, suggest
 from cifar_tl.hardware import PRECISIONS, environment, resolve_accelerator, resolve_precision
 from cifar_tl.model.module import ResNet50Classifier
+from cifar_tl.model.optim import check_optimizer
 from cifar_tl.runs.record import config_sha256, git_state
 from cifar_tl.runs.resume import is_first_process
 from cifar_tl.schedule import STAGES, FinetuneSchedule
@@ -136,7 +137,12 @@ def build_datamodule(cfg: DictConfig) -> CIFAR10DataModule:
 
 
 def build_module(cfg: DictConfig, classes: Any) -> ResNet50Classifier:
-    """Build the LightningModule of a config, with a random backbone."""
+    """Build the LightningModule of a config, with a random backbone.
+
+    Raises:
+        UserError: A value that cannot be, or an optimizer with a weight decay that is not for it.
+    """
+    check_optimizer(cfg.finetune.optimizer, cfg.finetune.weight_decay)
     if not OmegaConf.is_list(cfg.model.head):
         shown = "null" if cfg.model.head is None else cfg.model.head
         raise UserError(f"model.head={shown} is not allowed: give the units of its layers as a list, [128,64] or [].")
@@ -183,7 +189,11 @@ def build_callbacks(
         datamodule: Of the run.
         facts: From `run_facts`, with the hash of the weights.
         folder: The run's.
+
+    Raises:
+        UserError: A callback of the group that cannot be built, or that a run cannot honour.
     """
+    added = _added_callbacks(cfg.callbacks)
     finetune, schedule = cfg.finetune, build_schedule(cfg)
     unfreeze_at_epoch, max_epochs = schedule.unfreeze_at_epoch, schedule.max_epochs
     features = finetune.features_folder
@@ -211,9 +221,26 @@ def build_callbacks(
         PredictionsRecorder(datamodule, folder, unfreeze_at_epoch, max_epochs),
         TensorBoardFigures(datamodule, schedule, plain(cfg)),
         *checkpoint_callbacks(folder / "checkpoints"),
-        *(progress_bar() if cfg.trainer.get("enable_progress_bar", True) else []),
+        *added,
     ]
-    return callbacks + [_instantiated("callbacks", name, node) for name, node in cfg.callbacks.items()]
+    has_bar = any(isinstance(callback, ProgressBar) for callback in added)
+    return callbacks + (progress_bar() if cfg.trainer.get("enable_progress_bar", True) and not has_bar else [])
+
+
+def _added_callbacks(nodes: DictConfig) -> list[L.Callback]:
+    """Return what the `callbacks` group adds, by `_target_`.
+
+    Raises:
+        UserError: It cannot be built, or averages weights.
+    """
+    added = {name: _instantiated("callbacks", name, node) for name, node in nodes.items()}
+    for name, callback in added.items():
+        if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+            raise UserError(
+                f"callbacks.{name}: {type(callback).__name__} is not honoured: averaged weights would be validated, "
+                f"and others tested."
+            )
+    return list(added.values())
 
 
 def build_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
@@ -290,7 +317,7 @@ def build_trainer(trainer: Mapping[Any, Any], **extra: Any) -> L.Trainer:
         "profiler": NoProfiler(),
         "num_sanity_val_steps": 0,
         "enable_model_summary": False,
-        "enable_progress_bar": bool(progress_bar()),
+        "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in extra.get("callbacks", [])),
         "benchmark": accelerator == "cuda" and not trainer.get("deterministic"),  # it picks algorithms by their time
         **extra,
         "plugins": [*cluster_environment(), *extra.get("plugins", [])],
@@ -428,5 +455,7 @@ def quieten_lightning() -> None:
     warnings.filterwarnings("ignore", message=r"The `srun` command is available")  # and was left out on purpose
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("profilers", "callbacks.model_summary"):  # they say what was asked for
+        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
     if not is_first_process():
         logging.getLogger("cifar_tl").setLevel(logging.ERROR)  # the first one says it all

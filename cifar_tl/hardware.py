@@ -18,6 +18,8 @@ from cifar_tl.errors import UserError, check_choice
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 """Values of trainer.precision. Those of Lightning in which weights are not float32 round steps away."""
+CGROUPS, CGROUP_MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+"""Where Linux says which control groups a process is in, and what they allow it."""
 PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "torchmetrics")
 
 
@@ -153,6 +155,25 @@ def device_name(accelerator: str) -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def host_memory() -> int:
+    """Return the bytes that this process may use: the machine's, or less where a control group, a job's, limits it."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with suppress(OSError):
+        for line in CGROUPS.read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if "memory" in controllers.split(","):
+                mount, name = CGROUP_MOUNT / "memory", "memory.limit_in_bytes"
+            elif not controllers:
+                mount, name = CGROUP_MOUNT, "memory.max"
+            else:
+                continue
+            place = mount / group.lstrip("/")
+            files = [folder / name for folder in (place, *place.parents) if folder.is_relative_to(mount)]
+            texts = [file.read_text().strip() for file in files if file.is_file()]
+            limits += [int(text) for text in texts if text.isdigit()]  # not `max`
+    return min(limits)
 
 
 def forget_peak_memory(accelerator: str) -> None:

@@ -22,6 +22,7 @@ TINY = (
     "logger=csv",
 )
 """Both phases on 40 generated images: 3 steps an epoch, 2 + 2 epochs, seconds."""
+SGD = ("finetune.optimizer=sgd", "finetune.weight_decay=0")
 
 
 SMALL = [sys.executable, str(Path(__file__).with_name("small_command.py"))]

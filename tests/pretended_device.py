@@ -95,7 +95,7 @@ def place():
 
 def on(place, compose, *overrides):
     """A classifier on the device, all of it training, and a batch."""
-    cfg = compose("experiment=demo", "finetune=full", "trainer=cpu", *overrides)
+    cfg = compose("experiment=demo", "finetune=full", "finetune.weight_decay=0", "trainer=cpu", *overrides)
     module = build_module(cfg, [str(n) for n in range(10)])
     module.to(memory_format=torch.channels_last).to(place)
     unfreeze = build_unfreeze(cfg)

@@ -20,6 +20,7 @@ ARGUMENTS = (
     "trainer.accelerator=cpu",
     "trainer.max_epochs=5",
     "finetune.unfreeze_at_epoch=2",
+    "finetune.weight_decay=0",
     "finetune.optimizer=sgd",  # Adam's and Muon's first steps depend on the signs of gradients that are all but zero
     "finetune.backbone_lr=1e-3",
     "finetune.cache_features=false",

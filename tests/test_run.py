@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import SGD, TINY
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
@@ -201,7 +201,7 @@ def test_early_stopping_by_config_alone_ends_the_run_early_and_it_is_tested(comp
 
 @pytest.mark.slow
 def test_epochs_without_a_number_are_never_the_best_by_naming_one_class(compose, tmp_path, caplog):
-    exploding = ("finetune=full", "finetune.optimizer=sgd", "finetune.backbone_lr=1e9", "finetune.head_lr_unfrozen=1e9")
+    exploding = ("finetune=full", *SGD, "finetune.backbone_lr=1e9", "finetune.head_lr_unfrozen=1e9")
     caplog.set_level(logging.INFO)
     metrics = train(compose(*TINY, *exploding, "trainer.max_epochs=1"), tmp_path, "demo")
     assert (metrics["best/val/acc"], metrics["test/acc"], metrics["test/loss"]) == (0, 0, None)
@@ -298,7 +298,7 @@ def test_lightning_loads_a_checkpoint_by_itself(tiny_run, tiny_checkpoint):
 def test_a_training_that_collapses_says_so(compose, tmp_path, caplog):
     healthy = train(compose(*TINY), tmp_path / "healthy", "demo")
     assert healthy["warnings"] == []
-    planted = ("finetune.optimizer=sgd", "finetune.backbone_lr=1e6", "finetune.head_lr_unfrozen=1e6")
+    planted = (*SGD, "finetune.backbone_lr=1e6", "finetune.head_lr_unfrozen=1e6")
     metrics = train(compose(*TINY, *planted), tmp_path / "planted", "demo")
     (warning,) = [w for w in metrics["warnings"] if "not a finite number" in w]
     assert "from epoch 2 on" in warning

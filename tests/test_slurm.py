@@ -85,6 +85,16 @@ def test_a_requeued_command_finds_its_folder_and_another_one_does_not(environ):
         assert with_folder_of_slurm_job([given]) == [given]
 
 
+def test_processes_of_torchrun_are_given_a_folder(environ, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert with_folder_of_slurm_job(["seed=1"]) == ["seed=1"]  # of one process
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"torchrun started 2 processes, of one folder: give hydra\.run\.dir=FOLDER"):
+        with_folder_of_slurm_job(["seed=1"])
+    for given in ("hydra.run.dir=x", "resume=x"):
+        assert with_folder_of_slurm_job([given]) == [given]
+
+
 def test_processes_of_srun_share_a_folder_and_a_shell_of_salloc_has_one_by_the_time(environ):
     environ(SLURM_JOB_ID="12", SLURM_NTASKS="2")
     assert slurm.folder_of_job(["seed=1"]) is None

@@ -261,7 +261,7 @@ def test_a_console_that_is_closed_or_has_no_such_letters_ends_nothing(monkeypatc
     "change",
     [
         *("seed=5", "model.head=[32]", "model.filter_rms=0.1", "data.val_size=30", "data.limit=20"),
-        *("finetune.optimizer=sgd", "finetune.unfreeze_at_epoch=1"),
+        *("finetune.optimizer=muon", "finetune.unfreeze_at_epoch=1"),
     ],
 )
 def test_a_resumed_run_refuses_what_it_cannot_change(compose, half, tmp_path, change):

@@ -12,7 +12,7 @@ import lightning as L
 import pytest
 import torch
 from conftest import TINY
-from lightning.pytorch.callbacks import RichProgressBar, Timer
+from lightning.pytorch.callbacks import RichProgressBar, Timer, TQDMProgressBar
 
 from cifar_tl import hardware
 from cifar_tl.build import build_callbacks, build_datamodule, build_trainer, check_strategy, check_trainer
@@ -274,3 +274,47 @@ def test_the_progress_bar_can_be_switched_off_at_a_terminal(compose, tmp_path, m
         callbacks = build_callbacks(cfg, build_datamodule(cfg), {"weights_sha256": None}, tmp_path)
         trainer = build_trainer(cfg.trainer, logger=False, callbacks=callbacks)
         assert sum(isinstance(callback, RichProgressBar) for callback in trainer.callbacks) == shown
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_ones_own_progress_bar_takes_the_place_of_the_runs(compose, tmp_path, monkeypatch, terminal):
+    monkeypatch.setattr("cifar_tl.build.progress_bar", lambda: [RichProgressBar()] if terminal else [])
+    cfg = compose(*TINY, "+callbacks.bar._target_=lightning.pytorch.callbacks.TQDMProgressBar")
+    callbacks = build_callbacks(cfg, build_datamodule(cfg), {"weights_sha256": None}, tmp_path)
+    bars = [c for c in build_trainer(cfg.trainer, logger=False, callbacks=callbacks).callbacks if "Bar" in str(type(c))]
+    assert [type(bar) for bar in bars] == [TQDMProgressBar]
+
+
+@pytest.mark.parametrize("target", ["EMAWeightAveraging", "StochasticWeightAveraging"])
+def test_averaged_weights_which_would_be_validated_and_not_tested_are_refused(compose, tmp_path, target):
+    rate = ["+callbacks.mean.swa_lrs=0.1"] if target.startswith("Stochastic") else []
+    cfg = compose(*TINY, f"+callbacks.mean._target_=lightning.pytorch.callbacks.{target}", *rate)
+    with pytest.raises(UserError, match=f"callbacks.mean: {target} is not honoured"):
+        build_callbacks(cfg, build_datamodule(cfg), {"weights_sha256": None}, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_profiler_reports(compose, tmp_path, caplog):
+    keys = ("trainer.max_epochs=1", "finetune.unfreeze_at_epoch=null", "+trainer.profiler=simple")
+    train(compose(*TINY, *keys), tmp_path, "demo")
+    assert "FIT Profiler Report" in caplog.text
+
+
+def test_memory_is_what_the_control_groups_leave(tmp_path, monkeypatch):
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    new, old = tmp_path / "job" / "step", tmp_path / "memory" / "job"
+    for folder in (new, old):
+        folder.mkdir(parents=True)
+    monkeypatch.setattr(hardware, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(hardware, "CGROUP_MOUNT", tmp_path)
+    (new / "memory.max").write_text("max\n")
+    (old / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    for lines in ("0::/job/step\n", "9:name=systemd:/job\n4:cpu,memory:/job\n0::/\n"):
+        hardware.CGROUPS.write_text(lines)
+        assert hardware.host_memory() == machine
+    (new.parent / "memory.max").write_text("1000\n")  # of the job, which holds for its step
+    hardware.CGROUPS.write_text("0::/job/step\n")
+    assert hardware.host_memory() == 1000
+    (old / "memory.limit_in_bytes").write_text("2000\n")
+    hardware.CGROUPS.write_text("4:cpu,memory:/job\n0::/\n")
+    assert hardware.host_memory() == 2000

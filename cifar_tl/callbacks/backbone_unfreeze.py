@@ -14,12 +14,12 @@ from cifar_tl.schedule import FinetuneSchedule, Phase
 
 
 class BackboneUnfreeze(L.Callback):
-    """Freeze the backbone until `unfreeze_at_epoch`, then unfreeze it and drop the learning rates.
+    """Freeze the backbone until `unfreeze_at_epoch`, then train it, too, at learning rates of its own.
 
     Works on any LightningModule with a `backbone` and a `head` whose optimizer has the parameters of both, in groups of
     their own, and of nothing else, from step 0, and no learning rate scheduler, on training data with a length. What
-    trains and how fast is a function of the epoch, applied anew at the start of every epoch: a resumed run is in the
-    right phase by construction (Lightning issue 21901).
+    trains and how fast is a function of the epoch, applied anew at the start of every epoch and of every fit: a resumed
+    run is in the right phase by construction (Lightning issue 21901).
 
     Args:
         unfreeze_at_epoch: First epoch of fine-tuning; 0 trains everything from the start, None never unfreezes.
@@ -97,7 +97,7 @@ class BackboneUnfreeze(L.Callback):
             backbone.upscale = phase.upscale  # type: ignore[assignment]  # no module, whatever nn.Module promises
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Find out whose learning rate each parameter group has.
+        """Find out whose learning rate each parameter group has, and enter the phase: in mid-epoch no epoch starts.
 
         Raises:
             UserError: A group with parameters of both, or of neither; a scheduler; training data without a length.
@@ -122,6 +122,7 @@ class BackboneUnfreeze(L.Callback):
             raise UserError(
                 "The training data has no length, but learning rates depend on it: give Trainer limit_train_batches."
             )
+        self.apply(pl_module, self.schedule.phase(trainer.current_epoch))
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Enter the epoch's phase; at the unfreeze, drop what the optimizer remembers of the frozen phase."""

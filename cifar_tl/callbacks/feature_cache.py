@@ -4,7 +4,6 @@ import hashlib
 import inspect
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterable
@@ -22,7 +21,7 @@ from cifar_tl.data.augment import Augment
 from cifar_tl.data.datamodule import CIFAR10DataModule
 from cifar_tl.errors import UserError, check_choice, first_line
 from cifar_tl.files import replacing
-from cifar_tl.hardware import device_name
+from cifar_tl.hardware import device_name, host_memory
 from cifar_tl.model import backbone as backbone_code
 from cifar_tl.model import cpu_kernels
 from cifar_tl.model.backbone import FEATURES
@@ -97,10 +96,9 @@ def gigabytes(size: int) -> str:
 
 
 def memory_for_features(device: torch.device) -> int:
-    """Return how many bytes features may take: half of a GPU's free memory, or half of the host's memory."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0]) // 2
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    """Return how many bytes features may take: half of a GPU's free memory, or half of what the process may have."""
+    free = int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host_memory()
+    return free // 2
 
 
 class FeatureCache(L.Callback):

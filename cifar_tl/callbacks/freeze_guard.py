@@ -1,5 +1,6 @@
 """A proof, early in every phase, that the backbone is frozen when it should be and moves when it should."""
 
+import math
 from collections.abc import Sequence
 
 import lightning as L
@@ -36,7 +37,8 @@ class FreezeGuard(L.Callback):
     BatchNorm's running statistics included. What else a module has, a head's BatchNorm for one, may move as it likes.
     The expectation comes from the epoch alone, never from the flags that the freezing code sets. A resumed run is
     checked where it resumes, too. Batches without a step do not count: a GradScaler skips some under 16-mixed, and
-    gradients may be accumulated.
+    gradients may be accumulated. What has not changed after CHECKED_STEPS is looked at again at the end of the epoch:
+    the first steps of a warm-up may be too small for float32.
 
     Args:
         unfreeze_at_epoch: As given to BackboneUnfreeze.
@@ -66,8 +68,8 @@ class FreezeGuard(L.Callback):
         self._max_epochs = max_epochs
         self._before: dict[str, Tensor] = {}
         self._had_gradient: set[str] = set()
-        self._resuming = True
         self._steps = 0
+        self._due: float = CHECKED_STEPS
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Work out the phases."""
@@ -76,9 +78,14 @@ class FreezeGuard(L.Callback):
             self.phases = Phases(epochs or 0, self.unfreeze_at_epoch, self.stage_epochs, self.progressive_resizing)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count the steps that the optimizers take."""
+        """Count the steps that the optimizers take, and copy the model: a resumed run is checked, too."""
         for optimizer in trainer.optimizers:
             optimizer.register_step_post_hook(self._count)
+        self._copy(pl_module)
+
+    def _copy(self, module: L.LightningModule) -> None:
+        self._before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        self._had_gradient, self._steps, self._due = set(), 0, CHECKED_STEPS
 
     def _count(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         # a GradScaler calls fused optimizers even for a step that they have to skip, and tells them so
@@ -100,11 +107,9 @@ class FreezeGuard(L.Callback):
         return {name for name, tensor in module.state_dict(keep_vars=True).items() if id(tensor) in changing}
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Copy the model where a phase, or a resumed run, starts."""
-        if self._resuming or trainer.current_epoch == self.phases.at(trainer.current_epoch).start:
-            self._before = {name: tensor.clone() for name, tensor in pl_module.state_dict().items()}
-            self._had_gradient, self._steps = set(), 0
-        self._resuming = False
+        """Copy the model where a phase starts."""
+        if trainer.current_epoch == self.phases.at(trainer.current_epoch).start > 0:
+            self._copy(pl_module)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Note which parameters have a gradient."""
@@ -115,7 +120,7 @@ class FreezeGuard(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Compare, once the checked steps are done."""
-        if not self._before or (self._steps < CHECKED_STEPS and not trainer.is_last_batch):
+        if not self._before or (self._steps < self._due and not trainer.is_last_batch):
             return
         before, self._before = self._before, {}
         epoch = trainer.current_epoch
@@ -145,7 +150,9 @@ class FreezeGuard(L.Callback):
                 f"{where}: {_listing(without_gradient)} should train but had no gradient. "
                 f"They were never unfrozen, or a compiled or traced graph from the frozen phase is still in use."
             )
-        if still:
+        if still and not trainer.is_last_batch:
+            self._before, self._due = before, math.inf
+        elif still:
             raise FreezeViolationError(
                 f"{where}: {_listing(still)} should train but did not change.{_REASONS.get(str(trainer.precision), '')}"
             )

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from cifar_tl.errors import check_choice, check_number
+from cifar_tl.errors import UserError, check_choice, check_number
 from cifar_tl.model.muon import Muon
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "muon")
@@ -15,6 +15,8 @@ MUON_ITERATIONS = 5
 MUON_BLOCK = 128
 """Rows of the blocks that Muon orthogonalizes: whole kernels cost seven times as many operations, for nothing that
 the proxy shows (conf/experiment/README.md, "Muon in blocks")."""
+COUPLED_DECAY = 1e-3
+"""Most weight decay for `adam` and `sgd`, to which torch gives it as a part of the gradient (see `check_optimizer`)."""
 
 
 def parameter_groups(head: nn.Module, backbone: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -32,6 +34,23 @@ def parameter_groups(head: nn.Module, backbone: nn.Module, weight_decay: float) 
             {"name": f"{name}_no_decay", "module": name, "params": vectors, "weight_decay": 0.0},
         ]
     return groups
+
+
+def check_optimizer(name: str, weight_decay: float) -> None:
+    """Refuse an unknown optimizer, and a weight decay that would drown its gradients.
+
+    `adamw` and `muon` shrink weights beside their step. `adam` and `sgd` add `weight_decay` times the weight to the
+    gradient, in which 0.05 is hundreds of times the rest for kernels at `model.filter_rms`.
+
+    Raises:
+        UserError: Either.
+    """
+    coupled = check_choice("finetune.optimizer", name, OPTIMIZERS) in ("adam", "sgd")
+    if check_number("finetune.weight_decay", weight_decay, 0) > COUPLED_DECAY and coupled:
+        raise UserError(
+            f"finetune.weight_decay={weight_decay:g} is not allowed with finetune.optimizer={name}, which adds it to "
+            f"the gradient, where it outweighs the rest: give at most {COUPLED_DECAY:g}, or finetune.optimizer=adamw."
+        )
 
 
 def build_optimizer(name: str, groups: list[dict[str, Any]], momentum: float, adam_eps: float = 1e-8) -> Optimizer:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import SGD, TINY
 
 from cifar_tl import train as command
 from cifar_tl.build import build_datamodule, build_module
@@ -58,7 +58,7 @@ def test_true_refuses_what_cannot_be_cached():
 @pytest.mark.slow
 def test_a_head_trained_on_cached_features_equals_one_trained_on_images(compose, tmp_path, frozen_augment):
     # sgd: Adam's division by tiny moments would blow rounding up
-    optimizer = ("finetune.optimizer=sgd", "finetune.head_lr=0.01")
+    optimizer = (*SGD, "finetune.head_lr=0.01")
     heads, losses = [], []
     for cached in ("true", "false"):
         overrides = (*TINY, "finetune.unfreeze_at_epoch=null", "model.dropout=0.2", *optimizer)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import SGD, TINY
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
@@ -161,7 +161,7 @@ class Scaled(MixedPrecision):
 
 @pytest.mark.slow
 def test_steps_that_the_scaler_skips_are_not_counted(compose, tmp_path, monkeypatch):
-    overrides = (*TINY, "finetune.optimizer=sgd", "data.batch_size=4", "trainer.max_epochs=2")
+    overrides = (*TINY, *SGD, "data.batch_size=4", "trainer.max_epochs=2")
     step = ResNet50Classifier.training_step
 
     def overflowing(self, batch, batch_idx):

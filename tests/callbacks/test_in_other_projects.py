@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from cifar_tl import callbacks
 from cifar_tl.callbacks import BackboneUnfreeze, FreezeGuard
+from cifar_tl.callbacks.freeze_guard import FreezeViolationError
 from cifar_tl.errors import UserError
 
 pytestmark = [
@@ -33,13 +34,13 @@ class WithoutTheBackbone(TheirModule):
         return torch.optim.SGD(self.head.parameters(), lr=0.1)
 
 
-def loader():
+def loader(batch_size):
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(32, 3, 8, 8, generator=generator) + 1
-    return DataLoader(TensorDataset(images, (images.mean(dim=(1, 2, 3)) > 1).long()), batch_size=8)
+    return DataLoader(TensorDataset(images, (images.mean(dim=(1, 2, 3)) > 1).long()), batch_size=batch_size)
 
 
-def fit(module, callback, epochs, folder, resume=None):
+def fit(module, callback, epochs, folder, resume=None, batch_size=8):
     trainer = L.Trainer(
         max_epochs=epochs,
         callbacks=callback,
@@ -50,7 +51,7 @@ def fit(module, callback, epochs, folder, resume=None):
         enable_model_summary=False,
         enable_checkpointing=False,
     )
-    trainer.fit(module, loader(), ckpt_path=resume, weights_only=resume is not None or None)
+    trainer.fit(module, loader(batch_size), ckpt_path=resume, weights_only=resume is not None or None)
     return trainer
 
 
@@ -139,6 +140,50 @@ def test_what_is_no_part_of_the_backbone_may_move_as_it_likes(tmp_path):
     fit(module, ours(), 4, tmp_path)
     assert module.average != 0
     assert module.head[1].num_batches_tracked > 0
+
+
+class KilledIn(L.Callback):
+    """End a run in the middle of an epoch, leaving a checkpoint."""
+
+    def __init__(self, epoch, path):
+        self.epoch, self.path = epoch, path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == (self.epoch, 1):
+            trainer.save_checkpoint(self.path)
+            raise SystemError
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_a_run_that_goes_on_in_mid_epoch_is_in_its_phase(tmp_path, epoch):
+    with pytest.raises(SystemError):
+        fit(TheirModule(), [*ours(), KilledIn(epoch, tmp_path / "c.ckpt")], 4, tmp_path)
+    saved = torch.load(tmp_path / "c.ckpt", weights_only=True)["state_dict"]
+    before = {name.removeprefix("backbone."): tensor for name, tensor in saved.items()}
+    changed, compared = {}, []
+
+    class Watching(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            changed[trainer.current_epoch] = moved(pl_module, before)
+
+    unfreeze, guard = ours()
+    guard.expected_to_change = lambda *args: compared.append(args[1]) or FreezeGuard.expected_to_change(guard, *args)
+    fit(TheirModule(), [unfreeze, guard, Watching()], 4, tmp_path, tmp_path / "c.ckpt")
+    # the weights, once they train; never the statistics, which batchnorm=frozen keeps
+    assert changed[epoch] == ({"0.weight", "0.bias", "1.weight", "1.bias"} if epoch == 3 else set())
+    assert compared == ([3] if epoch == 3 else [1, 2])  # where it goes on, and where a phase starts
+
+
+def test_steps_too_small_for_float32_at_first_are_no_fault(tmp_path):
+    """A bias of the head at 1000, which the first steps of the warm-up do not move, and later ones do."""
+    module = TheirModule()
+    with torch.no_grad():
+        module.head[1].bias.fill_(1000.0)
+    fit(module, [BackboneUnfreeze(1, 1e-2, 1e-2, warmup_epochs=1), FreezeGuard(1)], 2, tmp_path, batch_size=1)
+    with torch.no_grad():
+        module.head[1].bias.fill_(1e7)
+    with pytest.raises(FreezeViolationError, match=r"after 32 steps.*1 tensors \(head.1.bias\) should train but did"):
+        fit(module, [BackboneUnfreeze(1, 1e-2, 1e-2, warmup_epochs=1), FreezeGuard(1)], 2, tmp_path, batch_size=1)
 
 
 def test_one_group_for_everything_is_refused_with_the_way_out(tmp_path):

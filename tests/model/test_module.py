@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from cifar_tl.build import build_module
 from cifar_tl.data.batch import class_indices, one_hot
 from cifar_tl.errors import UserError
 from cifar_tl.model.head import dense_head
@@ -47,6 +48,15 @@ def test_named_groups_hold_every_parameter_once_and_spare_vectors_from_decay(mod
 def test_optimizers_start_at_rate_zero_until_their_owner_sets_it(module, name, monkeypatch):
     monkeypatch.setattr(module, "optimizer", name)
     assert {g["lr"] for g in module.configure_optimizers().param_groups} == {0.0}
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_decay_that_would_outweigh_the_gradient_is_refused(compose, name):
+    keys = ("experiment=demo", f"finetune.optimizer={name}")
+    for allowed in (0, 5e-4):
+        assert build_module(compose(*keys, f"finetune.weight_decay={allowed}"), "ab").weight_decay == allowed
+    with pytest.raises(UserError, match=rf"weight_decay=0.05 is not allowed with finetune.optimizer={name}"):
+        build_module(compose(*keys), "ab")
 
 
 def step_with(name, rate, steps=1):
