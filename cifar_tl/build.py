@@ -233,7 +233,7 @@ def _added_callbacks(nodes: DictConfig) -> list[L.Callback]:
     Raises:
         UserError: It cannot be built, or averages weights.
     """
-    added = {name: _instantiated("callbacks", name, node) for name, node in nodes.items()}
+    added = {str(name): _instantiated("callbacks", name, node) for name, node in nodes.items()}
     for name, callback in added.items():
         if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
             raise UserError(

@@ -215,7 +215,8 @@ def _lists(key: str, given: Any, example: str = "[experiment=best32]") -> dict[s
     """Return the lists by name that a key holds; none for null."""
     if given is not None and not isinstance(given, DictConfig):
         raise UserError(f"{key}={given} is not allowed: give lists by name, such as {key}.NAME={example}.")
-    return {str(name): _list(f"{key}.{name}", value, example) for name, value in (given or {}).items()}
+    named = {str(name): value for name, value in (given or {}).items()}
+    return {name: _list(f"{key}.{name}", value, example) for name, value in named.items()}
 
 
 def _list(key: str, given: Any, example: str) -> list[Any]:
