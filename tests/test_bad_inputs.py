@@ -53,6 +53,7 @@ ROWS: dict[str, list[tuple[str, tuple[str, ...]]]] = {
         ("train", (*T, "augment.crop_padding=32")),
         ("train", (*T, "finetune.unfreeze_at_epoch=4")),
         ("train", (*T, "finetune.optimizer=adamm")),
+        ("train", (*T, "finetune.optimizer=sgd")),
         ("train", (*T, "finetune.batchnorm=frosen")),
         ("train", (*T, "finetune.head_lr=-1")),
         ("train", (*T, "finetune.label_smoothing=1")),

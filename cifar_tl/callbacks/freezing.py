@@ -1,4 +1,4 @@
-"""Freezing and unfreezing as pure functions on modules, usable and testable without a Trainer."""
+"""Freezing and unfreezing as plain functions, which change modules in place and need no Trainer."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Batches straight from arrays on the device: no worker processes, no work per image, no waiting for the host."""
+"""Batches straight from arrays on the device, without worker processes; LazyImages are decoded by workers."""
 
 from collections.abc import Callable, Iterator, Sequence
 
