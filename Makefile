@@ -2,7 +2,7 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 DONE := $(VENV)/.installed
-DEVICE := cpu
+DEVICE ?= cpu
 # Makes .venv: 3.11 or newer.
 BASE_PYTHON ?= python3
 # Versions that are known to work; CONSTRAINTS=/dev/null takes the newest, into a new .venv (make clean).
@@ -16,11 +16,13 @@ help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 $(DONE): pyproject.toml .ci/constraints.txt
+	@$(BASE_PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else f"Python 3.11 or newer is needed, and this is {sys.version.split()[0]}: make setup BASE_PYTHON=python3.12, for one")'
+	@! test -x $(PYTHON) || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || rm -rf $(VENV)
 	$(BASE_PYTHON) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint $(CONSTRAINTS)
 	touch $(DONE)
 
-setup: $(DONE)  ## make .venv and install everything into it (7 GB, some minutes); BASE_PYTHON=python3.12 chooses the Python
+setup: $(DONE)  ## make .venv and install everything into it (7 GB, some minutes); BASE_PYTHON=python3.12 chooses the Python of a new one
 
 demo: $(DONE)  ## both phases on generated images, offline, about a minute
 	$(PYTHON) -m cifar_tl.train experiment=demo
@@ -34,7 +36,7 @@ reproduce: $(DONE)  ## the published tables from data and weights; ARGS="data.ro
 test: $(DONE)  ## all tests, as CI runs them
 	$(PYTHON) -m pytest -n auto $(ARGS)
 
-test-fast: $(DONE)  ## the tests that take seconds, for the daily round
+test-fast: $(DONE)  ## the tests that take seconds, while you work
 	$(PYTHON) -m pytest -n auto -m "not slow" $(ARGS)
 
 check: $(DONE)  ## lint, format, types, and imports that go downward only

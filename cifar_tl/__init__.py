@@ -4,7 +4,7 @@ One way through the code: `conf` says what a run is; `train` reads it; `build` m
 into batches; `model` holds the ResNet-50 backbone, the dense head and the LightningModule; `callbacks` freeze and
 unfreeze the backbone, prove that it happened and record the run in its folder under `outputs`, whose format is that of
 `runs`; `reports` draws from these files. `evaluate`, `predict` and `export` start from a checkpoint, which
-`checkpoints` loads. README.md beside this file has the floors.
+`checkpoints` loads. README.md beside this file has the layers.
 """
 
 __version__ = "0.1.0"

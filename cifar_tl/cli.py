@@ -123,6 +123,14 @@ def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
         return hydra.compose(config_name, list(overrides))
 
 
+def _of_several(arguments: Sequence[str]) -> set[str]:
+    """Return the groups for sweeps among some arguments that start a run, rather than printing something."""
+    if any(argument.startswith("-") for argument in arguments):
+        return set()
+    groups = ("sweep", "hydra/launcher", "hydra/sweeper")
+    return {argument.lstrip("+").partition("=")[0] for argument in arguments}.intersection(groups)
+
+
 def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: list[str]) -> int:
     """Compose a config from command-line arguments, run a task with it and return the exit code.
 
@@ -173,6 +181,8 @@ def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: li
         try:
             if multirun and {"--cfg", "-c"} & {argument.partition("=")[0] for argument in arguments}:
                 raise UserError("--cfg prints the config of one run, and -m is for several: leave one of them out.")
+            if not multirun and (alone := sorted(_of_several(arguments))):
+                raise UserError(f"{alone[0]}= is for several runs, and without -m this would be one: put -m before it.")
             _refuse_added_keys(arguments, config_name)
             arguments = [_set_or_add(argument) for argument in arguments]
             if config_name == "train":
@@ -434,7 +444,7 @@ def explain(error: HydraException | OmegaConfBaseException, config_name: str) ->
         group, given, choices = missing[1], missing[2], missing[3].split()
         return f"{group}={given}: there is no such choice. Choose {', '.join(choices)}.{suggest(given, choices)}"
     if isinstance(error, MissingMandatoryValue):
-        return f"{error.full_key}= is missing: give it. --help says what it takes."
+        return f"{error.full_key}= is missing: give it."
     if missing := re.search(r"Could not load 'hydra/(launcher|sweeper)/", text):
         return (
             f"hydra/{missing[1]}= needs a plugin of Hydra that is not installed. The files of "

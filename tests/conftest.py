@@ -59,10 +59,11 @@ def compose() -> Callable[..., DictConfig]:
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with the real CIFAR-10 and real ImageNet weights."""
-    folder = os.environ.get("CIFAR_TL_SHARED")
-    if not folder:
-        pytest.skip("CIFAR_TL_SHARED names no folder with the real data and weights")
-    return Path(folder)
+    folder = Path(os.environ.get("CIFAR_TL_SHARED") or "nowhere")
+    needed = (folder / "data" / "cifar-10-batches-py", folder / "weights" / "resnet50-imagenet-pq.pth")
+    if missing := [str(path) for path in needed if not path.exists()]:
+        pytest.skip(f"CIFAR_TL_SHARED names no folder with real data and weights: {missing[0]} is missing")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,7 @@ ROWS: dict[str, list[tuple[str, tuple[str, ...]]]] = {
         ("train", ("-m", "resume=nowhere")),
         ("train", ("-m", "resume=RUN")),
         ("train", ("-m", "seed=1,2", "--cfg", "job")),
+        ("train", ("sweep=seeds",)),
         ("train", (*T, "hydra.run.dir=RUN")),
         ("predict", ("checkpoint=RUN",)),
         ("reports", ("nowhere",)),

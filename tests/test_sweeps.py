@@ -262,11 +262,14 @@ def test_a_sweep_goes_on_with_its_launcher_or_with_another_one(tmp_path):
     assert another == ["-m", "seed=0,1", rest[0], *other, *folder]
 
 
-def test_gpus_are_taken_in_turn_by_the_jobs_of_a_sweep_alone(command, monkeypatch):
-    monkeypatch.setattr("cifar_tl.train.train", lambda cfg, folder, experiment: {"best/val/acc": cfg.trainer.devices})
-    monkeypatch.setattr("cifar_tl.train.draw_report", lambda folder: None)
-    code, _, err = command("cifar_tl.train:main", "hydra/launcher=local")
-    assert code == 0, err
+@pytest.mark.parametrize("choice", ["sweep=seeds", "+sweep=optuna", "hydra/launcher=local"])
+def test_what_is_for_several_runs_is_not_one_run(command, choice):
+    code, _, err = command("cifar_tl.train:main", choice)
+    assert code == 1
+    assert f"error: {choice.lstrip('+').partition('=')[0]}= is for several runs" in err
+    assert "put -m before it" in err
+    code, out, _ = command("cifar_tl.train:main", choice.lstrip("+"), "--cfg", "job")
+    assert (code, "seed: 0" in out) == (0, True)
 
 
 def test_a_launcher_that_is_not_installed_is_named(command):

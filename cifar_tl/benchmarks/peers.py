@@ -210,6 +210,8 @@ def keras_python() -> Path:
     python, made = ENVIRONMENT / "bin" / "python", ENVIRONMENT / f"{TENSORFLOW}.installed"
     if made.is_file():
         return python
+    if sys.version_info >= (3, 14):
+        raise UserError(f"{TENSORFLOW}, which --only peers needs, is not built for Python 3.14: use 3.11 to 3.13.")
     print(f"Installing {TENSORFLOW} for Keras into {ENVIRONMENT}: once, some minutes, 1.6 GB of disk.", flush=True)
     for command in (
         [sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT)],

@@ -1,7 +1,6 @@
 """CIFAR-10 as tensors: a small made-up copy for the checks, the real one for equality with torchvision."""
 
 import hashlib
-import os
 import pickle
 from pathlib import Path
 
@@ -13,9 +12,6 @@ import torchvision
 from cifar_tl.data import download
 from cifar_tl.data.cifar10 import Cifar10
 from cifar_tl.errors import UserError
-
-SHARED = os.environ.get("CIFAR_TL_SHARED", "")
-REAL = Path(SHARED) / "data"
 
 
 @pytest.fixture
@@ -66,13 +62,12 @@ def test_a_pickle_without_the_official_md5_is_never_loaded(small: Path, monkeypa
         Cifar10(small, download=False).train()
 
 
-@pytest.mark.skipif(not SHARED, reason="set CIFAR_TL_SHARED to a folder with data/cifar-10-batches-py")
 @pytest.mark.parametrize("train", [True, False])
-def test_real_data_equals_torchvision(train: bool) -> None:
-    data = Cifar10(REAL, download=False)
+def test_real_data_equals_torchvision(shared: Path, train: bool) -> None:
+    data = Cifar10(shared / "data", download=False)
     data.prepare()
     images, labels = data.train() if train else data.test()
-    reference = torchvision.datasets.CIFAR10(str(REAL), train=train, download=False)
+    reference = torchvision.datasets.CIFAR10(str(shared / "data"), train=train, download=False)
     assert torch.equal(images, torch.from_numpy(reference.data).permute(0, 3, 1, 2))
     assert labels.tolist() == reference.targets
     assert list(data.classes) == reference.classes
