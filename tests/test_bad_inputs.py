@@ -159,7 +159,8 @@ def run(module, arguments, capsys):
     return code, capsys.readouterr().err
 
 
-@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="one row needs no GPU there")
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="one row needs no Apple GPU there")
+@pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_every_mistake_has_its_message_and_exit_code(place, tiny_run, capsys, request):
     lines = [
@@ -182,5 +183,6 @@ def test_every_mistake_has_its_message_and_exit_code(place, tiny_run, capsys, re
     table = "\n".join(lines) + "\n"
     if request.config.getoption("--update-golden"):
         TABLE.write_text(table)
-    assert sum(map(len, ROWS.values())) >= 40
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert f"lists {sum(map(len, ROWS.values()))} mistakes" in readme
     assert table == TABLE.read_text()

@@ -1,15 +1,19 @@
 import json
 
 import pytest
+from conftest import SMALL
 
+from cifar_tl.benchmarks import whole
 from cifar_tl.benchmarks.__main__ import main, table
 from cifar_tl.benchmarks.setting import summary, take_turns
 from cifar_tl.benchmarks.step import peak_bf16
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_every_benchmark_runs_and_leaves_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(whole, "TRAIN", SMALL[1:])
     assert main(["--limit", "20", "--rounds", "1", "--batch-sizes", "256"]) == 0
     (folder,) = (tmp_path / "outputs" / "bench").iterdir()
     result = json.loads((folder / "bench.json").read_text())

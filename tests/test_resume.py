@@ -91,8 +91,10 @@ def assert_same(a, b):
 
 def test_keys_that_a_resumed_run_adds_or_takes_away_are_on_its_record(straight, compose, tmp_path):
     checkpoint = torch.load(straight / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint["cifar_tl"]["facts"] |= (of_the_first_start := {"weights_sha256": "0123", "filter_rms": 0.4})
     torch.save({**checkpoint, "epoch": 2}, last := tmp_path / "last.ckpt")
     clipped = compose(*RANDOM, "+trainer.gradient_clip_val=1.0", "callbacks=early_stopping")
+    assert resumed_weights(clipped, last).items() >= of_the_first_start.items()
     changed = resumed_weights(clipped, last)["changed"]
     assert changed["trainer.gradient_clip_val"] == 1.0
     assert changed["callbacks.early_stopping.patience"] == 5

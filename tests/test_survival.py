@@ -202,13 +202,14 @@ def test_the_checkpoint_to_resume_from_is_never_older_than_the_best_one(tmp_path
     assert [torch.load(path)["epoch"] for path in (best, last)] == [1, 1]
 
 
-def test_writing_is_put_off_for_a_minute_at_most(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("takes", "due"), [(30.0, 90.0), (0.5, 25.5)])
+def test_writing_is_put_off_for_fifty_times_what_it_takes_and_a_minute_at_most(tmp_path, monkeypatch, takes, due):
     now = [0.0]
     monkeypatch.setattr("cifar_tl.checkpoints.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("cifar_tl.checkpoints._write", lambda *_: now.__setitem__(0, now[0] + 30.0))  # a slow disk
+    monkeypatch.setattr("cifar_tl.checkpoints._write", lambda *_: now.__setitem__(0, now[0] + takes))
     writer = PacedCheckpointIO()
     writer.save_checkpoint({}, tmp_path / "last.ckpt")
-    assert writer._due == 90.0
+    assert writer._due == due
 
 
 @pytest.mark.slow
@@ -261,7 +262,9 @@ def test_a_console_that_is_closed_or_has_no_such_letters_ends_nothing(monkeypatc
     "change",
     [
         *("seed=5", "model.head=[32]", "model.filter_rms=0.1", "data.val_size=30", "data.limit=20"),
-        *("finetune.optimizer=muon", "finetune.unfreeze_at_epoch=1"),
+        *("finetune.optimizer=muon", "finetune.unfreeze_at_epoch=1", "finetune.progressive_resizing=[2]"),
+        *("model.upscale=2", "model.conventions=keras", "model.weights=w.pth", "data.split_seed=1"),
+        *("data.train_size=50", "data.test_size=30"),
     ],
 )
 def test_a_resumed_run_refuses_what_it_cannot_change(compose, half, tmp_path, change):

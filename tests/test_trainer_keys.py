@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -13,11 +14,13 @@ import pytest
 import torch
 from conftest import TINY
 from lightning.pytorch.callbacks import RichProgressBar, Timer, TQDMProgressBar
+from torch import nn
 
 from cifar_tl import hardware
 from cifar_tl.build import build_callbacks, build_datamodule, build_trainer, check_strategy, check_trainer
 from cifar_tl.callbacks.epoch_timer import EpochTimer
 from cifar_tl.errors import Interrupted, UserError
+from cifar_tl.model.backbone import Backbone
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.reports.run_page import write_run_report
 from cifar_tl.schedule import FinetuneSchedule
@@ -39,6 +42,9 @@ def test_an_epoch_without_validation_has_no_figures_of_another_one(compose, tmp_
     assert None not in metrics["train/loss"]
     assert metrics["best/epoch"] in (1, 3)
     assert last_epoch(tmp_path, "best") == metrics["best/epoch"]
+    assert "phase      fine-tune, epochs 2..3: head and whole backbone; adamw, cosine learning rate" in caplog.text
+    assert re.search(r"\n +head +270,976 parameters train +learning rate 0\.002 +weight decay 0\.05\n", caplog.text)
+    assert "  BatchNorm          train: statistics of each batch" in caplog.text
     lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("epoch ")]
     assert ["val loss" in line for line in lines] == [False, True, False, True]
     write_run_report(tmp_path)  # draws what is there
@@ -318,3 +324,21 @@ def test_memory_is_what_the_control_groups_leave(tmp_path, monkeypatch):
     (old / "memory.limit_in_bytes").write_text("2000\n")
     hardware.CGROUPS.write_text("4:cpu,memory:/job\n0::/\n")
     assert hardware.host_memory() == 2000
+
+
+def test_each_device_is_found_and_gets_its_way_of_computing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert hardware.resolve_accelerator("auto") == "cuda"
+    for capability, precision in (((8, 0), "bf16-mixed"), ((7, 5), "32-true")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda of=capability: of)
+        assert hardware.resolve_precision("auto", "cuda") == precision
+    module, before = nn.ModuleDict({"backbone": Backbone(upscale=1)}), torch.get_float32_matmul_precision()
+    hardware.prepare_for("cpu", module)
+    assert module["backbone"].tuned_for_cpu
+    try:
+        hardware.prepare_for("cuda", module)
+        assert not module["backbone"].tuned_for_cpu
+        assert module["backbone"].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -9,6 +9,9 @@ from typing import Any
 from cifar_tl.benchmarks.setting import Setting, summary, take_turns
 from cifar_tl.errors import UserError
 
+TRAIN = ("-m", "cifar_tl.train")
+"""Arguments of Python that run the command."""
+
 
 def startup(setting: Setting) -> list[dict[str, Any]]:
     """Return the seconds from the command to the first step, without features to compute, and of --help."""
@@ -17,7 +20,7 @@ def startup(setting: Setting) -> list[dict[str, Any]]:
         folder = setting.folder / f"startup{time.monotonic_ns()}"
         arguments = [*setting.overrides(), "finetune.cache_features=false", f"hydra.run.dir='{folder}'"]
         start = time.perf_counter()
-        command = [sys.executable, "-u", "-m", "cifar_tl.train", *arguments]
+        command = [sys.executable, "-u", *TRAIN, *arguments]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:
@@ -31,7 +34,7 @@ def startup(setting: Setting) -> list[dict[str, Any]]:
 
     def help_text() -> float:
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "cifar_tl.train", "--help"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, *TRAIN, "--help"], check=True, stdout=subprocess.DEVNULL)
         return time.perf_counter() - start
 
     return summary(take_turns({"to the first step": first_phase, "--help": help_text}, setting.rounds), "s")
@@ -50,7 +53,7 @@ def runs(setting: Setting) -> list[dict[str, Any]]:
         arguments = [f"experiment={experiment}", *setting.overrides(), f"hydra.run.dir='{folder}'"]
         arguments.append("finetune.features_folder=null")  # a first run, which finds no features
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "cifar_tl.train", *arguments])
+        done = subprocess.run([sys.executable, *TRAIN, *arguments])
         if done.returncode != 0:
             raise UserError(failed(f"experiment={experiment}", done.returncode))
         taken = time.perf_counter() - start

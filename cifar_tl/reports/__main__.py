@@ -69,7 +69,7 @@ def report(folders: list[Path], output: Path | None = None) -> list[Path]:
     comparing = runs != folders or len(runs) > 1
     for run in runs:
         page, metrics = run / REPORT, run / METRICS
-        fresh = page.is_file() and metrics.is_file() and page.stat().st_mtime > metrics.stat().st_mtime
+        fresh = page.is_file() and metrics.is_file() and page.stat().st_mtime >= metrics.stat().st_mtime
         if run in folders or not fresh:
             try:
                 written.append(write_run_report(run, None if comparing else output))

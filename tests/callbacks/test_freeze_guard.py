@@ -191,3 +191,11 @@ def test_a_precision_that_may_be_the_reason_is_named(precision):
     guard._had_gradient = {"head.weight", "head.bias"}
     with pytest.raises(FreezeViolationError, match=rf"after 0 steps.*did not change.*{precision}.*bf16-mixed"):
         guard.on_train_batch_end(trainer, module, None, None, 0)
+
+
+def test_a_step_that_a_fused_optimizer_skips_does_not_count():
+    guard = FreezeGuard(1)
+    guard._before = {"x": torch.zeros(1)}
+    for found in (1.0, 0.0):
+        guard._count(SimpleNamespace(found_inf=torch.tensor(found)), (), {})
+    assert guard._steps == 1

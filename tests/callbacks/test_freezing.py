@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from cifar_tl.callbacks import freezing
+from cifar_tl.callbacks import BackboneUnfreeze, freezing
 from cifar_tl.model.backbone import Backbone
 from cifar_tl.schedule import STAGES
 
@@ -76,3 +76,11 @@ def test_statistics_of_features_adapt_as_those_of_maps_do():
     features = torch.randn(16, 4)
     layer(features)
     torch.testing.assert_close(layer[0].running_mean, features.mean(dim=0))
+
+
+def test_a_phase_that_is_entered_again_adapts_once():
+    module = nn.ModuleDict({"backbone": block(), "head": nn.Linear(4, 2)})
+    unfreeze = BackboneUnfreeze(0, 1e-3, 1e-3, batchnorm="adapt", max_epochs=3)
+    for epoch in (0, 0, 1):
+        unfreeze.apply(module, unfreeze.schedule.phase(epoch))
+    assert len(module["backbone"][1]._forward_pre_hooks) == 1

@@ -175,10 +175,10 @@ def test_a_run_that_goes_on_in_mid_epoch_is_in_its_phase(tmp_path, epoch):
 
 
 def test_steps_too_small_for_float32_at_first_are_no_fault(tmp_path):
-    """A bias of the head at 1000, which the first steps of the warm-up do not move, and later ones do."""
+    """A bias of the head at 20,000, which the first steps of the warm-up do not move, and later ones do."""
     module = TheirModule()
     with torch.no_grad():
-        module.head[1].bias.fill_(1000.0)
+        module.head[1].bias.fill_(2e4)
     fit(module, [BackboneUnfreeze(1, 1e-2, 1e-2, warmup_epochs=1), FreezeGuard(1)], 2, tmp_path, batch_size=1)
     with torch.no_grad():
         module.head[1].bias.fill_(1e7)

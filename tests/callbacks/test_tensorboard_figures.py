@@ -20,6 +20,7 @@ from cifar_tl.callbacks import tensorboard_figures as inspection
 from cifar_tl.callbacks.projector import evaluating, principal_components, sprite
 from cifar_tl.callbacks.tensorboard_figures import hparam_values
 from cifar_tl.checkpoints import load_trained
+from cifar_tl.data.splits import split_train_val
 from cifar_tl.data.synthetic import Synthetic
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.runs.predictions import read_images, read_predictions
@@ -125,6 +126,10 @@ def test_predictions_file_has_the_figures_of_metrics_json(run):
         *(torch.from_numpy(x) for x in (predictions.test.logits, predictions.test.targets))
     )
     assert losses.item() == pytest.approx(metrics["test/loss"], rel=1e-5)
+    for split, epoch in ((predictions.val, metrics["best/epoch"]), (predictions.frozen, 1)):
+        loss = torch.nn.functional.cross_entropy(torch.from_numpy(split.logits), torch.from_numpy(split.targets))
+        assert loss.item() == pytest.approx(metrics["val/loss"][epoch], rel=1e-5)
+    assert predictions.val.indices.tolist() == split_train_val(Synthetic(60, 20).train()[1], 20, None, 0)[1].tolist()
     with np.load(run / "predictions.npz", allow_pickle=False) as data:
         assert {data[f"{s}_logits"].dtype for s in ("val", "test")} == {np.dtype("float32")}
         assert {data[f"{s}_{k}"].dtype for s in ("val", "test") for k in ("targets", "indices")} == {np.dtype("int64")}

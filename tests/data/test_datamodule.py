@@ -1,10 +1,12 @@
 """What setup() refuses, warns of and records before anything is trained."""
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
 from PIL import Image
 
 from cifar_tl.build import build_datamodule
@@ -39,6 +41,47 @@ def fitted(compose):
         return datamodule
 
     return fitted
+
+
+def place(epoch, processes=1):
+    """What a data module asks of its Trainer."""
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    return SimpleNamespace(current_epoch=epoch, world_size=processes, global_rank=0, strategy=strategy)
+
+
+def test_batches_of_a_run_follow_its_seed_epoch_and_phase(compose):
+    def epoch(number, *keys):
+        """Return its targets, and how many of 40 images are as they are, and as they are or mirrored."""
+        data = build_datamodule(compose(*TINY, *keys))
+        data.setup("fit")
+        data.trainer = place(number)
+        images, targets = (torch.cat(parts) for parts in zip(*data.train_dataloader(), strict=True))
+        originals = torch.cat(list(data.normalized("train", torch.arange(40))))
+        same, mirrored = (
+            (images[:, None] == these).flatten(2).all(2).any(1) for these in (originals, originals.flip(3))
+        )
+        return targets, same.sum().item(), (same | mirrored).sum().item()
+
+    assert len({tuple(epoch(*of)[0].tolist()) for of in ((0,), (1,), (0, "seed=1"))}) == 3
+    assert epoch(1, "finetune.frozen_augment=none")[1] == 40
+    assert epoch(1)[1] < epoch(1)[2] == 40  # flips alone while frozen
+    assert epoch(1, "finetune.frozen_augment=full")[2] < 20
+    assert epoch(2)[2] < 20  # shifts, too
+    assert epoch(0, "data.one_hot=true")[0].shape == (40, 10)
+
+
+def test_one_hot_targets_have_the_folders_classes(fitted, tmp_path):
+    data = fitted(write(tmp_path, {"a": 5, "b": 5}, {"a": 1, "b": 1}), "data.one_hot=true")
+    data.trainer = place(0)
+    assert {targets.shape[1] for _, targets in data.train_dataloader()} == {2}
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(compose):
+    data = build_datamodule(compose(*TINY, "data.batch_size=5"))
+    data.setup("fit")
+    data.trainer = place(0, processes=2)
+    with pytest.raises(UserError, match=r"data\.batch_size=5 cannot be shared by 2 processes"):
+        data.train_dataloader()
 
 
 def test_a_class_without_training_images_is_refused_with_names_and_counts(fitted, tmp_path):

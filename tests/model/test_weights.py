@@ -49,6 +49,7 @@ def gradients(backbone, images):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.slow
 def test_files_of_one_network_become_one_whatever_the_scale_of_their_filters(seed):
+    torch.manual_seed(seed)
     images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     backbone = pretrained(seed)
     other = twin(backbone, seed)
@@ -72,6 +73,7 @@ def least_similarity(a, b):
 
 
 def test_a_dead_filter_stays_dead_and_cannot_wake_up_as_noise():
+    torch.manual_seed(0)
     images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     backbone = pretrained()
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 from html import unescape
 from urllib.parse import unquote
@@ -27,6 +28,7 @@ def sweep(tmp_path):
             overrides = [f"finetune.backbone_lr={lr}", "data.limit=400"]
             run = make_run(tmp_path / "sweep" / str(job), overrides, seed, strength)
             (run / "report.html").write_text("drawn when the job ended")
+            os.utime(run / "report.html", ns=((run / "metrics.json").stat().st_mtime_ns,) * 2)
             job += 1
     return tmp_path / "sweep"
 
@@ -93,7 +95,7 @@ def test_which_override_mattered(tmp_path):
 
 
 @pytest.mark.slow
-def test_unfinished_runs_are_named_and_left_out(sweep):
+def test_unfinished_runs_are_named_and_left_out(sweep, no_run_pages):
     make_run(sweep / "6", ["finetune.backbone_lr=1e-3", "data.limit=400"], seed=4, status="failed")
     make_run(sweep / "7", ["finetune.backbone_lr=9", "data.limit=400"], seed=1, status="running")
     (sweep / "0" / "metrics.json").write_text("{")
@@ -115,7 +117,7 @@ def test_runs_that_were_set_aside_are_not_compared(tmp_path):
 
 
 @pytest.mark.slow
-def test_several_folders_are_compared_where_they_meet_or_where_asked(tmp_path, capsys):
+def test_several_folders_are_compared_where_they_meet_or_where_asked(tmp_path, capsys, no_run_pages):
     runs = [str(make_run(tmp_path / name, [f"x={name}"], status="failed")) for name in ("a", "b")]
     assert main(runs) == 0
     assert (tmp_path / "sweep_report.html").is_file()
@@ -152,7 +154,7 @@ def test_unfair_comparisons_are_named(tmp_path):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_runs_on_other_data_are_not_paired_and_the_page_says_why(tmp_path, different, named):
+def test_runs_on_other_data_are_not_paired_and_the_page_says_why(tmp_path, different, named, no_run_pages):
     fields = {"split_sha256": "a", **different}
     touched = {name for name in ("targets", "indices") if fields.pop(name, False)}
     make_run(tmp_path / "0", ["x=1"], strength=2.0, split_sha256="a")
@@ -186,7 +188,7 @@ def test_one_run_of_other_data_among_the_seeds_is_enough(tmp_path):
 
 
 @pytest.mark.slow
-def test_one_bad_run_is_named_and_the_rest_is_drawn(sweep):
+def test_one_bad_run_is_named_and_the_rest_is_drawn(sweep, no_run_pages):
     metrics = json.loads((sweep / "1" / "metrics.json").read_text())
     (sweep / "1" / "metrics.json").write_text(json.dumps({**metrics, "best/val/acc": None, "seconds": None}))
     (sweep / "4" / "metrics.json").write_text(json.dumps({**metrics, "val/acc": [None, 0.1, None, 0.2], "phases": [7]}))
@@ -217,7 +219,7 @@ def test_no_ablation_where_something_else_was_varied_too(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_went_on_with_other_values_is_named(tmp_path):
+def test_a_run_that_went_on_with_other_values_is_named(tmp_path, no_run_pages):
     make_run(tmp_path / "0", ["x=1"], 1)
     starts = [{"epoch": 0}, {"epoch": 2, "changed": {"x": 1}}, {"epoch": 99, "changed": {"y": 3}}]
     make_run(tmp_path / "1", ["x=1"], 2, starts=starts)
@@ -242,7 +244,7 @@ def test_runs_whose_pages_cannot_be_written_are_compared_elsewhere(tmp_path, mon
 
 
 @pytest.mark.slow
-def test_warnings_of_a_training_are_named(tmp_path):
+def test_warnings_of_a_training_are_named(tmp_path, no_run_pages):
     make_run(tmp_path / "0", ["x=1"], warnings=["Validation accuracy fell."])
     make_run(tmp_path / "1", ["x=2"])
     assert main([str(tmp_path)]) == 0
