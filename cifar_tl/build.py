@@ -317,7 +317,7 @@ def build_trainer(trainer: Mapping[Any, Any], **extra: Any) -> L.Trainer:
         "profiler": NoProfiler(),
         "num_sanity_val_steps": 0,
         "enable_model_summary": False,
-        "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in extra.get("callbacks", [])),
+        "enable_progress_bar": any(isinstance(bar, ProgressBar) for bar in extra.get("callbacks", progress_bar())),
         "benchmark": accelerator == "cuda" and not trainer.get("deterministic"),  # it picks algorithms by their time
         **extra,
         "plugins": [*cluster_environment(), *extra.get("plugins", [])],

@@ -124,8 +124,8 @@ def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
 
 
 def _of_several(arguments: Sequence[str]) -> set[str]:
-    """Return the groups for sweeps among some arguments that start a run, rather than printing something."""
-    if any(argument.startswith("-") for argument in arguments):
+    """Return the groups for sweeps among some arguments that start a run, rather than print or resume something."""
+    if any(argument.startswith(("-", "resume=")) for argument in arguments):  # a sweep's job has the sweep's overrides
         return set()
     groups = ("sweep", "hydra/launcher", "hydra/sweeper")
     return {argument.lstrip("+").partition("=")[0] for argument in arguments}.intersection(groups)

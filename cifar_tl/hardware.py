@@ -107,7 +107,7 @@ def prepare_for(accelerator: str, module: nn.Module) -> None:
         accelerator: From `resolve_accelerator`.
         module: Its `backbone` is a `cifar_tl.model.backbone.Backbone`.
     """
-    backbone: Any = module.get_submodule("backbone")  # not by its class: the model's room is above this one
+    backbone: Any = module.get_submodule("backbone")  # not by its class: the model's layer is above this one
     backbone.tuned_for_cpu = accelerator == "cpu"
     if not torch.cuda.is_available():
         # Lightning makes torch ask the driver's management library, which is not there: opened anew in every step of an

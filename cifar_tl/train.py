@@ -103,7 +103,8 @@ def main(cfg: DictConfig) -> float:
             log.info("%s is finished: kept", folder)
             return result
         cfg.resume = str(folder) if (folder / "checkpoints" / LAST).is_file() else None
-    if hydra.launcher._target_.endswith(".JoblibLauncher") and cfg.trainer.devices == 1:
+    several = hydra.mode is RunMode.MULTIRUN and hydra.launcher._target_.endswith(".JoblibLauncher")
+    if several and cfg.trainer.devices == 1:
         cfg.trainer.devices = gpu_in_turn(hydra.job.num, resolve_accelerator(cfg.trainer.accelerator))
     gc.collect()  # model and trainer of the last job refer to each other: this one would start beside them
     with run_lock(folder):

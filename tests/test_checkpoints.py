@@ -136,8 +136,8 @@ def test_loading_a_checkpoint_takes_no_callback_and_no_report():
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     loaded = done.stdout.split()
     assert "cifar_tl.model.module" in loaded
-    rooms = ("cifar_tl.callbacks", "cifar_tl.reports", "cifar_tl.build")
-    assert [name for name in loaded if name.startswith(rooms)] == []
+    modules = ("cifar_tl.callbacks", "cifar_tl.reports", "cifar_tl.build")
+    assert [name for name in loaded if name.startswith(modules)] == []
 
 
 def test_copies_that_a_gpu_makes_are_awaited_before_they_are_written(tmp_path, monkeypatch):

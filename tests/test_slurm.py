@@ -93,6 +93,8 @@ def test_processes_of_torchrun_are_given_a_folder(environ, monkeypatch):
         with_folder_of_slurm_job(["seed=1"])
     for given in ("hydra.run.dir=x", "resume=x"):
         assert with_folder_of_slurm_job([given]) == [given]
+    environ(**BATCH)
+    assert with_folder_of_slurm_job(["seed=1"])[1].startswith("hydra.run.dir='outputs/slurm/12-")
 
 
 def test_processes_of_srun_share_a_folder_and_a_shell_of_salloc_has_one_by_the_time(environ):

@@ -13,12 +13,14 @@ import pytest
 import torch
 import yaml
 from conftest import SMALL, TINY
+from handmade import make_run
 from hydra.core.hydra_config import HydraConfig
 from joblib.externals.loky import get_reusable_executor
 
 from cifar_tl import cli
 from cifar_tl.errors import UserError
 from cifar_tl.reports.sweep_table import SweepTable
+from cifar_tl.runs.folder import read_run
 from cifar_tl.runs.resume import with_overrides_of_resumed_run
 
 SHORT = (
@@ -270,6 +272,21 @@ def test_what_is_for_several_runs_is_not_one_run(command, choice):
     assert "put -m before it" in err
     code, out, _ = command("cifar_tl.train:main", choice.lstrip("+"), "--cfg", "job")
     assert (code, "seed: 0" in out) == (0, True)
+
+
+def test_a_job_of_a_sweep_goes_on_and_is_repeated_alone(tmp_path):
+    make_run(tmp_path / "0", ["sweep=seeds", "model.dropout=0.1"], seed=1)
+    assert read_run(tmp_path / "0").command == "python -m cifar_tl.train model.dropout=0.1 seed=1"
+    assert cli._of_several(["sweep=seeds"]) == {"sweep"}
+    assert cli._of_several(["sweep=seeds", "seed=1", f"resume={tmp_path / '0'}"]) == set()
+
+
+def test_gpus_are_taken_in_turn_by_the_jobs_of_a_sweep_alone(command, monkeypatch):
+    monkeypatch.setattr("cifar_tl.train.train", lambda cfg, folder, experiment: {"best/val/acc": cfg.trainer.devices})
+    monkeypatch.setattr("cifar_tl.train.draw_report", lambda folder: None)
+    launcher = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"
+    code, _, err = command("cifar_tl.train:main", f"hydra.launcher._target_={launcher}")
+    assert code == 0, err
 
 
 def test_a_launcher_that_is_not_installed_is_named(command):

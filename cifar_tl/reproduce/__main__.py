@@ -61,7 +61,7 @@ def reproduce(cfg: DictConfig, passed: Sequence[str], folder: Path) -> None:
 
     written = write_tables(jobs, folder)
     if publishing:
-        if reasons := unpublishable(jobs):
+        if reasons := unpublishable(jobs, folder):
             raise UserError(f"not published: {' '.join(reasons)}")
         written += publish([path for path in written if path.suffix == ".csv"], cli.conf_folder().parent)
     for path in written:

@@ -88,12 +88,13 @@ def plan_jobs(cfg: DictConfig, passed: Sequence[str], folder: Path) -> list[Job]
     if lacking := [part for part in PARTS if part not in cfg]:
         others = ",".join(part for part in PARTS if part not in lacking)
         raise UserError(f"~{lacking[0]} is not allowed: only=[{others}] goes without it.")
-    only = [cfg.only] if isinstance(cfg.only, str) else _list("only", cfg.only, "[results]") or PARTS
-    only = [check_choice("only", part, PARTS) for part in only]
+    only = [cfg.only] if isinstance(cfg.only, str) else _list("only", cfg.only, "[results]")
+    only = [check_choice("only", part, PARTS) for part in (PARTS if cfg.only is None else only)]
     for part in PARTS:  # also where few are asked for: a run that parts share has one folder, whichever part asks
-        recipes = _lists(f"{part}.recipes", cfg[part].recipes) or _ablations()
-        evaluate = _list(f"{part}.evaluate", cfg[part].get("evaluate"), "[tta=true]")
-        for scale, shared in _lists(f"{part}.scales", cfg[part].scales).items():
+        given = cfg[part].recipes
+        recipes = _ablations() if given is None else _lists(f"{part}.recipes", given, "['experiment=best32']")
+        evaluate = _list(f"{part}.evaluate", cfg[part].get("evaluate"), "['tta=true']")
+        for scale, shared in _lists(f"{part}.scales", cfg[part].scales, "['data.limit=10000']").items():
             for recipe, overrides in recipes.items():
                 of_any_seed = compose([*overrides, *shared, *passed])  # which takes longest here
                 for seed in _seeds(cfg, part, recipe):
@@ -141,16 +142,30 @@ def differing(job: Job) -> list[str]:
     return [f"{job.name} was run with {'; '.join(found)}."] if found else []
 
 
-def unpublishable(jobs: Sequence[Job]) -> list[str]:
-    """Return a sentence per reason why the tables of these jobs are not those that conf/reproduce.yaml stands for."""
+def unpublishable(jobs: Sequence[Job], folder: Path) -> list[str]:
+    """Return a sentence per reason why the tables of some jobs are not those that conf/reproduce.yaml stands for.
+
+    Args:
+        jobs: Of the tables.
+        folder: As given to `plan_jobs`.
+    """
     reasons = []
     if missing := ", ".join(job.name for job in jobs if not read_run(job.folder).finished):
-        reasons.append(f"{missing}: not finished. `~PART.recipes.NAME` leaves a recipe out, and its row as it is.")
+        reasons.append(
+            f"{missing}: not finished. ~PART.recipes.NAME leaves a recipe out, and its row as it is; "
+            f"PART.more_seeds.NAME=[] its other seeds."
+        )
+    planned = {use: job for job in plan_jobs(cli.compose("reproduce"), [], folder) for use in job.uses}
     for job in jobs:
-        theirs, ours = _related(job.config), _related(compose(job.overrides))
-        if keys := [k for k in theirs | ours if theirs.get(k) != ours.get(k) and k not in SHOWN_KEYS]:
-            reasons.append(f"{', '.join(f'{k}={theirs.get(k)}' for k in keys)}: no table would show it.")
-            break  # it was passed to all of them
+        named = next((planned[use] for use in job.uses if use in planned), None)
+        if named is None:
+            reasons.append(f"{job.name} is not in conf/reproduce.yaml.")
+            continue
+        ours, theirs = _related(job.config), _related(named.config)
+        hidden = [f"{k}={ours.get(k)}" for k in ours | theirs if ours.get(k) != theirs.get(k)]
+        hidden = [text for text in hidden if text.partition("=")[0] not in (*SHOWN_KEYS, "seed")]
+        hidden += [text for text in job.evaluate if text.lstrip("+").partition("=")[0] not in ADDED_BESIDE]
+        reasons += [f"{job.name} has {', '.join(hidden)}, which no table shows."] if hidden else []
     return [*reasons, *(text for job in jobs for text in differing(job))]
 
 
@@ -211,7 +226,7 @@ def _seeds(cfg: DictConfig, part: str, recipe: str) -> list[int]:
     return list(dict.fromkeys(check_int(key, seed, 0) for key, seeds in lists.items() for seed in seeds))
 
 
-def _lists(key: str, given: Any, example: str = "[experiment=best32]") -> dict[str, list[Any]]:
+def _lists(key: str, given: Any, example: str) -> dict[str, list[Any]]:
     """Return the lists by name that a key holds; none for null."""
     if given is not None and not isinstance(given, DictConfig):
         raise UserError(f"{key}={given} is not allowed: give lists by name, such as {key}.NAME={example}.")

@@ -92,10 +92,11 @@ class Run:
 
     @property
     def command(self) -> str | None:
-        """The command that repeats the run."""
+        """The command that repeats the run, also if it was one of a sweep."""
         if self.overrides is None:
             return None
-        return " ".join(["python -m cifar_tl.train", *map(shlex.quote, self.overrides)])
+        its_own = [override for override in self.overrides if not override.startswith("sweep=")]
+        return " ".join(["python -m cifar_tl.train", *map(shlex.quote, its_own)])
 
 
 def is_run(folder: Path) -> bool:

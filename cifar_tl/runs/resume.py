@@ -42,17 +42,17 @@ def with_folder_of_slurm_job(arguments: list[str]) -> list[str]:
     """Return the arguments with the folder that a requeued job finds again, if SLURM runs this and none is given.
 
     Raises:
-        UserError: None is given, and torchrun started several processes, each of which would have one of its own.
+        UserError: torchrun started several processes elsewhere, each of which would have one of its own.
     """
     key = SWEEP_FOLDER if _is_multirun(arguments) else "hydra.run.dir="
     folder = slurm.folder_of_job(arguments)
     if any(a.startswith((key, "resume=")) for a in arguments):
         return arguments
+    if folder is not None:
+        return [*arguments, f"{key}{quoted(folder)}"]
     if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError(f"torchrun started {os.environ['WORLD_SIZE']} processes, of one folder: give {key}FOLDER.")
-    if folder is None:
-        return arguments
-    return [*arguments, f"{key}{quoted(folder)}"]
+    return arguments
 
 
 def _is_multirun(arguments: list[str]) -> bool:

@@ -386,11 +386,18 @@ def test_what_the_tables_do_not_show_is_not_published(command, recipes):
     before = (recipes / "experiment" / "results" / "results.csv").read_text()
     code, _, err = command("only=[results]", "publish=true", passed=(*PASSED[1:], "data.limit=50"))
     assert code == 1
-    assert "not published: data.limit=50: no table would show it." in err
+    assert f"not published: {RESULTS[0]} has data.limit=50, which no table shows." in err
+    shrunk = ("results.scales.full=['data.limit=50']", "results.evaluate=['tta=true','trainer.precision=bf16-mixed']")
+    code, _, err = command("only=[results]", "publish=true", *shrunk, passed=PASSED[1:])
+    assert code == 1
+    assert f"{RESULTS[1]} has data.limit=50, trainer.precision=bf16-mixed, which no table shows." in err
+    code, _, err = command("only=[ablation]", "publish=true", "ablation.recipes={mine:['model.dropout=0.5']}")
+    assert code == 1
+    assert "ablation-mine-subset-seed0 is not in conf/reproduce.yaml." in err
     command.failing.append(RESULTS[1])
     code, _, err = command("only=[results]", "publish=true", "results.seeds=[0,1]", passed=PASSED[1:])
     assert code == 1
-    assert f"not published: {RESULTS[1]}: not finished. `~PART.recipes.NAME` leaves" in err
+    assert f"not published: {RESULTS[1]}: not finished. ~PART.recipes.NAME leaves" in err
     assert (recipes / "experiment" / "results" / "results.csv").read_text() == before
 
 
@@ -449,8 +456,10 @@ def test_the_report_of_a_sweep_over_ablations_has_their_table(tmp_path):
         ("only=result", "only=result is not allowed: choose results, ablation"),
         ("results.seeds=1", "results.seeds=1 is not allowed: give a list, such as [0,1]."),
         ("only=[results] results.seeds=null", "no recipe, scale or seed"),
+        ("only=[scale] ~scale.recipes.best32 ~scale.recipes.hires", "no recipe, scale or seed"),
+        ("only=[]", "Nothing to run"),
         ("only=3", "only=3 is not allowed: give a list, such as [results]."),
-        ("results.evaluate=tta", "results.evaluate=tta is not allowed: give a list, such as [tta=true]."),
+        ("results.evaluate=tta", "results.evaluate=tta is not allowed: give a list, such as ['tta=true']."),
         ("results.recipes=best32", "results.recipes=best32 is not allowed: give lists by name"),
         ("results.recipes.best32=3", "results.recipes.best32=3 is not allowed: give a list"),
         ("~results", "~results is not allowed: only=[ablation,ladder,scale] goes without it."),
