@@ -40,7 +40,7 @@ def check_optimizer(name: str, weight_decay: float) -> None:
     """Refuse an unknown optimizer, and a weight decay that would drown its gradients.
 
     `adamw` and `muon` shrink weights beside their step. `adam` and `sgd` add `weight_decay` times the weight to the
-    gradient, in which 0.05 is hundreds of times the rest for kernels at `model.filter_rms`.
+    gradient. Kernels at `model.filter_rms` are large and their gradients small, so that 0.05 outweighs these.
 
     Raises:
         UserError: Either.
