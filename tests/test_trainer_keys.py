@@ -342,3 +342,10 @@ def test_each_device_is_found_and_gets_its_way_of_computing(monkeypatch):
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_an_evaluation_has_a_progress_bar_at_a_terminal(monkeypatch, terminal):
+    monkeypatch.setattr("cifar_tl.build.progress_bar", lambda: [RichProgressBar()] if terminal else [])
+    trainer = build_trainer(CPU, logger=False)  # without callbacks, as cifar_tl.evaluate builds it
+    assert (trainer.progress_bar_callback is not None) == terminal
