@@ -112,19 +112,24 @@ def _torchvision_file(weights: ResNet50_Weights) -> Path:
 
 
 def _check_layout(backbone: nn.Module, state: object, weights: str) -> None:
-    """Raise a UserError that says how a state dict differs from a ResNet-50's."""
-    expected = backbone.state_dict()
+    """Raise a UserError that says how a state dict differs from a ResNet-50's.
+
+    `num_batches_tracked` may be missing: files from before torch 0.4.1, as that of IMAGENET1K_V1, do not have it, and
+    torch fills it in.
+    """
+    known = backbone.state_dict()
+    needed = {k for k in known if not k.endswith("num_batches_tracked")}
     problem = ""
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         keys = f" (its keys: {', '.join(map(str, list(state)[:5]))})" if isinstance(state, dict) else ""
         problem = f"it holds a {type(state).__name__}{keys}, not a dict of tensors"
-    elif missing := expected.keys() - state.keys():
-        problem = f"{len(missing)} of its {len(expected)} tensors are missing, {sorted(missing)[0]} for one"
-    elif unknown := {k for k in state if not k.startswith("fc.")} - expected.keys():
+    elif missing := needed - state.keys():
+        problem = f"{len(missing)} of its {len(needed)} tensors are missing, {sorted(missing)[0]} for one"
+    elif unknown := {k for k in state if not k.startswith("fc.")} - known.keys():
         problem = f"{len(unknown)} tensors are none of a ResNet-50's, {sorted(unknown)[0]} for one"
-    elif wrong := [k for k in expected if expected[k].shape != state[k].shape]:
-        given, needed = tuple(state[wrong[0]].shape), tuple(expected[wrong[0]].shape)
-        problem = f"{wrong[0]} has shape {given}, a ResNet-50's has {needed}"
+    elif wrong := [k for k in known if k in state and known[k].shape != state[k].shape]:
+        given, right = tuple(state[wrong[0]].shape), tuple(known[wrong[0]].shape)
+        problem = f"{wrong[0]} has shape {given}, a ResNet-50's has {right}"
     if problem:
         raise UserError(
             f"model.weights={weights} is not a ResNet-50 in torchvision's layout: {problem}. "
