@@ -37,8 +37,8 @@ class BackboneUnfreeze(L.Callback):
 
     Raises:
         UserError: A value that cannot be, or an unfreeze that is never reached; without `max_epochs`, when fit starts.
-            Then, too: no `backbone` or `head`, a parameter group of both or of neither, a learning rate scheduler, or
-            training data without a length.
+            Then, too: no `backbone` or `head`, a backbone without the stages or the `upscale` that are asked for, a
+            parameter group of both or of neither, a learning rate scheduler, or training data without a length.
     """
 
     schedule: FinetuneSchedule
@@ -81,11 +81,29 @@ class BackboneUnfreeze(L.Callback):
                 raise UserError(f"{type(pl_module).__name__} has no module named {name}, which BackboneUnfreeze needs.")
         if stage == "fit" and self._max_epochs is None:
             self.schedule = FinetuneSchedule(trainer.max_epochs, **self._schedule)  # type: ignore[arg-type]  # there
+        if stage == "fit":
+            self._check_backbone(pl_module.get_submodule("backbone"))
+
+    def _check_backbone(self, backbone: nn.Module) -> None:
+        """Raise a UserError, before anything trains, if a later phase asks for what the backbone does not have."""
+        phases = self.schedule.phases
+        if any(phase.upscale is not None for phase in phases) and not hasattr(backbone, "upscale"):
+            raise UserError(
+                f"progressive_resizing sets the backbone's `upscale`, and {type(backbone).__name__} has none: "
+                f"leave it out, or enlarge images by that attribute in the backbone's forward."
+            )
+        try:
+            for phase in phases:
+                freezing.training_modules(backbone, phase.stages)
+        except AttributeError as error:
+            raise UserError(
+                f"stage_epochs unfreezes the stages of a torchvision ResNet, and {type(backbone).__name__} is none "
+                f"({error}): set it to 0."
+            ) from error
 
     def apply(self, module: nn.Module, phase: Phase) -> None:
         """Put a module with a backbone and a head into a phase, whatever phase it was in."""
-        for handle in self._adapting:
-            handle.remove()
+        self._stop_adapting()
         backbone, head = module.get_submodule("backbone"), module.get_submodule("head")
         freezing.freeze(backbone)
         head.requires_grad_(True)
@@ -95,6 +113,19 @@ class BackboneUnfreeze(L.Callback):
         self._adapting = freezing.adapt_statistics(training) if self.batchnorm == "adapt" else []
         if phase.upscale is not None:
             backbone.upscale = phase.upscale  # type: ignore[assignment]  # no module, whatever nn.Module promises
+
+    def _stop_adapting(self) -> None:
+        for handle in self._adapting:
+            handle.remove()
+        self._adapting = []
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave BatchNorm's statistics to whoever uses the model next."""
+        self._stop_adapting()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Do what `on_fit_end` does, which is not called then."""
+        self._stop_adapting()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find out whose learning rate each parameter group has, and enter the phase: in mid-epoch no epoch starts.

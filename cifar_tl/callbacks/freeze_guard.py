@@ -1,6 +1,7 @@
 """A proof, early in every phase, that the backbone is frozen when it should be and moves when it should."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import lightning as L
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cifar_tl.callbacks.freezing import training_modules
+from cifar_tl.callbacks.freezing import batchnorms, training_modules
 from cifar_tl.errors import UserError
 from cifar_tl.schedule import Phases
 
@@ -33,12 +34,16 @@ class FreezeViolationError(UserError):
 class FreezeGuard(L.Callback):
     """Compare the model before and after the first steps of each phase with what the phase says should have changed.
 
-    What should train must have had gradients and have changed; what of the backbone should not must be bit-identical,
-    BatchNorm's running statistics included. What else a module has, a head's BatchNorm for one, may move as it likes.
-    The expectation comes from the epoch alone, never from the flags that the freezing code sets. A resumed run is
-    checked where it resumes, too. Batches without a step do not count: a GradScaler skips some under 16-mixed, and
-    gradients may be accumulated. What has not changed after CHECKED_STEPS is looked at again at the end of the epoch:
-    the first steps of a warm-up may be too small for float32.
+    What should train must have had gradients and have changed, a bias or weight excepted whose layer's other parameter
+    has: the bias in front of a BatchNorm layer that trains cannot move. What of the backbone should not train must be
+    bit-identical, BatchNorm's running statistics included. What else there is, a head's BatchNorm for one, or other
+    buffers of a backbone that trains, may move as it likes. The expectation comes from the epoch alone, never from the
+    flags that the freezing code sets. A resumed run is checked where it resumes, too.
+
+    The comparison is made after CHECKED_STEPS, and ends the run where something frozen has moved, or where the whole
+    head or backbone has no gradient. Less than that, such as a warm-up's first steps that are too small for float32, or
+    a part of the head that is used later, has until the end of the epoch, and what an optimizer has that takes no step
+    in it, until the epoch in which it does. Steps that a GradScaler skips under 16-mixed do not count.
 
     Args:
         unfreeze_at_epoch: As given to BackboneUnfreeze.
@@ -68,7 +73,8 @@ class FreezeGuard(L.Callback):
         self._max_epochs = max_epochs
         self._before: dict[str, Tensor] = {}
         self._had_gradient: set[str] = set()
-        self._steps = 0
+        self._steps: Counter[int] = Counter()
+        """Steps since the copy, by the optimizer's id; 0 where each was skipped."""
         self._due: float = CHECKED_STEPS
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -78,19 +84,26 @@ class FreezeGuard(L.Callback):
             self.phases = Phases(epochs or 0, self.unfreeze_at_epoch, self.stage_epochs, self.progressive_resizing)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count the steps that the optimizers take, and copy the model: a resumed run is checked, too."""
+        """Watch the optimizers' steps, and copy the model: a resumed run is checked, too."""
+
+        def count(optimizer: Optimizer, args: object, kwargs: object) -> None:
+            self._note_gradients(pl_module)
+            # a GradScaler calls fused optimizers even for a step that they have to skip, and tells them so
+            self._steps[id(optimizer)] += not getattr(optimizer, "found_inf", None)
+
         for optimizer in trainer.optimizers:
-            optimizer.register_step_post_hook(self._count)
+            optimizer.register_step_post_hook(count)
         self._copy(pl_module)
 
     def _copy(self, module: L.LightningModule) -> None:
         self._before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-        self._had_gradient, self._steps, self._due = set(), 0, CHECKED_STEPS
+        self._had_gradient, self._due = set(), CHECKED_STEPS
+        self._steps.clear()
 
-    def _count(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        # a GradScaler calls fused optimizers even for a step that they have to skip, and tells them so
-        if self._before and not getattr(optimizer, "found_inf", None):
-            self._steps += 1
+    def _note_gradients(self, module: L.LightningModule) -> None:
+        if self._before:
+            unseen = ((n, p) for n, p in module.named_parameters() if n not in self._had_gradient)
+            self._had_gradient |= {n for n, p in unseen if p.grad is not None and p.grad.any()}
 
     def expected_to_change(self, module: L.LightningModule, epoch: int) -> set[str]:
         """Return the names of the parameters and buffers that training must change in an epoch's phase."""
@@ -100,11 +113,20 @@ class FreezeGuard(L.Callback):
             # num_batches_tracked counts under `train` only
             changing |= {
                 id(b)
-                for m in training
-                for name, b in m.named_buffers()
-                if self.batchnorm == "train" or not name.endswith("num_batches_tracked")
+                for layer in batchnorms(training)
+                for name, b in layer.named_buffers()
+                if self.batchnorm == "train" or name != "num_batches_tracked"
             }
         return {name for name, tensor in module.state_dict(keep_vars=True).items() if id(tensor) in changing}
+
+    def _watched(self, module: L.LightningModule, epoch: int) -> set[str]:
+        """Return the backbone's parameters and buffers, except buffers of training stages that BatchNorm has not."""
+        backbone = module.get_submodule("backbone")
+        training = training_modules(backbone, self.phases.at(epoch).stages)
+        free = {id(b) for m in training for b in m.buffers()}
+        free -= {id(b) for layer in batchnorms([backbone]) for b in layer.buffers()}
+        tensors = module.state_dict(keep_vars=True)
+        return {name for name, tensor in tensors.items() if name.startswith("backbone.") and id(tensor) not in free}
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Copy the model where a phase starts."""
@@ -112,50 +134,64 @@ class FreezeGuard(L.Callback):
             self._copy(pl_module)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Note which parameters have a gradient."""
-        if self._before:
-            self._had_gradient |= {n for n, p in pl_module.named_parameters() if p.grad is not None and p.grad.any()}
+        """Note that a step is tried, and which parameters have a gradient: a GradScaler may skip the step."""
+        self._note_gradients(pl_module)
+        self._steps[id(optimizer)] += 0
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Compare, once the checked steps are done."""
-        if not self._before or (self._steps < self._due and not trainer.is_last_batch):
+        """Compare, once the checked steps are done, and once more at the end of the epoch if need be."""
+        steps = max(self._steps.values(), default=0)
+        if not self._before or (steps < self._due and not trainer.is_last_batch):
             return
-        before, self._before = self._before, {}
         epoch = trainer.current_epoch
-        changed = {n for n, t in pl_module.state_dict().items() if not torch.equal(t, before[n])}
+        where = f"epoch {epoch}, phase '{self.phases.at(epoch).name}', after {steps} steps"
+        optimizers = {id(p): (o, g["lr"]) for o in trainer.optimizers for g in o.param_groups for p in g["params"]}
         expected = self.expected_to_change(pl_module, epoch)
-        parameters = {name for name, _ in pl_module.named_parameters()}
-        learning_rates = {
-            id(p): g["lr"] for optimizer in trainer.optimizers for g in optimizer.param_groups for p in g["params"]
-        }
-        standing = {n for n, p in pl_module.named_parameters() if learning_rates.get(id(p)) == 0}
-        still = expected - changed - standing
-        without_gradient = (expected & parameters) - self._had_gradient
-        orphans = {n for n, p in pl_module.named_parameters() if n in expected and id(p) not in learning_rates}
-        where = f"epoch {epoch}, phase '{self.phases.at(epoch).name}', after {self._steps} steps"
-        if moved := {name for name in changed - expected if name.startswith("backbone.")}:
+        parameters = {n: p for n, p in pl_module.named_parameters() if n in expected}
+        changed = {n for n, t in pl_module.state_dict().items() if not torch.equal(t, self._before[n])}
+        if moved := (self._watched(pl_module, epoch) - expected) & changed:
             raise FreezeViolationError(
                 f"{where}: {_listing(moved)} changed although frozen. "
                 f"Something unfroze them or left BatchNorm in train mode after BackboneUnfreeze had frozen them."
             )
-        if orphans:
+        if orphans := {n for n, p in parameters.items() if id(p) not in optimizers}:
             raise FreezeViolationError(
                 f"{where}: {_listing(orphans)} should train but are in no optimizer group. "
                 f"configure_optimizers must give both the head and the whole backbone to the optimizer from step 0."
             )
-        if without_gradient:
+        taken = {n: self._steps.get(id(optimizers[id(p)][0])) for n, p in parameters.items()}  # None: none was tried
+        without_gradient = parameters.keys() - self._had_gradient
+        layers = {_layer(n) for n in parameters.keys() & changed}
+        still = {
+            n
+            for n in expected - changed
+            if n not in parameters or (optimizers[id(parameters[n])][1] != 0 and _layer(n) not in layers)
+        }
+        if trainer.is_last_batch:
+            judged = expected - {n for n, count in taken.items() if count is None}
+        else:
+            ready = {n for n in without_gradient if (taken[n] or 0) >= CHECKED_STEPS}
+            parts = [{n for n in parameters if n.startswith(part)} for part in ("backbone.", "head.")]
+            judged = {n for part in parts if part <= ready for n in part}
+        if names := without_gradient & judged:
             raise FreezeViolationError(
-                f"{where}: {_listing(without_gradient)} should train but had no gradient. "
+                f"{where}: {_listing(names)} should train but had no gradient. "
                 f"They were never unfrozen, or a compiled or traced graph from the frozen phase is still in use."
             )
-        if still and not trainer.is_last_batch:
-            self._before, self._due = before, math.inf
-        elif still:
+        if names := still & judged:
             raise FreezeViolationError(
-                f"{where}: {_listing(still)} should train but did not change.{_REASONS.get(str(trainer.precision), '')}"
+                f"{where}: {_listing(names)} should train but did not change.{_REASONS.get(str(trainer.precision), '')}"
             )
+        if without_gradient or still:
+            self._due = math.inf
+        else:
+            self._before = {}
+
+
+def _layer(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
 
 
 def _listing(names: set[str]) -> str:

@@ -188,14 +188,18 @@ def test_a_precision_that_may_be_the_reason_is_named(precision):
     trainer = SimpleNamespace(current_epoch=0, optimizers=[optimizer], is_last_batch=True, precision=precision)
     guard.on_train_start(trainer, module)
     guard.on_train_epoch_start(trainer, module)
+    guard.on_before_optimizer_step(trainer, module, optimizer)
     guard._had_gradient = {"head.weight", "head.bias"}
     with pytest.raises(FreezeViolationError, match=rf"after 0 steps.*did not change.*{precision}.*bf16-mixed"):
         guard.on_train_batch_end(trainer, module, None, None, 0)
 
 
 def test_a_step_that_a_fused_optimizer_skips_does_not_count():
+    module = nn.ModuleDict({"backbone": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, fused=True)
     guard = FreezeGuard(1)
-    guard._before = {"x": torch.zeros(1)}
+    guard.on_train_start(SimpleNamespace(optimizers=[optimizer]), module)
     for found in (1.0, 0.0):
-        guard._count(SimpleNamespace(found_inf=torch.tensor(found)), (), {})
-    assert guard._steps == 1
+        optimizer.found_inf = torch.tensor(found)
+        optimizer.step()
+    assert list(guard._steps.values()) == [1]

@@ -1,5 +1,6 @@
 """BackboneUnfreeze and FreezeGuard in somebody else's module, beside Lightning's BackboneFinetuning."""
 
+from contextlib import nullcontext
 from itertools import cycle
 from pathlib import Path
 
@@ -7,10 +8,11 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import BackboneFinetuning
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from cifar_tl import callbacks
-from cifar_tl.callbacks import BackboneUnfreeze, FreezeGuard
+from cifar_tl.callbacks import BackboneUnfreeze, FreezeGuard, freezing
 from cifar_tl.callbacks.freeze_guard import FreezeViolationError
 from cifar_tl.errors import UserError
 
@@ -175,15 +177,140 @@ def test_a_run_that_goes_on_in_mid_epoch_is_in_its_phase(tmp_path, epoch):
 
 
 def test_steps_too_small_for_float32_at_first_are_no_fault(tmp_path):
-    """A bias of the head at 20,000, which the first steps of the warm-up do not move, and later ones do."""
+    """A layer of the head at 20,000, which the first steps of the warm-up do not move, and later ones do."""
     module = TheirModule()
     with torch.no_grad():
+        module.head[1].weight.fill_(2e4)
         module.head[1].bias.fill_(2e4)
     fit(module, [BackboneUnfreeze(1, 1e-2, 1e-2, warmup_epochs=1), FreezeGuard(1)], 2, tmp_path, batch_size=1)
     with torch.no_grad():
-        module.head[1].bias.fill_(1e7)
-    with pytest.raises(FreezeViolationError, match=r"after 32 steps.*1 tensors \(head.1.bias\) should train but did"):
+        module.head[1].weight.fill_(1e9)
+        module.head[1].bias.fill_(1e9)
+    with pytest.raises(FreezeViolationError, match=r"after 32 steps.*2 tensors \(head.1.bias, head.1.weight\) should"):
         fit(module, [BackboneUnfreeze(1, 1e-2, 1e-2, warmup_epochs=1), FreezeGuard(1)], 2, tmp_path, batch_size=1)
+
+
+def test_a_bias_in_front_of_batchnorm_that_trains_may_stay(tmp_path):
+    """Its gradient is zero but for rounding: a batch's mean is subtracted after it."""
+    module = TheirModule()
+    before = clone(module)
+    unfreeze = BackboneUnfreeze(1, head_lr=0.1, backbone_lr=1e-4, batchnorm="train")
+    fit(module, [unfreeze, FreezeGuard(1, batchnorm="train")], 2, tmp_path)
+    assert moved(module, before) >= {"0.weight", "1.weight", "1.running_mean"}
+    assert "0.bias" not in moved(module, before), "then this tests nothing"
+
+
+class Normalized(nn.Module):
+    """Images normalized by the backbone itself, and an average that it keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(0.5))
+        self.register_buffer("average", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.average.lerp_(x.detach().mean(), 0.1)
+        return x - self.mean
+
+
+@pytest.mark.parametrize("policy", freezing.BATCHNORM_POLICIES)
+def test_buffers_that_are_not_batchnorms_may_stay_or_move_while_the_backbone_trains(tmp_path, policy):
+    module = TheirModule()
+    module.backbone = nn.Sequential(Normalized(), *module.backbone)
+    before = clone(module)
+    unfreeze = BackboneUnfreeze(1, head_lr=0.1, backbone_lr=0.01, batchnorm=policy)
+    fit(module, [unfreeze, FreezeGuard(1, batchnorm=policy)], 2, tmp_path)
+    assert "0.average" in moved(module, before)
+    assert "0.mean" not in moved(module, before)
+
+
+def test_a_buffer_that_moves_while_the_backbone_is_frozen_is_caught(tmp_path):
+    module = TheirModule()
+    module.backbone = nn.Sequential(Normalized(), *module.backbone)
+    module.backbone[0].train = lambda mode=True: module.backbone[0]  # stays in train mode
+    with pytest.raises(FreezeViolationError, match=r"epoch 0.*1 tensors \(backbone.0.average\) changed although"):
+        fit(module, ours(), 3, tmp_path)
+
+
+class InTurn(TheirModule):
+    """Two optimizers, stepped by hand: the head's in every batch, the backbone's in the batches of `batches`."""
+
+    automatic_optimization = False
+    batches = ()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=0.0) for part in (self.head, self.backbone)]
+
+    def training_step(self, batch, batch_idx):
+        head, backbone = self.optimizers()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        head.step()
+        head.zero_grad()
+        if (self.current_epoch, batch_idx) in self.batches:
+            backbone.step()
+            backbone.zero_grad()
+
+
+@pytest.mark.parametrize("batches", [[(1, 7)], [(2, 0)]])
+def test_a_part_whose_optimizer_steps_late_is_waited_for(tmp_path, batches):
+    module = InTurn()
+    module.batches = batches
+    guard = FreezeGuard(1)
+    fit(module, [BackboneUnfreeze(1, head_lr=0.1, backbone_lr=0.1), guard], 3, tmp_path, batch_size=4)
+    assert not guard._before, "the comparison is still to come"
+
+
+def test_what_a_waiting_optimizer_does_not_move_is_caught(tmp_path):
+    module = InTurn()
+    module.batches = [(2, 0)]
+    module.backbone[0].register_parameter("spare", nn.Parameter(torch.ones(1)))
+    module.backbone.register_parameter("unused", nn.Parameter(torch.ones(1)))
+    with pytest.raises(FreezeViolationError, match=r"epoch 2.*\(backbone.0.spare, backbone.unused\).*no gradient"):
+        fit(module, [BackboneUnfreeze(1, head_lr=0.1, backbone_lr=0.1), FreezeGuard(1)], 3, tmp_path, batch_size=4)
+
+
+def test_a_part_of_the_head_that_is_used_later_is_waited_for(tmp_path):
+    class TwoTasks(TheirModule):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.ModuleList([self.head, nn.Sequential(nn.Flatten(), nn.Linear(8, 2))])
+
+        def training_step(self, batch, batch_idx):
+            images, targets = batch
+            return nn.functional.cross_entropy(self.head[batch_idx > 4](self.backbone(images)), targets)
+
+    fit(TwoTasks(), ours(), 3, tmp_path, batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (
+            {"stage_epochs": 1},
+            "stage_epochs unfreezes the stages of a torchvision ResNet, and Sequential is none",
+        ),
+        (
+            {"progressive_resizing": [1, 2]},
+            "progressive_resizing sets the backbone's `upscale`, and Sequential has",
+        ),
+    ],
+)
+def test_what_the_backbone_cannot_do_is_refused_before_anything_trains(tmp_path, keys, said):
+    with pytest.raises(UserError, match=said):
+        fit(TheirModule(), [BackboneUnfreeze(1, head_lr=0.1, backbone_lr=0.1, **keys)], 9, tmp_path)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_statistics_do_not_adapt_after_the_fit(tmp_path, killed):
+    module = TheirModule()
+    unfreeze = BackboneUnfreeze(1, head_lr=0.1, backbone_lr=0.01, batchnorm="adapt")
+    with pytest.raises(SystemError) if killed else nullcontext():
+        fit(module, [unfreeze, *([KilledIn(1, tmp_path / "c.ckpt")] if killed else [])], 2, tmp_path)
+    before = clone(module)
+    module.backbone.eval()(torch.randn(4, 3, 8, 8))
+    assert not moved(module, before)
+    torch.save(module.backbone, tmp_path / "whole.pt")
 
 
 def test_one_group_for_everything_is_refused_with_the_way_out(tmp_path):
