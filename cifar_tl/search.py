@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from cifar_tl.errors import UserError, check_int
 from cifar_tl.files import lock, write_text
 from cifar_tl.runs.record import METRICS, read_metrics
-from cifar_tl.runs.resume import JOURNAL
+from cifar_tl.runs.resume import JOURNAL, MULTIRUN
 
 if TYPE_CHECKING:  # an extra, and slow to import: only where a study is opened
     import optuna
@@ -129,7 +129,7 @@ class OptunaSweeper(Sweeper):
         folder.mkdir(parents=True, exist_ok=True)
         space, fixed = self._space(arguments)
         study = open_study(folder)
-        write_text(folder / "multirun.yaml", OmegaConf.to_yaml(self.config))
+        write_text(folder / MULTIRUN, OmegaConf.to_yaml(self.config))
         replaced = {trial.number for trial in study.trials if trial.state.name == "FAIL"}
         while True:
             with ExitStack() as held:

@@ -13,6 +13,7 @@ from conftest import TINY
 from handmade import make_run
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from cifar_tl import cli
@@ -252,7 +253,7 @@ def test_processes_share_a_search_and_one_that_is_killed_leaves_its_trial_to_the
 def trial(compose, tmp_path):
     """A study of a good trial, and of one that is running; train it, after some of its epochs were reported."""
 
-    def trial(*reported):
+    def trial(*reported, resume=()):
         study = open_study(tmp_path)
         earlier = study.ask()
         for epoch in range(4):
@@ -267,6 +268,8 @@ def trial(compose, tmp_path):
             *(f"{pruner}.n_startup_trials=1", f"{pruner}.n_warmup_steps=1"),
         )
         metrics = train(cfg, tmp_path / "1", "demo")
+        for overrides in resume:
+            metrics = train(OmegaConf.merge(cfg, overrides, {"resume": str(tmp_path / "1")}), tmp_path / "1", "demo")
         return metrics, open_study(tmp_path).trials[1]
 
     return trial
@@ -287,9 +290,22 @@ def test_a_hopeless_trial_is_pruned_and_its_record_says_why(trial, tmp_path, cap
 
 
 def test_a_resumed_trial_reports_no_epoch_twice(trial):
+    metrics, trial = trial(0.99, 0.99, 0.98)
+    assert trial.intermediate_values == {0: 0.99, 1: 0.99, 2: 0.98, 3: metrics["val/acc"][3]}
+
+
+def test_a_trial_that_was_killed_between_its_report_and_the_pruners_word_is_pruned(trial):
     metrics, trial = trial(0.5, 0.5)
-    assert trial.intermediate_values == {0: 0.5, 1: 0.5, 2: metrics["val/acc"][2]}
-    assert metrics["epoch"] == [0, 1, 2]  # epoch 1 had not been pruned when it was reported
+    assert trial.intermediate_values == {0: 0.5, 1: 0.5}
+    assert metrics["epoch"] == [0, 1]
+    assert metrics["pruned"].startswith("Pruned after epoch 1 by MedianPruner: validation accuracy 50.00%")
+
+
+def test_a_trial_that_was_killed_after_the_checkpoint_of_a_hopeless_epoch_is_pruned(trial):
+    metrics, trial = trial(resume=[{}])
+    assert metrics["epoch"] == [0, 1]
+    assert metrics["status"] == "pruned"
+    assert list(trial.intermediate_values) == [0, 1]
 
 
 def test_a_run_that_is_no_trial_is_left_alone(compose, tmp_path):

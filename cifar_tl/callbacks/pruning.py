@@ -43,6 +43,10 @@ class Pruning(L.Callback):
         if trials and not trials[0].state.is_finished():
             self._trial = optuna.Trial(study, trials[0]._trial_id)
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Ask about the epoch before a resume: the run may have ended between its checkpoint and the pruner's word."""
+        self._ask(trainer.current_epoch - 1)
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the epoch's validation accuracy; an epoch without validation has none."""
         self._accuracy = shortest(float(trainer.callback_metrics["val/acc"]))
@@ -51,14 +55,24 @@ class Pruning(L.Callback):
         """Report the epoch, unless the run had done so before it was resumed, and ask the pruner."""
         epoch, trial = trainer.current_epoch, self._trial
         accuracy, self._accuracy = self._accuracy, None
-        if accuracy is None or trial is None or epoch in trial.study.trials[trial.number].intermediate_values:
+        if accuracy is None or trial is None:
             return
-        trial.report(accuracy, epoch)
+        if epoch not in trial.study.trials[trial.number].intermediate_values:
+            trial.report(accuracy, epoch)
+        self._ask(epoch)
+
+    def _ask(self, epoch: int) -> None:
+        """Ask the pruner, if the trial has reported this epoch last: it judges no other one."""
+        trial = self._trial
+        if trial is None or max(trial.study.trials[trial.number].intermediate_values, default=None) != epoch:
+            return
         if trial.should_prune():
-            others = [t.intermediate_values[epoch] for t in trial.study.trials if epoch in t.intermediate_values]
+            reported = {t.number: t.intermediate_values for t in trial.study.trials}
+            others = [values[epoch] for values in reported.values() if epoch in values]
             self._reason = (
                 f"Pruned after epoch {epoch} by {type(self.pruner).__name__}: validation accuracy "
-                f"{percent(accuracy)}, the best of {len(others)} trials had {percent(max(others))} then."
+                f"{percent(reported[trial.number][epoch])}, the best of {len(others)} trials had "
+                f"{percent(max(others))} then."
             )
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -191,7 +191,7 @@ class RunRecorder(EpochTimer):
 
 def _reason_of_early_end(trainer: L.Trainer) -> str:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning adds it
-        if isinstance(callback, Timer) and (callback.time_remaining() or 0) <= 0:
+        if isinstance(callback, Timer) and (left := callback.time_remaining()) is not None and left <= 0:
             return "trainer.max_time is over"
         if isinstance(callback, EarlyStopping):
             if callback.stopping_reason is EarlyStoppingReason.PATIENCE_EXHAUSTED:

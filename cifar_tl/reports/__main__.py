@@ -8,6 +8,7 @@ from pathlib import Path
 from cifar_tl.errors import UserError
 from cifar_tl.runs.folder import find_runs
 from cifar_tl.runs.record import METRICS
+from cifar_tl.runs.resume import MULTIRUN
 
 
 def main(arguments: list[str]) -> int:
@@ -59,7 +60,8 @@ def report(folders: list[Path], output: Path | None = None) -> list[Path]:
         What was written.
 
     Raises:
-        UserError: A folder that is no run and holds none.
+        UserError: A folder that is no run and holds none; `output` is missing where the comparison would replace that
+            of a whole sweep.
     """
     found = {folder: find_runs(folder) for folder in folders}
     runs = list(dict.fromkeys(run for those in found.values() for run in those))
@@ -67,6 +69,12 @@ def report(folders: list[Path], output: Path | None = None) -> list[Path]:
 
     written = []
     comparing = runs != folders or len(runs) > 1
+    sweep = folders[0] if len(folders) == 1 and comparing else None
+    together = sweep or Path(os.path.commonpath([folder.resolve() for folder in folders]))
+    if output is None and sweep is None and comparing and (together / MULTIRUN).is_file():
+        raise UserError(
+            f"{together} has the comparison of all of its sweep's runs: give --output FOLDER for that of some."
+        )
     for run in runs:
         page, metrics = run / REPORT, run / METRICS
         fresh = page.is_file() and metrics.is_file() and page.stat().st_mtime >= metrics.stat().st_mtime
@@ -80,13 +88,8 @@ def report(folders: list[Path], output: Path | None = None) -> list[Path]:
     if comparing:
         from cifar_tl.reports.comparison_page import write_sweep_report
 
-        written += write_sweep_report(runs, output or common_folder(folders))
+        written += write_sweep_report(runs, output or together, sweep)
     return written
-
-
-def common_folder(folders: list[Path]) -> Path:
-    """Return a sweep's own folder, or the innermost folder that holds all that were given."""
-    return folders[0] if len(folders) == 1 else Path(os.path.commonpath([folder.resolve() for folder in folders]))
 
 
 if __name__ == "__main__":

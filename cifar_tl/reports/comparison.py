@@ -1,7 +1,7 @@
 """Several runs beside each other: groups over seeds, paired differences, and which override mattered."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from cifar_tl.runs.folder import Run
 from cifar_tl.runs.metrics import Z95
+from cifar_tl.runs.record import matters
 
 
 @dataclass
@@ -31,17 +32,25 @@ class Group:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Put runs whose overrides differ in the seed alone together; groups are in the order of their first runs."""
+    """Put runs whose overrides differ in the seed alone together; groups are in the order of their first runs.
+
+    What was changed in files of `conf` between two such runs is an override, too.
+    """
     given = [_by_key([f"folder={run.folder}"] if run.overrides is None else run.overrides) for run in runs]
+    alike: dict[tuple[tuple[str, str], ...], list[int]] = {}
+    for at, overrides in enumerate(given):
+        alike.setdefault(_settings(overrides), []).append(at)
+    for at, key in [(at, key) for same in alike.values() for key in _edited(runs, same) for at in same]:
+        given[at][key] = str(runs[at].config.get(key, "not recorded"))
     keys = dict.fromkeys(key for overrides in given for key in overrides if key != "seed")
     differing = [key for key in keys if len({overrides.get(key) for overrides in given}) > 1]
     last = [key.rsplit(".", 1)[-1] for key in differing]
     short = {key: name if last.count(name) == 1 else key for key, name in zip(differing, last, strict=True)}
     groups: dict[tuple[tuple[str, str], ...], Group] = {}
     for run, overrides in zip(runs, given, strict=True):
-        settings = {key: value for key, value in overrides.items() if key != "seed"}
+        settings = dict(_settings(overrides))
         label = " ".join(f"{short[key]}={settings[key]}" for key in differing if key in settings) or "as it stands"
-        group = groups.setdefault(tuple(sorted(settings.items())), Group(label, settings, []))
+        group = groups.setdefault(_settings(overrides), Group(label, settings, []))
         group.runs.append(run)
     if len(groups) == 1 and not differing:
         next(iter(groups.values())).label = "all runs"
@@ -209,6 +218,20 @@ def effects(groups: Sequence[Group], metric: str) -> list[Effect]:
                 )
             found.append(Effect(key, rows))
     return sorted(found, key=lambda effect: -effect.spread)
+
+
+def _settings(overrides: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((key, value) for key, value in overrides.items() if key != "seed"))
+
+
+def _edited(runs: Sequence[Run], same: Sequence[int]) -> list[str]:
+    """Return the keys of the config, but for the seed, whose values differ although the same was typed.
+
+    Keys that some runs lack are those of another version, where all have the default.
+    """
+    configs = [runs[at].config for at in same if runs[at].config]
+    shared = set(configs[0]).intersection(*configs[1:]) - {"seed"} if configs else set()
+    return sorted(key for key in shared if matters(key) and any(c[key] != configs[0][key] for c in configs))
 
 
 def _by_key(overrides: Sequence[str]) -> dict[str, str]:

@@ -35,12 +35,13 @@ OVER = ("finished", "pruned")
 RUNS_AND_MEANS = "Thin lines are runs, thick ones means; dashed: a phase starts."
 
 
-def write_sweep_report(folders: Sequence[Path], output: Path) -> list[Path]:
+def write_sweep_report(folders: Sequence[Path], output: Path, sweep: Path | None = None) -> list[Path]:
     """Compare runs.
 
     Args:
         folders: Of the runs.
         output: Gets sweep_report.html, .csv, .md and the folder sweep_figures.
+        sweep: The folder that holds these runs and no others; if it is a hyperparameter search, this is shown, too.
 
     Returns:
         The three files' paths.
@@ -51,7 +52,7 @@ def write_sweep_report(folders: Sequence[Path], output: Path) -> list[Path]:
     runs = read_runs(folders)
     groups = group_runs(runs)
     drawing = FigureFolder(output / "sweep_figures")
-    search = search_section(output, drawing)
+    search = search_section(sweep, drawing) if sweep is not None else None
     # no value of a search is tried twice: its own section says which parameter mattered
     given = (ablation(groups), _settings(groups), _paired(groups), None if search else _effects(groups))
     tables = [table for table in given if table is not None and table.rows]
@@ -164,8 +165,8 @@ def _warnings(groups: Sequence[Group]) -> list[str]:
             warnings.append(f"The runs are of different {what}.")
     if len({str(start.get("git_commit")) for run in runs for start in run.starts}) > 1:
         warnings.append("The runs are of different commits.")
-    if len({bool(start.get("git_dirty")) for run in runs for start in run.starts}) > 1:
-        warnings.append("Some of the runs are of a checkout with changes, which commits do not name.")
+    if dirty := sum(any(start.get("git_dirty") for start in run.starts) for run in runs):
+        warnings.append(f"{dirty} of {len(runs)} runs are of a checkout with changes, which commits do not name.")
     for key, what in (("device", "devices"), ("precision", "precisions")):
         if len({str(start.get(key)) for run in runs for start in run.training_starts}) > 1:
             warnings.append(f"The runs are of different {what}.")

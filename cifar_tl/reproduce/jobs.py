@@ -14,20 +14,10 @@ from omegaconf.errors import OmegaConfBaseException
 from cifar_tl import cli
 from cifar_tl.errors import UserError, check_choice, check_int
 from cifar_tl.runs.folder import REPLACED, read_run
-from cifar_tl.runs.record import config_sha256, flat
+from cifar_tl.runs.record import IGNORED_KEYS, config_sha256, flat, matters
 from cifar_tl.runs.resume import LAST, run_lock
 
 PARTS = ("results", "ablation", "ladder", "scale")
-IGNORED_KEYS = (
-    "resume",
-    "logger",
-    "data.root",
-    "data.download",
-    "finetune.features_folder",
-    "trainer.log_every_n_steps",
-)
-"""Keys, or groups of keys, that change no result."""
-
 SHOWN_KEYS = ("model.weights", "model.filter_rms", "trainer.precision", "trainer.accelerator")
 """Keys whose values every table shows, so that runs that were passed other ones may be published."""
 
@@ -155,6 +145,10 @@ def unpublishable(jobs: Sequence[Job], folder: Path) -> list[str]:
             f"{missing}: not finished. ~PART.recipes.NAME leaves a recipe out, and its row as it is; "
             f"PART.more_seeds.NAME=[] its other seeds."
         )
+    if missing := ", ".join(job.name for job in jobs if job.evaluate and not _evaluated(job)):
+        reasons.append(
+            f"{missing}: not evaluated again, as the published rows are; without tables_only=true this is done."
+        )
     planned = {use: job for job in plan_jobs(cli.compose("reproduce"), [], folder) for use in job.uses}
     for job in jobs:
         named = next((planned[use] for use in job.uses if use in planned), None)
@@ -249,8 +243,7 @@ def _ablations() -> dict[str, list[str]]:
 def _related(config: Any) -> dict[str, Any]:
     """Return the values by dotted key that a result depends on; weights by their file's name."""
     values = flat(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]  # the root is a mapping
-    ignored = tuple(f"{key}." for key in IGNORED_KEYS)
-    related = {key: value for key, value in values.items() if not f"{key}.".startswith(ignored)}
+    related = {key: value for key, value in values.items() if matters(key)}
     if related.get("model.weights") is not None:
         related["model.weights"] = Path(related["model.weights"]).name
     return related

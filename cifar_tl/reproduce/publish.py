@@ -13,8 +13,9 @@ for what rows differ in, such as the device, which is a column.
 import csv
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from cifar_tl.errors import UserError, check_choice
 from cifar_tl.files import write_text
@@ -31,6 +32,9 @@ UNPUBLISHED = ("minutes",)
 RELATED = ("ablation",)
 """Tables whose rows are distances to one of them, so that rows of two measurements do not mix."""
 
+Cells = tuple[list[str], list[list[str]]]
+"""Head and rows of a table."""
+
 MARKED = re.compile(r"(?P<start><!-- table: (?P<what>[^>\n]+) -->\n).*?(?P<end><!-- /table -->)", re.DOTALL)
 
 
@@ -46,11 +50,11 @@ def publish(tables: Sequence[Path], checkout: Path) -> list[Path]:
         What was written.
 
     Raises:
-        UserError: `checkout` is none.
+        UserError: `checkout` is none, or a README asks for what a table has no more. Then nothing is written.
     """
     if not (checkout / "pyproject.toml").is_file():
         raise UserError(f"publish=true writes into a checkout of cifar_tl, and {checkout} is none.")
-    written = []
+    texts, new = {}, {}
     for table in tables:
         path = checkout / RESULTS / table.name
         head, rows = without(UNPUBLISHED, *read(table))
@@ -58,16 +62,16 @@ def publish(tables: Sequence[Path], checkout: Path) -> list[Path]:
             head, rows = merged(*read(path), head, rows)
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([head, *rows])
-        write_text(path, text.getvalue())
-        written.append(path)
+        texts[path], new[table.stem] = text.getvalue(), (head, rows)
     for document in (checkout / name for name in DOCUMENTS):
-        write_text(document, filled(document.read_text(encoding="utf-8"), checkout / RESULTS))
-        written.append(document)
-    return written
+        texts[document] = filled(document.read_text(encoding="utf-8"), checkout / RESULTS, new)
+    for path, content in texts.items():
+        write_text(path, content)
+    return list(texts)
 
 
-def filled(text: str, folder: Path) -> str:
-    """Return a README's text with every marked table as its CSV in `folder` has it.
+def filled(text: str, folder: Path, new: Mapping[str, Cells] = MappingProxyType({})) -> str:
+    """Return a README's text with every marked table as its CSV in `folder` has it, or as `new` has it, by name.
 
     Raises:
         UserError: A mark names a table, a row or a column that is not there.
@@ -76,8 +80,8 @@ def filled(text: str, folder: Path) -> str:
     def table(match: re.Match[str]) -> str:
         name, *chosen = (part.strip() for part in match["what"].split("|"))
         rows, columns = ([word.strip() for word in part.split(",") if word] for part in [*chosen, "", ""][:2])
-        files = {path.stem: path for path in folder.glob("*.csv")}
-        head, cells = read(files[check_choice("table", name, tuple(files))])
+        tables = {path.stem: read(path) for path in folder.glob("*.csv")} | dict(new)
+        head, cells = tables[check_choice("table", name, tuple(tables))]
         return match["start"] + markdown(head, cells, rows, columns) + match["end"]
 
     return MARKED.sub(table, text)
@@ -108,9 +112,7 @@ def markdown(head: list[str], rows: list[list[str]], labels: Sequence[str], colu
     return f"\n{body}\n\n{'; '.join(below)}.\n\n"
 
 
-def merged(
-    old_head: list[str], old_rows: list[list[str]], head: list[str], rows: list[list[str]]
-) -> tuple[list[str], list[list[str]]]:
+def merged(old_head: list[str], old_rows: list[list[str]], head: list[str], rows: list[list[str]]) -> Cells:
     """Return the old table with the new one's rows in the place of those with the same first cell, and others last.
 
     A column of the old one goes with the last row that it is for; `-` is where a row has no value.
@@ -123,13 +125,13 @@ def merged(
     return together, [[row.get(name, "-") for name in together] for row in {**old, **new}.values()]
 
 
-def without(names: Sequence[str], head: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+def without(names: Sequence[str], head: list[str], rows: list[list[str]]) -> Cells:
     """Return a table without the columns that have these names."""
     kept = [at for at, name in enumerate(head) if name not in names]
     return [head[at] for at in kept], [[row[at] for at in kept] for row in rows]
 
 
-def read(path: Path) -> tuple[list[str], list[list[str]]]:
+def read(path: Path) -> Cells:
     """Return the head and the rows of a CSV."""
     with path.open(newline="", encoding="utf-8") as file:
         head, *rows = csv.reader(file)

@@ -20,9 +20,10 @@ from cifar_tl.runs.predictions import (
     read_images,
     read_predictions,
 )
-from cifar_tl.runs.record import METRICS, TEST, faults, metrics_of_test, read_metrics
+from cifar_tl.runs.record import METRICS, TEST, faults, flat, metrics_of_test, read_metrics
 
 OVERRIDES = Path(".hydra") / "overrides.yaml"
+CONFIG = Path(".hydra") / "config.yaml"
 REPLACED = "replaced"
 """Folder of runs that cifar_tl.reproduce set aside for others of the same name."""
 
@@ -35,6 +36,7 @@ class Run:
         folder: The run's.
         metrics: What metrics.json holds, without values of the wrong type; empty if it cannot be read.
         overrides: What was typed, such as `seed=1`, without `resume=` and Hydra's own; None if that is not recorded.
+        config: Values by dotted key, interpolations as they are written; empty if that is not recorded.
         predictions: None if there are none.
         images: (height, width, 3), uint8, of some test images, by their index.
         problems: What is missing or damaged, in sentences.
@@ -43,6 +45,7 @@ class Run:
     folder: Path
     metrics: dict[str, Any] = field(default_factory=dict)
     overrides: list[str] | None = None
+    config: dict[str, Any] = field(default_factory=dict)
     predictions: Predictions | None = None
     images: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -146,6 +149,7 @@ def read_run(folder: Path) -> Run:
     except (ValueError, OSError) as error:
         run.problems.append(f"{METRICS} cannot be read ({error}): curves, times and what was run are missing.")
     run.overrides = read_overrides(folder)
+    run.config = _read_config(folder)
     try:
         run.predictions = read_predictions(folder)
     except FileNotFoundError:
@@ -183,6 +187,14 @@ def read_overrides(folder: Path) -> list[str] | None:
     if not isinstance(given, list):
         return None
     return [str(o) for o in given if not str(o).startswith(("resume=", "hydra.", "hydra/"))]
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return {}
+    return flat(config) if isinstance(config, dict) else {}
 
 
 def _check_agreement(run: Run) -> None:

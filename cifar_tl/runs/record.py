@@ -24,6 +24,16 @@ PER_EPOCH = ("train/loss", "train/acc", "val/loss", "val/acc", "val/ece", "lr/he
 TEST = ("acc", "acc_interval", "loss", "ece", "precision", "recall", "f1", "confusion")
 """Metrics of the test, under `test/`; the per-class ones are lists in the order of the classes."""
 
+IGNORED_KEYS = (
+    "resume",
+    "logger",
+    "data.root",
+    "data.download",
+    "finetune.features_folder",
+    "trainer.log_every_n_steps",
+)
+"""Keys of the config, or groups of keys, that change no result."""
+
 START = ("started", "git_commit", "git_dirty", "device", "threads", "precision", "changed")
 """Facts of each start of a run, by the epoch from which on they hold; a run has one more with every resume."""
 
@@ -205,6 +215,11 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             values[f"{prefix}{key}"] = value
     return values
+
+
+def matters(key: str) -> bool:
+    """Return whether a key of the config can change a result; see IGNORED_KEYS."""
+    return not f"{key}.".startswith(tuple(f"{ignored}." for ignored in IGNORED_KEYS))
 
 
 def config_sha256(config: Mapping[str, Any]) -> str:

@@ -21,6 +21,8 @@ from cifar_tl.runs.record import read_metrics
 LAST = Path("checkpoints") / "last.ckpt"
 LOCK = ".lock"
 SWEEP_FOLDER = "hydra.sweep.dir="
+MULTIRUN = "multirun.yaml"
+"""Of a sweep, in its folder: what Hydra was given."""
 JOURNAL = "study.journal"
 """Of a search, in the sweep's folder: Optuna's study."""
 HOW = ("hydra/launcher=", "hydra.launcher.", "hydra.sweeper.n_trials=", "hydra.sweeper.n_jobs=")
@@ -79,7 +81,7 @@ def with_overrides_of_resumed_run(arguments: list[str], outputs: Path = Path("ou
         return _sweep_arguments(arguments, _unquoted("resume", given[-1]))
     folder = _newest_run(outputs) if given[-1] == "last" else _unquoted("resume", given[-1])
     saved = folder / ".hydra" / "overrides.yaml"
-    if (folder / "multirun.yaml").is_file():
+    if (folder / MULTIRUN).is_file():
         raise UserError(f"resume={given[-1]}: {folder} is a sweep's folder. Add -m to go on with all its jobs.")
     if not saved.is_file():
         raise UserError(f"resume={given[-1]}: {folder} is no run's folder: it has no .hydra/overrides.yaml.")
@@ -110,8 +112,8 @@ def save_overrides(cfg: DictConfig, folder: Path) -> None:
 
 def _sweep_arguments(arguments: list[str], folder: Path) -> list[str]:
     """Return the arguments that go on with a sweep: each job is kept, continued or run, as its folder says."""
-    if not (folder / "multirun.yaml").is_file():
-        raise UserError(f"-m resume={folder}: {folder} is no sweep's folder: it has no multirun.yaml.")
+    if not (folder / MULTIRUN).is_file():
+        raise UserError(f"-m resume={folder}: {folder} is no sweep's folder: it has no {MULTIRUN}.")
     ours = [a for a in arguments if not a.startswith("resume=")]
     flags = [a for a in ours if a.startswith("-")]
     how = [a for a in ours if _is_about(HOW, a)]
@@ -137,7 +139,7 @@ def _sweep_arguments(arguments: list[str], folder: Path) -> list[str]:
 
 def _sweep_overrides(folder: Path) -> tuple[list[str], list[str]]:
     """Return the overrides that a sweep was started with: those of its jobs, and Hydra's own but for the folder."""
-    saved = yaml.safe_load((folder / "multirun.yaml").read_text(encoding="utf-8"))["hydra"]["overrides"]
+    saved = yaml.safe_load((folder / MULTIRUN).read_text(encoding="utf-8"))["hydra"]["overrides"]
     task = [a for a in saved["task"] if not a.startswith("resume=")]
     of_a_start = ("hydra.mode=", SWEEP_FOLDER, "hydra.run.", "hydra.output_subdir=")
     return task, [a for a in saved.get("hydra", []) if not a.startswith(of_a_start)]
@@ -167,7 +169,7 @@ def _unless_used_folder(arguments: list[str], multirun: bool) -> list[str]:
     if not given or "${" in given[-1] or not is_first_process():
         return arguments  # the processes of a run share its folder
     folder = _unquoted(key.removesuffix("="), given[-1])
-    if multirun and (folder / JOURNAL).is_file() and (folder / "multirun.yaml").is_file():
+    if multirun and (folder / JOURNAL).is_file() and (folder / MULTIRUN).is_file():
         ours = [a for a in arguments if not a.startswith("-") and not _is_about(("hydra.", "hydra/"), a)]
         theirs, _ = _sweep_overrides(folder)
         if sorted(a.replace("'", "") for a in ours) == sorted(a.replace("'", "") for a in theirs):

@@ -126,8 +126,27 @@ def test_several_folders_are_compared_where_they_meet_or_where_asked(tmp_path, c
     assert str(tmp_path / "there" / "sweep_report.md") in capsys.readouterr().out
 
 
+def test_some_runs_of_a_sweep_do_not_replace_its_comparison(sweep, capsys, no_run_pages):
+    (sweep / "multirun.yaml").touch()
+    assert main([str(sweep / "0"), str(sweep / "1")]) == 1
+    assert f"{sweep} has the comparison of all of its sweep's runs: give --output FOLDER" in capsys.readouterr().err
+    assert not (sweep / "sweep_report.html").exists()
+    assert main([str(sweep / "0"), str(sweep / "1"), "--output", str(sweep / "some")]) == 0
+    assert main([str(sweep)]) == 0
+
+
+def test_runs_of_an_edited_config_file_are_no_seeds_of_one_setting(tmp_path, no_run_pages):
+    for seed, lr in enumerate((0.1, 0.1, 0.2)):
+        run = make_run(tmp_path / str(seed), ["experiment=mine"], seed, 2.0 - 5 * lr)
+        config = {"seed": seed, "finetune": {"backbone_lr": lr}, "data": {"root": str(seed)}}
+        (run / ".hydra" / "config.yaml").write_text(json.dumps(config))
+    assert main([str(tmp_path)]) == 0
+    rows = list(csv.DictReader((tmp_path / "sweep_report.csv").read_text().splitlines()))
+    assert {(row["setting"], row["n"]) for row in rows} == {("backbone_lr=0.1", "2"), ("backbone_lr=0.2", "1")}
+
+
 def test_unfair_comparisons_are_named(tmp_path):
-    facts = ({"git_dirty": True, "device": "a"}, {"git_dirty": False, "device": "b", "precision": "16-mixed"})
+    facts = ({"git_dirty": True, "device": "a"}, {"git_dirty": True, "device": "b", "precision": "16-mixed"})
     runs = [
         str(make_run(tmp_path / str(i), ["x=1"], seed=3, status="failed", split_sha256=str(i), **those))
         for i, those in enumerate(facts)
@@ -136,7 +155,7 @@ def test_unfair_comparisons_are_named(tmp_path):
     page = (tmp_path / "sweep_report.html").read_text()
     assert "The runs are of different train/validation splits." in page
     assert "has a seed twice" in page
-    assert "Some of the runs are of a checkout with changes" in page
+    assert "2 of 2 runs are of a checkout with changes" in page
     assert "The runs are of different devices." in page
     assert "The runs are of different precisions." in page
 

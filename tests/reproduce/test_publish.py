@@ -98,6 +98,15 @@ def test_a_mark_that_names_what_is_not_there_is_an_error(checkout, mark, message
         filled(f"<!-- table: {mark} -->\n<!-- /table -->", checkout / RESULTS)
 
 
+def test_where_a_readme_asks_for_a_column_that_went_nothing_is_written(checkout, tmp_path_factory):
+    (checkout / "README.md").write_text("<!-- table: results | | config, flip TTA -->\n<!-- /table -->\n")
+    before = {path: path.read_text() for path in checkout.rglob("*.*")}
+    new = write(tmp_path_factory.mktemp("new") / "results.csv", HEAD, ["best32", "90.12", *ORIGIN])
+    with pytest.raises(UserError, match="column=flip TTA is not allowed"):
+        publish([new], checkout)
+    assert {path: path.read_text() for path in checkout.rglob("*.*")} == before
+
+
 def test_an_installed_copy_publishes_nothing(tmp_path):
     with pytest.raises(UserError, match="writes into a checkout"):
         publish([], tmp_path)

@@ -401,6 +401,19 @@ def test_what_the_tables_do_not_show_is_not_published(command, recipes):
     assert (recipes / "experiment" / "results" / "results.csv").read_text() == before
 
 
+def test_a_run_that_is_not_evaluated_is_not_published(command, recipes):
+    (recipes.parent / "pyproject.toml").touch()
+    (recipes.parent / "README.md").write_text("")
+    assert command("only=[results]", passed=PASSED[1:])[0] == 0
+    before = (recipes / "experiment" / "results" / "results.csv").read_text()
+    for path in Path().rglob("evaluation.json"):
+        path.unlink()
+    code, _, err = command("only=[results]", "tables_only=true", "publish=true", passed=PASSED[1:])
+    assert code == 1
+    assert f"{', '.join(RESULTS)}: not evaluated again, as the published rows are" in err
+    assert (recipes / "experiment" / "results" / "results.csv").read_text() == before
+
+
 def test_sigterm_reaches_the_run(tmp_path, monkeypatch):
     (tmp_path / "sleeper.py").write_text(
         "import pathlib, time\npathlib.Path('begun').touch()\ntime.sleep(100)\npathlib.Path('ended').touch()\n"
