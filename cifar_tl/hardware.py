@@ -148,13 +148,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def device_name(accelerator: str) -> str:
-    """Return the GPU's name, or the CPU's with its cores."""
+    """Return the GPU's name, or the CPU's with its cores; both where the GPU is part of it, as Apple's."""
     if accelerator == "cuda":
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    name = f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    return f"{name}, Apple GPU" if accelerator == "mps" else name
 
 
 def host_memory() -> int:

@@ -56,6 +56,7 @@ ROWS: dict[str, list[tuple[str, tuple[str, ...]]]] = {
         ("train", (*T, "finetune.optimizer=adamm")),
         ("train", (*T, "finetune.optimizer=sgd")),
         ("train", (*T, "finetune.batchnorm=frosen")),
+        ("train", (*T, "callbacks=early_stopping", "callbacks.early_stopping.monitor=val_acc")),
         ("train", (*T, "finetune.head_lr=-1")),
         ("train", (*T, "finetune.label_smoothing=1")),
         ("train", (*T, "finetune.cache_features=perhaps")),

@@ -1,5 +1,6 @@
 """Prediction: what each kind of file becomes in the table, hostile ones by name."""
 
+import codecs
 import csv
 import io
 import json
@@ -298,11 +299,11 @@ def test_an_archive_gives_what_its_files_give_sorted_by_path(run, rows, tmp_path
 
 
 @pytest.mark.parametrize("source", ["@list.txt", "@-"])
-@pytest.mark.parametrize("separator", [b"\n", b"\r\n", b"\0"])
-def test_a_list_of_paths_from_a_file_or_from_standard_input(command, tmp_path, monkeypatch, source, separator):
+@pytest.mark.parametrize(("mark", "separator"), [(b"", b"\n"), (codecs.BOM_UTF8, b"\r\n"), (b"", b"\0")])
+def test_a_list_of_paths_from_a_file_or_from_standard_input(command, tmp_path, monkeypatch, source, mark, separator):
     (tmp_path / "text" / "my photo (1).png").write_bytes(PNG)
     paths = (b"image.png", b"text", b"nowhere.png")
-    (tmp_path / "list.txt").write_bytes(separator.join(paths) + separator)
+    (tmp_path / "list.txt").write_bytes(mark + separator.join(paths) + separator)
     with (tmp_path / "list.txt").open() as stdin:
         monkeypatch.setattr("sys.stdin", stdin)
         assert command(f"input={source}", "output=table.csv")[0] == 0
@@ -470,6 +471,16 @@ def test_a_hard_link_to_a_name_that_is_not_utf8_has_a_row(command, tmp_path):
         archive.addfile(link)
     assert command("input=photos.tar", "output=table.csv")[0] == 0
     assert "hard link: its content is that of caf\\xe9.png" in Path("table.csv").read_text(encoding="utf-8")
+
+
+def test_the_log_of_an_image_whose_name_is_not_utf8_is_whole(command, tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    (tmp_path / name).write_bytes(PNG)
+    code, _, err = command(f"input={name}", "output=table.csv")
+    assert code == 0
+    assert "Logging error" not in err
+    (log,) = tmp_path.glob("outputs/predict/*/predict.log")
+    assert "caf\\udce9.png" in log.read_text(encoding="utf-8")
 
 
 def test_a_model_of_two_classes_gives_two_without_being_told(tmp_path, monkeypatch, tiny_checkpoint):

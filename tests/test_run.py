@@ -211,6 +211,14 @@ def test_epochs_without_a_number_are_never_the_best_by_naming_one_class(compose,
 
 
 @pytest.mark.slow
+def test_early_stopping_waits_for_the_unfreeze(compose, tmp_path):
+    patience = ("callbacks=early_stopping", "callbacks.early_stopping.patience=1", "finetune.unfreeze_at_epoch=3")
+    still = ("finetune.head_lr=0", "finetune.head_lr_unfrozen=0", "finetune.backbone_lr=0")
+    metrics = train(compose(*TINY, *patience, *still, "trainer.max_epochs=9"), tmp_path, "demo")
+    assert metrics["epoch"] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.slow
 def test_an_early_stop_has_its_own_reason(compose, tmp_path):
     stopping = ("callbacks=early_stopping", "+callbacks.early_stopping.stopping_threshold=0.0")
     metrics = train(compose(*TINY, *stopping, "finetune.unfreeze_at_epoch=null"), tmp_path, "demo")

@@ -1,10 +1,13 @@
-"""Early stopping that a resumed run neither forgets nor is stuck with."""
+"""Early stopping that waits for the unfreeze, and that a resumed run neither forgets nor is stuck with."""
 
 import logging
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import early_stopping
+
+from cifar_tl.errors import check_choice
+from cifar_tl.runs.record import PER_EPOCH
 
 log = logging.getLogger(__name__)
 
@@ -14,14 +17,29 @@ class EarlyStopping(early_stopping.EarlyStopping):
 
     Lightning's own forgets on a resume that it has stopped, trains another epoch, and takes the patience of the
     checkpoint instead of the config's.
+
+    Args:
+        monitor: One of PER_EPOCH.
+        start_epoch: Earlier epochs are not looked at: a head that has stopped improving says nothing about what
+            fine-tuning will do. None for 0.
+        kwargs: Lightning's.
     """
+
+    def __init__(self, monitor: str, start_epoch: int | None = None, **kwargs: Any) -> None:
+        super().__init__(monitor, **kwargs)
+        self.start_epoch = start_epoch or 0
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the state, but for the patience, which is the config's."""
         super().load_state_dict({**state_dict, "patience": self.patience})
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """End the training before it starts, if it had been ended and patience is no longer than it was."""
+        """End the training before it starts, if it had been ended and patience is no longer than it was.
+
+        Raises:
+            UserError: `monitor` is not measured.
+        """
+        check_choice("callbacks.early_stopping.monitor", self.monitor, PER_EPOCH)
         reasons = early_stopping.EarlyStoppingReason
         if self.stopping_reason is reasons.PATIENCE_EXHAUSTED and self.wait_count < self.patience:
             self.stopping_reason, self.stopping_reason_message, self.stopped_epoch = reasons.NOT_STOPPED, None, 0
@@ -31,3 +49,13 @@ class EarlyStopping(early_stopping.EarlyStopping):
                 longer = "more patience or " if self.stopping_reason is reasons.PATIENCE_EXHAUSTED else ""
                 said = (self.stopping_reason_message or "").rstrip(".")
                 log.info("stopped    early, before it was resumed: %s. With %scallbacks=none it goes on.", said, longer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look at the epoch, if it counts."""
+        if trainer.current_epoch >= self.start_epoch:
+            super().on_validation_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look at the epoch, if it counts."""
+        if trainer.current_epoch >= self.start_epoch:
+            super().on_train_epoch_end(trainer, pl_module)

@@ -39,11 +39,15 @@ HPARAMS = (
     "augment.flip",
     "augment.crop_padding",
     "model.weights",
+    "model.filter_rms",
+    "model.upscale",
     "model.head",
     "model.dropout",
     "finetune.unfreeze_at_epoch",
     "finetune.stage_epochs",
+    "finetune.progressive_resizing",
     "finetune.head_lr",
+    "finetune.head_lr_unfrozen",
     "finetune.backbone_lr",
     "finetune.schedule",
     "finetune.warmup_epochs",
@@ -52,6 +56,7 @@ HPARAMS = (
     "finetune.weight_decay",
     "finetune.label_smoothing",
     "trainer.max_epochs",
+    "trainer.precision",
 )
 """The keys of the config that the HParams page has; all of them would make it unreadable."""
 

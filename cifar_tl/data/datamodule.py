@@ -190,8 +190,9 @@ class CIFAR10DataModule(L.LightningDataModule):
         missing = check_every_class_trains(self.classes, targets, train, val, self.val_size, self.limit)
         if missing:
             log.warning(
-                "warning: data.val_size=%d leaves no validation image of %s: validation says nothing about %s.",
-                len(val),
+                "warning: data.val_size=%d%s leaves no validation image of %s: validation says nothing about %s.",
+                self.val_size,
+                "" if self.limit is None else f" with data.limit={self.limit}",
                 ", ".join(missing),
                 "it" if len(missing) == 1 else "them",
             )

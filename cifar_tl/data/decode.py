@@ -55,11 +55,13 @@ class Decoded:
         pixels: (3, 32, 32), RGB.
         size: Width and height in the file.
         notes: What had to be done to get there, apart from resizing.
+        guessed_bits: How many bits of grey were taken to be used, where the file does not say it; 0 where it does.
     """
 
     pixels: NDArray[np.uint8]
     size: tuple[int, int]
     notes: tuple[str, ...]
+    guessed_bits: int = 0
 
     @property
     def resized(self) -> bool:
@@ -85,7 +87,7 @@ def decode(file: Path | BinaryIO) -> Decoded:
             size = image.size  # from the header: nothing is decoded yet
             if size[0] * size[1] > MAX_PIXELS:
                 raise UnreadableImage(_too_large(f"{size[0]}x{size[1]}"))
-            rgb, notes = _rgb(image)
+            rgb, notes, guessed_bits = _rgb(image)
         if rgb.size != (SIZE, SIZE):
             rgb = rgb.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     except (UnreadableImage, MemoryError):
@@ -96,14 +98,14 @@ def decode(file: Path | BinaryIO) -> Decoded:
         raise _no_image(file) from error
     except Exception as error:  # hostile files make decoders raise nearly anything: struct.error, SyntaxError, ...
         raise UnreadableImage(f"broken image: {first_line(error)}") from error
-    return Decoded(np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1)), size, tuple(notes))
+    return Decoded(np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1)), size, tuple(notes), guessed_bits)
 
 
 def _too_large(size: str) -> str:
     return f"too large: {size}, more than {MAX_PIXELS:,} pixels (a decompression bomb?)"
 
 
-def _no_image(file: Path | BinaryIO) -> NoImage:
+def _no_image(file: Path | BinaryIO) -> UnreadableImage:
     """Say what a file is that PIL does not know, or may not open."""
     try:
         if isinstance(file, Path):
@@ -117,6 +119,8 @@ def _no_image(file: Path | BinaryIO) -> NoImage:
     kind = _kind(start)
     if kind in ("HEIC", "AVIF", "JPEG XL"):
         return NoImage(f"{kind}, which cannot be decoded here: convert it to JPEG or PNG", kind)
+    if kind in FORMATS:
+        return UnreadableImage(f"broken {kind}, or one of a kind that is not decoded here: convert it to 8 bits")
     if kind:
         return NoImage(f"{kind}, no image: its content is none of {', '.join(FORMATS)}", kind)
     return NoImage(f"no image: its content is none of {', '.join(FORMATS)}" if start else "empty: 0 bytes")
@@ -131,6 +135,12 @@ def _kind(start: bytes) -> str:
         return "AVIF" if brand in (b"avif", b"avis") else "video"
     if start.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
         return "JPEG XL"
+    if start.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if start.startswith(b"\x89PNG\r\n"):
+        return "PNG"
+    if start.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return "TIFF"
     if start.startswith(b"%PDF"):
         return "PDF"
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
@@ -147,11 +157,11 @@ def _upright(image: Image.Image) -> tuple[Image.Image, list[str]]:
         return image, ["EXIF data broken, not turned"]
 
 
-def _rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
-    """Return an 8-bit RGB image of any size, and notes about what was done."""
+def _rgb(image: Image.Image) -> tuple[Image.Image, list[str], int]:
+    """Return an 8-bit RGB image of any size, notes about what was done, and the bits that were guessed."""
     notes = ["first frame of several"] if getattr(image, "is_animated", False) else []
     image.load()
-    highest, how = _highest_value(image)
+    highest, how, guessed_bits = _highest_value(image)
     # PIL turns such values over at 1 to 8 bits, and leaves 16 as they are
     white_is_zero = getattr(image, "tag_v2", {}).get(TIFF_PHOTOMETRIC) == 0
     image, turned = _upright(image)
@@ -159,18 +169,18 @@ def _rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
     if highest:  # convert() would clip at 255 instead of scaling
         values = np.asarray(image).astype(np.float32) * (255 / highest)
         grey = (255 - values if white_is_zero else values).round().clip(0, 255).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB"), [*notes, how]
+        return Image.fromarray(grey).convert("RGB"), [*notes, how], guessed_bits
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB"), [*notes, "transparency over white"]
+        return Image.alpha_composite(white, rgba).convert("RGB"), [*notes, "transparency over white"], 0
     if image.mode == "CMYK":
         notes.append("CMYK converted without its colour profile")
-    return image.convert("RGB"), notes
+    return image.convert("RGB"), notes, 0
 
 
-def _highest_value(image: Image.Image) -> tuple[int, str]:
-    """Return which value of a grey image of more than 8 bits is white, and a note; 0 for other images.
+def _highest_value(image: Image.Image) -> tuple[int, str, int]:
+    """Return which value of a grey image of more than 8 bits is white, a note, and the guessed bits; 0 for others.
 
     PNG's values fill 16 bits, and PIL has scaled PGM's to them. A TIFF says how many bits its values have room for,
     rarely how many they use: 10, 12 and 14 bits of cameras, microscopes and scanners come in 16.
@@ -182,22 +192,24 @@ def _highest_value(image: Image.Image) -> tuple[int, str]:
         raise UnreadableImage("floating-point pixels: what is white is unknown, convert it to 8 bits")
     tags = getattr(image, "tag_v2", {})
     bits = max(np.atleast_1d(tags.get(TIFF_BITS_PER_SAMPLE, 8)))
-    if image.mode == "RGB" and bits > 8 and np.asarray(image).max() < 64:  # PIL has kept the upper 8 of 16 bits
+    colours = image.mode in ("RGB", "RGBA")
+    if colours and bits > 8 and np.asarray(image)[..., :3].max() < 64:  # PIL has kept the upper 8 of 16 bits
         raise UnreadableImage("16-bit colours of which fewer bits are used, or all but black: convert it to 8 bits")
     if image.mode == "I" and image.format not in ("PNG", "PPM"):
         raise UnreadableImage("signed or 32-bit integers as pixels: what is white is unknown, convert it to 8 bits")
     if image.mode != "I" and not image.mode.startswith("I;16"):
-        return 0, ""
+        return 0, "", 0
     if image.format != "TIFF":
-        return 65535, "16-bit grey scaled to 8 bits"
+        return 65535, "16-bit grey scaled to 8 bits", 0
     stated = int(max(np.atleast_1d(tags.get(TIFF_MAX_SAMPLE_VALUE, 0))))
     used = int(np.asarray(image).max())
     if used <= stated <= 65535:
-        return stated, f"grey of 0 to {stated}, as its tags say, scaled to 8 bits"
-    if bits == 16:
+        return stated, f"grey of 0 to {stated}, as its tags say, scaled to 8 bits", 0
+    guessed = bits == 16
+    if guessed:
         bits = next(bits for bits in (8, 10, 12, 14, 16) if used < 2**bits)
     words = f"{bits}-bit grey" if bits == 16 else f"grey of at most {used} taken for {bits}-bit,"
-    return 2**bits - 1, f"{words} scaled to 8 bits"
+    return 2**bits - 1, f"{words} scaled to 8 bits", bits if guessed else 0
 
 
 def default_threads() -> int:

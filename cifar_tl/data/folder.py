@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,7 @@ class Reading:
         resized: Whether the image was of another size.
         left_out: What a file is that does not claim to be an image, such as `.txt` or `HEIC`; empty for images.
         problem: Why there are no pixels; empty if there are, or if the file is left out.
+        guessed_bits: See Decoded.
     """
 
     pixels: NDArray[np.uint8] | None = None
@@ -47,6 +48,7 @@ class Reading:
     resized: bool = False
     left_out: str = ""
     problem: str = ""
+    guessed_bits: int = 0
 
 
 class ImageFolders:
@@ -151,7 +153,14 @@ class ImageFolders:
         problems: dict[Path, str] = {}
         skipped: Counter[str] = Counter()
         left_out: Counter[str] = Counter()
-        result = {split: self._read(split, problems, skipped, left_out) for split in splits}
+        guessed_bits: Counter[str] = Counter()
+        result = {split: self._read(split, problems, skipped, left_out, guessed_bits) for split in splits}
+        if len(guessed_bits) > 1:
+            log.warning(
+                "warning: grey TIFFs do not say how many of their 16 bits they use, and each one's brightest pixel was "
+                "taken as a sign (%s): if they are of one kind, their brightness differs now. Convert them to 8 bits.",
+                counts_text(guessed_bits),
+            )
         if skipped:
             log.info("skipped    %s", skipped_text(skipped))
         if left_out:
@@ -165,9 +174,14 @@ class ImageFolders:
         return str(self._files[split][index].relative_to(self.root))
 
     def _read(
-        self, split: str, problems: dict[Path, str], skipped: Counter[str], left_out: Counter[str]
+        self,
+        split: str,
+        problems: dict[Path, str],
+        skipped: Counter[str],
+        left_out: Counter[str],
+        guessed_bits: Counter[str],
     ) -> tuple[Tensor | LazyImages, Tensor]:
-        """Read a split; add what is wrong, skipped and left out to what is given."""
+        """Read a split; add what is wrong, skipped, left out and guessed to what is given."""
         start = time.perf_counter()
         candidates: list[Path] = []
         labels: list[int] = []
@@ -189,6 +203,8 @@ class ImageFolders:
         for path, label, reading in zip(candidates, labels, readings, strict=True):
             if reading.left_out:
                 others[label][reading.left_out] += 1
+            if reading.guessed_bits:
+                guessed_bits[f"{reading.guessed_bits}-bit"] += 1
             if reading.problem:
                 problems[path] = reading.problem
         targets = torch.tensor([labels[at] for at in kept], dtype=torch.int64)
@@ -249,7 +265,7 @@ def _read_in_workers(files: Sequence[Path], workers: int) -> Iterator[Reading]:
 
 
 def _read_without_pixels(files: Sequence[Path]) -> list[Reading]:
-    return [Reading(None, r.digest, r.resized, r.left_out, r.problem) for r in map(read, files)]
+    return [replace(reading, pixels=None) for reading in map(read, files)]
 
 
 def read(path: Path) -> Reading:
@@ -268,7 +284,8 @@ def read(path: Path) -> Reading:
         return Reading(problem="too large for the memory of this machine")
     except OSError as error:
         return Reading(problem=f"cannot be read: {error.strerror or error}")
-    return Reading(decoded.pixels, image_digest(decoded.pixels), decoded.resized)
+    digest = image_digest(decoded.pixels)
+    return Reading(decoded.pixels, digest, decoded.resized, guessed_bits=decoded.guessed_bits)
 
 
 def read_pixels(path: Path) -> NDArray[np.uint8]:

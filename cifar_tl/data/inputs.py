@@ -1,5 +1,6 @@
 """The files of an image, a folder or an archive, one by one, with limits: nothing is extracted to disk."""
 
+import codecs
 import lzma
 import os
 import stat
@@ -124,6 +125,7 @@ def _listed(source: Path) -> list[Path]:
             f"input={source}: the list {path} cannot be read: {error.strerror or error}. It should be a text file with "
             f"a path per line, or - for standard input."
         ) from error
+    content = content.removeprefix(codecs.BOM_UTF8)  # of editors on Windows
     lines = content.split(b"\0") if b"\0" in content else content.splitlines()
     return [Path(os.fsdecode(line)) for line in lines if line.strip()]
 

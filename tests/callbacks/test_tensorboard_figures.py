@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from omegaconf import OmegaConf
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
 from torchmetrics.functional import classification as theirs
 
+from cifar_tl import cli
 from cifar_tl.build import build_datamodule, build_module
 from cifar_tl.callbacks import tensorboard_figures as inspection
 from cifar_tl.callbacks.projector import evaluating, principal_components, sprite
@@ -239,6 +241,15 @@ def test_sprite_is_row_by_row():
     square = sprite(images)
     assert square.shape == (6, 6, 3)
     assert square[::2, ::2, 0].tolist() == [[0, 1, 2], [3, 4, 0], [0, 0, 0]]
+
+
+def test_hparams_tell_recipes_and_the_jobs_of_shipped_sweeps_apart(compose):
+    recipes = [*("best32", "best64", "best96", "hires", "progressive", "long32"), "seed_baseline"]
+    rows = [hparam_values(OmegaConf.to_container(compose(f"experiment={name}"))) for name in recipes]
+    assert len({tuple(row.items()) for row in rows}) == len(recipes)
+    for path in (cli.conf_folder() / "sweep").glob("*.yaml"):
+        swept = OmegaConf.load(path).get("hydra", {}).get("sweeper", {}).get("params", {}) or {}
+        assert {key for key in swept if "." in key} <= set(inspection.HPARAMS), path
 
 
 def test_hparam_values_are_flat_and_plain():

@@ -104,6 +104,12 @@ def test_a_class_without_validation_images_is_warned_of(fitted, tmp_path, caplog
     assert "warning: data.val_size=9 leaves no validation image of rare1, rare2" in caplog.text
 
 
+def test_the_value_that_is_warned_of_is_the_one_that_was_given(fitted, tmp_path, caplog):
+    root = write(tmp_path, {"big": 500, "also": 500, "rare": 8}, {"big": 2, "also": 1, "rare": 1})
+    fitted(root, "data.val_size=300", "data.limit=80")
+    assert "warning: data.val_size=300 with data.limit=80 leaves no validation image of rare" in caplog.text
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_test_images_that_are_training_images_are_counted_with_an_example(fitted, tmp_path, caplog, workers):
     root = write(tmp_path, {"cat": 6, "dog": 6}, {"cat": 3, "dog": 3})

@@ -1,6 +1,7 @@
 """One image of every kind, as 32x32 RGB."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -88,6 +89,53 @@ def test_a_16_bit_tiff_in_which_0_is_white_shows_the_same_picture():
 def test_pixels_of_unknown_range_are_refused_in_true_words(image, said):
     with pytest.raises(UnreadableImage, match=f"{said}.*convert it to 8 bits"):
         decode(encoded(image, "TIFF"))
+
+
+def tiff(pixels, samples, bits, *more):
+    """Return an uncompressed TIFF of kinds that PIL does not write: pixels are (height, width, samples)."""
+    height, width = pixels.shape[:2]
+    content = pixels.tobytes()
+    entries = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, samples, 8 if samples > 2 else bits), (259, 3, 1, 1)]
+    entries += [(262, 3, 1, 2 if samples > 2 else 1), (273, 4, 1, 16), (277, 3, 1, samples), (278, 3, 1, height)]
+    entries += [(279, 4, 1, len(content)), *more]
+    directory = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
+    return io.BytesIO(b"II*\0" + struct.pack("<I4H", 16 + len(content), *[bits] * 4) + content + directory)
+
+
+def with_alpha(values):
+    pixels = np.stack([values] * 3 + [np.full_like(values, 65535)], axis=-1).astype("<u2")
+    return tiff(pixels, 4, 16, (338, 3, 1, 2))
+
+
+def test_16_bit_colours_of_which_fewer_are_used_are_refused_with_alpha_too():
+    expected = decode(encoded(Image.fromarray((RAMP / 257).round().astype(np.uint8)), "PNG"))
+    assert abs(decode(with_alpha(RAMP)).pixels.astype(int) - expected.pixels).max() <= 1
+    with pytest.raises(UnreadableImage, match="16-bit colours of which fewer bits are used"):
+        decode(with_alpha(RAMP >> 4))
+
+
+def test_a_hot_pixel_changes_how_many_bits_are_guessed_and_this_is_said():
+    dim = np.full((32, 32), 500, dtype=np.uint16)
+    dim[0, 0] = 1023
+    hot = dim.copy()
+    hot[0, 0] = 1024
+    assert [decode(encoded(Image.fromarray(values), "TIFF")).guessed_bits for values in (dim, hot)] == [10, 12]
+    assert decode(encoded(Image.fromarray(dim), "PNG")).guessed_bits == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (tiff(np.zeros((8, 8, 1), dtype="<f8"), 1, 64, (339, 3, 1, 3)).getvalue(), "TIFF"),
+        (encoded(UPRIGHT, "PNG").getvalue()[:33], "PNG"),
+        (encoded(UPRIGHT, "JPEG").getvalue()[:20], "JPEG"),
+    ],
+    ids=["TIFF of 64-bit floats", "PNG", "JPEG"],
+)
+def test_an_image_that_cannot_be_decoded_is_not_called_something_else(content, kind):
+    with pytest.raises(UnreadableImage, match=f"broken {kind}, or one of a kind that is not decoded") as raised:
+        decode(io.BytesIO(content))
+    assert not isinstance(raised.value, NoImage)
 
 
 @pytest.mark.skipif("AVIF" not in FORMATS, reason="this Pillow reads no AVIF")

@@ -77,6 +77,20 @@ def test_images_are_told_by_content_and_what_is_none_is_left_out_and_counted(roo
     assert "left out   4 files without an image in them: .txt 2, HEIC 1, beside the class folders 1" in caplog.text
 
 
+def test_grey_tiffs_that_seem_to_use_different_bits_are_named(root, caplog):
+    for number, brightest in enumerate((1000, 1000, 4000)):
+        values = np.full((32, 32), 500, dtype=np.uint16)
+        values[0, 0] = brightest
+        Image.fromarray(values).save(root / "train" / "cat" / f"{number}.tif")
+        if number == 1:
+            ImageFolders(root, workers=0).read(["train"])
+            assert "brightest" not in caplog.text
+    for workers in (0, 1):
+        caplog.clear()
+        ImageFolders(root, workers=workers).read(["train"])
+        assert "each one's brightest pixel was taken as a sign (10-bit 2, 12-bit 1)" in caplog.text
+
+
 def test_links_are_followed_and_loops_end(root, caplog):
     save(root / "elsewhere" / "2.png")
     (root / "train" / "dog" / "linked").symlink_to(root / "elsewhere")
