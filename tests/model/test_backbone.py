@@ -79,15 +79,15 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
         load_weights(Backbone(upscale=1), str(tmp_path / "resnet18.pth"), filter_rms=None)
 
 
-def of_before_torch_0_4_1(state):
-    """Return a state dict as torchvision's IMAGENET1K_V1 has it: BatchNorm did not count batches yet."""
-    return {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+def of_before_torch_0_4_1(model):
+    """Return a state dict as torchvision's IMAGENET1K_V1 is: parameters as such, and no count of BatchNorm's batches."""
+    return {k: v for k, v in model.state_dict(keep_vars=True).items() if not k.endswith("num_batches_tracked")}
 
 
 @pytest.mark.parametrize("version", [None, 2])
 def test_weights_from_before_batchnorm_counted_its_batches_are_read(tmp_path, version):
     source = resnet50()
-    state = OrderedDict(of_before_torch_0_4_1(source.state_dict()))
+    state = OrderedDict(of_before_torch_0_4_1(source))
     if version:
         state._metadata = {"bn1": {"version": version}}
     torch.save(state, tmp_path / "w.pth")
@@ -133,7 +133,7 @@ def test_torchvisions_weights_are_fetched_once_and_their_hash_is_checked(tmp_pat
 
     def fetch(url, path, hash_prefix, progress):
         fetched.append((url.rpartition("/")[2], hash_prefix))
-        torch.save(of_before_torch_0_4_1(source.state_dict()), path)
+        torch.save(of_before_torch_0_4_1(source), path)
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
     for _ in range(2):
