@@ -483,6 +483,12 @@ def test_the_log_of_an_image_whose_name_is_not_utf8_is_whole(command, tmp_path):
     assert "caf\\udce9.png" in log.read_text(encoding="utf-8")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a log that nothing writes to
+def test_hydras_own_ways_of_logging_are_there(command):
+    for logging in ("stdout", "disabled"):
+        assert command("input=image.png", f"output={logging}.csv", f"hydra/job_logging={logging}")[0] == 0
+
+
 def test_a_model_of_two_classes_gives_two_without_being_told(tmp_path, monkeypatch, tiny_checkpoint):
     trained = load_trained(tiny_checkpoint)
     two = ResNet50Classifier(**{**trained.module.hparams, "classes": ["cat", "dog"]})

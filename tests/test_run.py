@@ -213,7 +213,7 @@ def test_epochs_without_a_number_are_never_the_best_by_naming_one_class(compose,
 @pytest.mark.slow
 def test_early_stopping_waits_for_the_unfreeze(compose, tmp_path):
     patience = ("callbacks=early_stopping", "callbacks.early_stopping.patience=1", "finetune.unfreeze_at_epoch=3")
-    still = ("finetune.head_lr=0", "finetune.head_lr_unfrozen=0", "finetune.backbone_lr=0")
+    still = ("finetune.batchnorm=frozen", "finetune.head_lr=0", "finetune.head_lr_unfrozen=0", "finetune.backbone_lr=0")
     metrics = train(compose(*TINY, *patience, *still, "trainer.max_epochs=9"), tmp_path, "demo")
     assert metrics["epoch"] == [0, 1, 2, 3, 4]
 

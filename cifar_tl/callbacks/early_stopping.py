@@ -6,8 +6,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import early_stopping
 
-from cifar_tl.errors import check_choice
-from cifar_tl.runs.record import PER_EPOCH
+from cifar_tl.errors import UserError, suggest
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +18,7 @@ class EarlyStopping(early_stopping.EarlyStopping):
     checkpoint instead of the config's.
 
     Args:
-        monitor: One of PER_EPOCH.
+        monitor: A metric's name, as it is logged.
         start_epoch: Earlier epochs are not looked at: a head that has stopped improving says nothing about what
             fine-tuning will do. None for 0.
         kwargs: Lightning's.
@@ -34,12 +33,7 @@ class EarlyStopping(early_stopping.EarlyStopping):
         super().load_state_dict({**state_dict, "patience": self.patience})
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """End the training before it starts, if it had been ended and patience is no longer than it was.
-
-        Raises:
-            UserError: `monitor` is not measured.
-        """
-        check_choice("callbacks.early_stopping.monitor", self.monitor, PER_EPOCH)
+        """End the training before it starts, if it had been ended and patience is no longer than it was."""
         reasons = early_stopping.EarlyStoppingReason
         if self.stopping_reason is reasons.PATIENCE_EXHAUSTED and self.wait_count < self.patience:
             self.stopping_reason, self.stopping_reason_message, self.stopped_epoch = reasons.NOT_STOPPED, None, 0
@@ -56,6 +50,17 @@ class EarlyStopping(early_stopping.EarlyStopping):
             super().on_validation_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look at the epoch, if it counts."""
+        """Look at the epoch, if it counts.
+
+        Raises:
+            UserError: `monitor` is not measured; already where the epoch does not count.
+        """
+        measured = [name for name in trainer.callback_metrics if not name.endswith("_step")]
+        if self.monitor not in measured and any(name.startswith("val/") for name in measured):
+            shown = ", ".join(name for name in measured if name.count("/") == 1)
+            raise UserError(
+                f"EarlyStopping's monitor={self.monitor} is not measured: choose {shown}, or val/recall/CLASS and the "
+                f"like.{suggest(self.monitor, measured)}"
+            )
         if trainer.current_epoch >= self.start_epoch:
             super().on_train_epoch_end(trainer, pl_module)

@@ -34,16 +34,17 @@ class FreezeViolationError(UserError):
 class FreezeGuard(L.Callback):
     """Compare the model before and after the first steps of each phase with what the phase says should have changed.
 
-    What should train must have had gradients and have changed, a bias or weight excepted whose layer's other parameter
-    has: the bias in front of a BatchNorm layer that trains cannot move. What of the backbone should not train must be
-    bit-identical, BatchNorm's running statistics included. What else there is, a head's BatchNorm for one, or other
+    What should train must have had gradients and have changed. It is enough if another parameter of the same layer has
+    changed, for the bias in front of a BatchNorm layer that trains cannot. What of the backbone should not train must
+    be bit-identical, BatchNorm's running statistics included. What else there is, a head's BatchNorm for one, or other
     buffers of a backbone that trains, may move as it likes. The expectation comes from the epoch alone, never from the
     flags that the freezing code sets. A resumed run is checked where it resumes, too.
 
     The comparison is made after CHECKED_STEPS, and ends the run where something frozen has moved, or where the whole
     head or backbone has no gradient. Less than that, such as a warm-up's first steps that are too small for float32, or
     a part of the head that is used later, has until the end of the epoch, and what an optimizer has that takes no step
-    in it, until the epoch in which it does. Steps that a GradScaler skips under 16-mixed do not count.
+    in it, until the epoch in which it does, or the end of the phase. Steps that a GradScaler skips under 16-mixed do
+    not count.
 
     Args:
         unfreeze_at_epoch: As given to BackboneUnfreeze.
@@ -102,7 +103,8 @@ class FreezeGuard(L.Callback):
 
     def _note_gradients(self, module: L.LightningModule) -> None:
         if self._before:
-            unseen = ((n, p) for n, p in module.named_parameters() if n not in self._had_gradient)
+            named = module.named_parameters(remove_duplicate=False)  # a module may have two names
+            unseen = ((n, p) for n, p in named if n not in self._had_gradient)
             self._had_gradient |= {n for n, p in unseen if p.grad is not None and p.grad.any()}
 
     def expected_to_change(self, module: L.LightningModule, epoch: int) -> set[str]:
@@ -149,7 +151,7 @@ class FreezeGuard(L.Callback):
         where = f"epoch {epoch}, phase '{self.phases.at(epoch).name}', after {steps} steps"
         optimizers = {id(p): (o, g["lr"]) for o in trainer.optimizers for g in o.param_groups for p in g["params"]}
         expected = self.expected_to_change(pl_module, epoch)
-        parameters = {n: p for n, p in pl_module.named_parameters() if n in expected}
+        parameters = {n: p for n, p in pl_module.named_parameters(remove_duplicate=False) if n in expected}
         changed = {n for n, t in pl_module.state_dict().items() if not torch.equal(t, self._before[n])}
         if moved := (self._watched(pl_module, epoch) - expected) & changed:
             raise FreezeViolationError(
@@ -170,7 +172,8 @@ class FreezeGuard(L.Callback):
             if n not in parameters or (optimizers[id(parameters[n])][1] != 0 and _layer(n) not in layers)
         }
         if trainer.is_last_batch:
-            judged = expected - {n for n, count in taken.items() if count is None}
+            waiting = {n for n, count in taken.items() if count is None}
+            judged = expected - (waiting if epoch + 1 < self.phases.at(epoch).end else set())
         else:
             ready = {n for n in without_gradient if (taken[n] or 0) >= CHECKED_STEPS}
             parts = [{n for n in parameters if n.startswith(part)} for part in ("backbone.", "head.")]

@@ -119,8 +119,10 @@ def _no_image(file: Path | BinaryIO) -> UnreadableImage:
     kind = _kind(start)
     if kind in ("HEIC", "AVIF", "JPEG XL"):
         return NoImage(f"{kind}, which cannot be decoded here: convert it to JPEG or PNG", kind)
-    if kind in FORMATS:
-        return UnreadableImage(f"broken {kind}, or one of a kind that is not decoded here: convert it to 8 bits")
+    if kind in ("PNG", "JPEG"):
+        return UnreadableImage(f"broken {kind}")
+    if kind == "TIFF":
+        return NoImage("TIFF that is broken, or of a kind that is not decoded here: convert it to 8 bits", kind)
     if kind:
         return NoImage(f"{kind}, no image: its content is none of {', '.join(FORMATS)}", kind)
     return NoImage(f"no image: its content is none of {', '.join(FORMATS)}" if start else "empty: 0 bytes")

@@ -41,7 +41,8 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     for at, overrides in enumerate(given):
         alike.setdefault(_settings(overrides), []).append(at)
     for at, key in [(at, key) for same in alike.values() for key in _edited(runs, same) for at in same]:
-        given[at][key] = str(runs[at].config.get(key, "not recorded"))
+        value = runs[at].config.get(key) if runs[at].config else "not recorded"
+        given[at][key] = "null" if value is None else str(value)
     keys = dict.fromkeys(key for overrides in given for key in overrides if key != "seed")
     differing = [key for key in keys if len({overrides.get(key) for overrides in given}) > 1]
     last = [key.rsplit(".", 1)[-1] for key in differing]
@@ -225,13 +226,20 @@ def _settings(overrides: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
 
 
 def _edited(runs: Sequence[Run], same: Sequence[int]) -> list[str]:
-    """Return the keys of the config, but for the seed, whose values differ although the same was typed.
+    """Return the keys of the config whose values differ although the same was typed, and not because jobs take turns.
 
-    Keys that some runs lack are those of another version, where all have the default.
+    A key that some runs lack counts in `trainer` and `callbacks`, to which files may add keys; elsewhere it is another
+    version's, and all have its default.
     """
     configs = [runs[at].config for at in same if runs[at].config]
-    shared = set(configs[0]).intersection(*configs[1:]) - {"seed"} if configs else set()
-    return sorted(key for key in shared if matters(key) and any(c[key] != configs[0][key] for c in configs))
+    found = {key for config in configs for key in config} - {"seed", "trainer.devices"}
+    return sorted(
+        key
+        for key in found
+        if matters(key)
+        and (key.startswith(("trainer.", "callbacks.")) or all(key in config for config in configs))
+        and any(config.get(key) != configs[0].get(key) for config in configs)
+    )
 
 
 def _by_key(overrides: Sequence[str]) -> dict[str, str]:

@@ -261,6 +261,30 @@ def test_a_part_whose_optimizer_steps_late_is_waited_for(tmp_path, batches):
     assert not guard._before, "the comparison is still to come"
 
 
+def test_a_part_whose_optimizer_never_steps_is_caught_at_the_end_of_the_phase(tmp_path):
+    with pytest.raises(FreezeViolationError, match=r"epoch 2, phase 'fine-tune'.*0.bias.*should train but did"):
+        fit(InTurn(), [BackboneUnfreeze(1, head_lr=0.1, backbone_lr=0.1), FreezeGuard(1)], 3, tmp_path, batch_size=4)
+
+
+def test_a_module_may_be_registered_under_two_names(tmp_path):
+    class Alias(InTurn):
+        def __init__(self):
+            super().__init__()
+            backbone, head = self.backbone, self.head
+            del self.backbone, self.head
+            self.model = nn.Sequential(backbone, head)
+            self.backbone, self.head = backbone, head
+
+    module = Alias()
+    module.batches = [(2, 0)]
+    fit(module, [BackboneUnfreeze(1, head_lr=0.1, backbone_lr=0.1), FreezeGuard(1)], 3, tmp_path, batch_size=4)
+    module.batches = [(1, batch) for batch in range(8)]
+    broken = [BackboneUnfreeze(1, head_lr=0.1, backbone_lr=0.1), FreezeGuard(1)]
+    broken[0].apply = lambda module, phase: freezing.freeze(module.backbone)  # and never unfreeze it
+    with pytest.raises(FreezeViolationError, match=r"epoch 1.*after 3 steps.*no gradient"):
+        fit(module, broken, 3, tmp_path, batch_size=4)
+
+
 def test_what_a_waiting_optimizer_does_not_move_is_caught(tmp_path):
     module = InTurn()
     module.batches = [(2, 0)]

@@ -80,7 +80,7 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
 
 
 def of_before_torch_0_4_1(model):
-    """Return a state dict as torchvision's IMAGENET1K_V1 is: parameters as such, and no count of BatchNorm's batches."""
+    """Return a state dict as torchvision's IMAGENET1K_V1 is: parameters as such, BatchNorm's batches not counted."""
     return {k: v for k, v in model.state_dict(keep_vars=True).items() if not k.endswith("num_batches_tracked")}
 
 

@@ -138,11 +138,16 @@ def test_some_runs_of_a_sweep_do_not_replace_its_comparison(sweep, capsys, no_ru
 def test_runs_of_an_edited_config_file_are_no_seeds_of_one_setting(tmp_path, no_run_pages):
     for seed, lr in enumerate((0.1, 0.1, 0.2)):
         run = make_run(tmp_path / str(seed), ["experiment=mine"], seed, 2.0 - 5 * lr)
+        more = {"gradient_clip_val": 1.0} if lr == 0.2 else {}
         config = {"seed": seed, "finetune": {"backbone_lr": lr}, "data": {"root": str(seed)}}
+        config["trainer"] = {"devices": [seed], **more}
         (run / ".hydra" / "config.yaml").write_text(json.dumps(config))
     assert main([str(tmp_path)]) == 0
     rows = list(csv.DictReader((tmp_path / "sweep_report.csv").read_text().splitlines()))
-    assert {(row["setting"], row["n"]) for row in rows} == {("backbone_lr=0.1", "2"), ("backbone_lr=0.2", "1")}
+    assert {(row["setting"], row["n"]) for row in rows} == {
+        ("backbone_lr=0.1 gradient_clip_val=null", "2"),
+        ("backbone_lr=0.2 gradient_clip_val=1.0", "1"),
+    }
 
 
 def test_unfair_comparisons_are_named(tmp_path):
