@@ -326,7 +326,8 @@ def build_trainer(trainer: Mapping[Any, Any], **extra: Any) -> L.Trainer:
         built = L.Trainer(**own | keys)
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise UserError(f"trainer: Lightning's Trainer refuses its keys: {error}") from error
-    if slurm.tasks() not in (1, processes := built.num_devices * built.num_nodes):
+    processes = built.num_devices * built.num_nodes
+    if slurm.tasks() not in (1, processes) and not TorchElasticEnvironment.detect():  # torchrun starts its own
         raise UserError(
             f"srun started {slurm.tasks()} processes, and trainer.devices={trainer['devices']} on {built.num_nodes} "
             f"node(s) trains with {processes}. Give trainer=ddp, and as trainer.devices= and trainer.num_nodes= srun's "

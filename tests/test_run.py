@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SGD, TINY
+from lightning.pytorch import loggers
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
@@ -22,7 +23,8 @@ from cifar_tl.build import build_loggers, build_schedule
 from cifar_tl.checkpoints import load_trained
 from cifar_tl.errors import UserError
 from cifar_tl.evaluate import evaluate
-from cifar_tl.loggers import spelled_out
+from cifar_tl.files import lock
+from cifar_tl.loggers import MLFlowLogger, spelled_out
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.runs.metrics import wilson_interval
 from cifar_tl.runs.record import collapse_warnings
@@ -259,6 +261,26 @@ def test_names_that_mlflow_refuses_are_spelled_out():
     names = ["val/precision/C++", "val/precision/C#", "val/precision/猫", "val/acc"]
     expected = ["val/precision/C_2b_2b", "val/precision/C_23", "val/precision/_732b", "val/acc"]
     assert [spelled_out(name) for name in names] == expected
+
+
+def test_one_process_at_a_time_makes_mlflows_tables(tmp_path, monkeypatch):
+    database = tmp_path / "new" / "mlflow.db"
+
+    def taken():
+        with pytest.raises(BlockingIOError):
+            lock(database.with_name(".mlflow.db.lock"), wait=False)
+
+    def make(self, **kwargs):
+        taken()
+        made.append(kwargs)
+
+    made = []
+    monkeypatch.setattr(loggers.MLFlowLogger, "__init__", make)
+    monkeypatch.setattr(loggers.MLFlowLogger, "experiment", property(lambda self: taken()))
+    logger = MLFlowLogger(f"sqlite:///{database}", experiment_name="x")
+    assert made == [{"tracking_uri": f"sqlite:///{database}", "experiment_name": "x"}]
+    assert logger.experiment is None
+    lock(database.with_name(".mlflow.db.lock"), wait=False).close()
 
 
 @pytest.mark.filterwarnings("ignore")  # of MLflow's own dependencies

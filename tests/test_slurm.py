@@ -10,7 +10,7 @@ import hydra
 import pytest
 from conftest import TINY
 from hydra.errors import HydraException
-from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
 from cifar_tl import cli, slurm
 from cifar_tl.build import build_trainer
@@ -273,12 +273,23 @@ def test_other_processes_of_srun_than_the_trainer_has_are_refused(environ, varia
         build_trainer(trainer(), logger=False)
 
 
+def test_torchrun_on_several_nodes_may_be_started_by_srun(environ):
+    environ(**SRUN, SLURM_PROCID="1", SLURM_LOCALID="0", SLURM_NODEID="1")
+    names = ("RANK", "GROUP_RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    environ(**dict(zip(names, ("4", "1", "0", "8", "4"), strict=True)))
+    environ(TORCHELASTIC_RUN_ID="1", MASTER_ADDR="localhost", MASTER_PORT="12345")
+    built = build_trainer(trainer(strategy="ddp", devices=4, num_nodes=2), logger=False)
+    assert isinstance(built._accelerator_connector.cluster_environment, TorchElasticEnvironment)
+    assert (built.world_size, built.global_rank) == (8, 4)
+
+
 def test_the_launcher_of_slurm_composes():
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     with hydra.initialize_config_dir(str(cli.conf_folder()), version_base="1.3"):
         cfg = hydra.compose("train", ["hydra/launcher=slurm", "hydra.launcher.partition=x"], return_hydra_config=True)
     assert cfg.hydra.launcher._target_.endswith("SlurmLauncher")
     assert cfg.hydra.launcher.max_num_timeout > 0
+    assert list(cfg.hydra.launcher.setup) == ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"]
 
 
 def test_a_launcher_that_is_not_installed_is_named():
