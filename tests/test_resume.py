@@ -33,6 +33,12 @@ def straight(compose, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
+def test_the_optimizer_remembers_where_images_grow(straight):
+    (state,) = torch.load(straight / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"]
+    assert {values["step"].item() for values in state["state"].values() if "step" in values} == {6.0}  # not 3
+
+
 @pytest.mark.parametrize(
     ("epoch", "batch"),
     [(1, 0), (2, 0), (3, 0), (2, 1)],

@@ -7,6 +7,7 @@ import logging
 import os
 from mmap import mmap
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -134,11 +135,12 @@ def test_interval_is_wilsons():
 
 @pytest.mark.slow
 def test_train_loss_is_the_mean_over_the_epochs_images(compose, tmp_path, monkeypatch):
-    losses, sizes, step = [], [], ResNet50Classifier.training_step
+    losses, right, sizes, step = [], [], [], ResNet50Classifier.training_step
 
     def spy(self, batch, batch_idx):
-        loss = step(self, batch, batch_idx)
-        smoothed = cross_entropy(self(batch[0]), batch[1], label_smoothing=0.1)
+        loss, logits = step(self, batch, batch_idx), self(batch[0])
+        smoothed = cross_entropy(logits, batch[1], label_smoothing=0.1)
+        right.append((logits.argmax(dim=1) == batch[1]).sum().item())
         torch.testing.assert_close(loss, smoothed)
         losses.append(loss.item())
         sizes.append(len(batch[1]))
@@ -150,6 +152,28 @@ def test_train_loss_is_the_mean_over_the_epochs_images(compose, tmp_path, monkey
     assert sizes == [16, 16, 8] * 4
     expected = [np.average(losses[i : i + 3], weights=sizes[i : i + 3]) for i in range(0, 12, 3)]
     assert metrics["train/loss"] == pytest.approx(expected, rel=1e-6)
+    assert metrics["train/acc"] == pytest.approx([sum(right[i : i + 3]) / 40 for i in range(0, 12, 3)])
+
+
+@pytest.mark.slow
+def test_seconds_are_each_epochs_own_and_speed_is_of_training_alone(compose, tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("cifar_tl.callbacks.epoch_timer.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def takes(name, seconds):
+        step = getattr(ResNet50Classifier, name)
+
+        def slow(self, batch, batch_idx):
+            now[0] += seconds
+            return step(self, batch, batch_idx)
+
+        monkeypatch.setattr(ResNet50Classifier, name, slow)
+
+    takes("training_step", 1.0)
+    takes("validation_step", 10.0)
+    metrics = train(compose(*TINY), tmp_path, "demo")
+    assert metrics["seconds"] == [13.0] * 4  # three steps and a validation
+    assert [phase["images_per_s"] for phase in metrics["phases"]] == [13.3, 13.3]
 
 
 @pytest.mark.slow

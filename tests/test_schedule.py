@@ -125,3 +125,8 @@ def test_warmup_rises_linearly_and_never_starts_at_zero():
 def test_impossible_plans_are_refused(changes, key):
     with pytest.raises(UserError, match=key):
         plan(**changes)
+
+
+def test_the_unfrozen_heads_rate_is_the_frozen_ones_unless_given():
+    assert plan(head_lr_unfrozen=None).learning_rates(10, 0, 100)["head"] == plan().learning_rates(0, 0, 100)["head"]
+    assert plan(head_lr_unfrozen=0).learning_rates(10, 0, 100)["head"] == 0

@@ -463,3 +463,19 @@ def test_ctrl_c_in_a_terminal_is_left_to_the_first_process(monkeypatch, rank):
     with cli.StopSignals():
         assert signal.getsignal(signal.SIGINT) == (before if rank == "0" else signal.SIG_IGN)
     assert signal.getsignal(signal.SIGINT) == before
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_states_that_lie_in_memory_as_a_gpu_has_them(compose, half, tmp_path):
+    weights = []
+    for name, layout in (("cpu", torch.contiguous_format), ("gpu", torch.channels_last)):
+        run = shutil.copytree(half, tmp_path / name)
+        path = run / "checkpoints" / "last.ckpt"
+        last = torch.load(path, weights_only=True)
+        for state in last["optimizer_states"][0]["state"].values():
+            maps = {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and v.ndim == 4}
+            state |= {k: v.contiguous(memory_format=layout) for k, v in maps.items()}
+        torch.save(last, path)
+        train(compose(*FAST, "trainer.max_epochs=4", f"resume={run}"), run, "demo")
+        weights.append(torch.load(path, weights_only=True)["state_dict"])
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())

@@ -148,6 +148,23 @@ def test_rates_in_the_optimizer_are_the_plans(compose, tmp_path, monkeypatch):
     assert seen[-1] == {"head": 2e-4, "head_no_decay": 2e-4, "backbone": 1e-4, "backbone_no_decay": 1e-4}
 
 
+@pytest.mark.slow
+def test_rates_in_the_optimizer_warm_up_at_the_start_of_both_halves(compose, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        EpochSeed,
+        "on_train_batch_end",
+        lambda self, trainer, *args: seen.append(
+            [g["lr"] for g in trainer.optimizers[0].param_groups if g["name"] in ("head", "backbone")]
+        ),
+    )
+    rates = ("finetune.head_lr=3e-3", "finetune.head_lr_unfrozen=3e-4", "finetune.backbone_lr=6e-4")
+    command.train(compose(*TINY, *rates, "finetune.schedule=constant", "finetune.warmup_epochs=1"), tmp_path, "demo")
+    heads, backbones = zip(*seen, strict=True)
+    assert heads == pytest.approx([1e-3, 2e-3, *[3e-3] * 4, 1e-4, 2e-4, *[3e-4] * 4])
+    assert backbones == pytest.approx([*[0.0] * 6, 2e-4, 4e-4, *[6e-4] * 4])
+
+
 class Scaled(MixedPrecision):
     """16-mixed's GradScaler, on the CPU in 32-bit."""
 
@@ -203,3 +220,13 @@ def test_a_step_that_a_fused_optimizer_skips_does_not_count():
         optimizer.found_inf = torch.tensor(found)
         optimizer.step()
     assert list(guard._steps.values()) == [1]
+
+
+def test_draws_inside_the_model_differ_by_seed_epoch_and_process():
+    def drawn(seed, epoch, rank):
+        EpochSeed(seed).on_train_epoch_start(SimpleNamespace(current_epoch=epoch, global_rank=rank), None)
+        return torch.rand(1).item()
+
+    with torch.random.fork_rng():
+        assert len({drawn(*of) for of in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))}) == 4
+        assert drawn(0, 3, 0) == drawn(0, 3, 0)

@@ -124,6 +124,9 @@ def test_predictions_file_has_the_figures_of_metrics_json(run):
     assert predictions.val.accuracy == pytest.approx(metrics["best/val/acc"])
     confusion = theirs.multiclass_confusion_matrix(predicted, targets, 10)
     assert confusion.tolist() == metrics["test/confusion"]
+    for name in ("precision", "recall", "f1_score"):
+        expected = getattr(theirs, f"multiclass_{name}")(predicted, targets, 10, average="none").tolist()
+        assert metrics[f"test/{name.removesuffix('_score')}"] == pytest.approx(expected, abs=1e-6)
     losses = torch.nn.functional.cross_entropy(
         *(torch.from_numpy(x) for x in (predictions.test.logits, predictions.test.targets))
     )

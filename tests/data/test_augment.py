@@ -135,3 +135,31 @@ def test_results_on_a_gpu_are_those_on_the_cpu():
     draws = augment.draw(ALL, 50, 0, 0)
     there = augment.apply(IMAGES.cuda(), {k: v.cuda() for k, v in draws.items()}, BLANK.cuda())
     torch.testing.assert_close(there.cpu(), augment.apply(IMAGES, draws, BLANK), atol=math.sqrt(1e-3), rtol=0)
+
+
+KINDS = [
+    *({"flip": "random"}, {"flip": "alternating"}, {"crop_padding": 4}, {"rotation": 30}, {"scale": 0.3}),
+    *({"cutout": 8}, {"color_jitter": 0.4}),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_every_kind_is_drawn_anew_for_every_epoch_and_seed(kind):
+    augment = replace(NOTHING, **kind)
+    first = apply(augment)
+    assert torch.equal(apply(augment), first)
+    assert not torch.equal(apply(augment, epoch=1), first)
+    assert not torch.equal(apply(augment, seed=1), first)
+
+
+def test_a_rotated_image_is_mirrored_and_shifted_as_one_that_is_not():
+    flip_crop = replace(NOTHING, flip="random", crop_padding=4)
+    plain, warped = (apply(replace(flip_crop, rotation=angle)) for angle in (0, 1e-6))
+    inside = (..., slice(5, -5), slice(5, -5))  # the two ways reflect differently at the border
+    torch.testing.assert_close(warped[inside], plain[inside], atol=0.5, rtol=0)
+
+
+def test_angles_and_factors_fill_the_range_that_is_given():
+    draws = replace(NOTHING, rotation=15, scale=0.1).draw(ALL, 50, 0, 0)
+    assert 10 < draws["angle"].abs().max() <= 15
+    assert 0.9 <= draws["zoom"].min() < 0.95 < 1.05 < draws["zoom"].max() <= 1.1

@@ -5,7 +5,9 @@ import struct
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.nn.functional import interpolate
 
 from cifar_tl.data.decode import FORMATS, NoImage, UnreadableImage, decode
 
@@ -171,3 +173,18 @@ def test_what_is_no_image_of_ours_is_named(content, kind, said):
         decode(io.BytesIO(content))
     assert raised.value.kind == kind
     assert str(raised.value).startswith(said)
+
+
+def test_what_is_transparent_is_white():
+    image = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 128), (0, 0, 16, 32))
+    pixels = decode(encoded(image, "PNG")).pixels.astype(int)
+    assert (pixels[..., 16:] == 255).all()
+    assert abs(pixels[..., :16] - 127).max() <= 1
+
+
+def test_resizing_is_bicubic_as_torch_has_it():
+    noise = np.random.default_rng(0).integers(64, 192, (60, 100, 3), dtype=np.uint8)
+    images = torch.from_numpy(noise).permute(2, 0, 1)[None].float()
+    expected = interpolate(images, size=(32, 32), mode="bicubic", antialias=True)[0].numpy()
+    assert abs(decode(encoded(Image.fromarray(noise), "PNG")).pixels - expected).max() <= 2  # PIL rounds in between

@@ -6,7 +6,7 @@ import torch
 from torchvision.transforms.v2 import functional as F
 
 from cifar_tl.data.augment import Augment
-from cifar_tl.data.loader import ArrayLoader
+from cifar_tl.data.loader import ArrayLoader, _mix
 
 IMAGES = torch.randint(0, 256, (50, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 TARGETS = torch.arange(50)
@@ -123,3 +123,8 @@ def test_an_epoch_takes_the_augmentation_of_its_phase():
 
     assert all(unchanged(1))
     assert not all(unchanged(2))
+
+
+def test_each_way_of_mixing_has_its_own_alpha():
+    augment = Augment("none", 0, 0, 0, 0, 0, 0.2, 0.5)
+    assert [mix.alpha for mix in _mix(augment, 10).transforms] == [0.2, 0.5]

@@ -176,3 +176,18 @@ def test_kerass_conventions_are_one_key():
         assert 0.9 * limit < layer.weight.abs().max() <= limit
     with pytest.raises(UserError, match=r"model\.conventions=theano"):
         ResNet50Classifier(**options, conventions="theano")
+
+
+def test_dropout_is_after_each_hidden_layer_of_a_runs_head(compose):
+    head = build_module(compose("experiment=demo", "model.dropout=0.2"), "ab").head
+    assert [type(layer).__name__ for layer in head] == [*["Linear", "ReLU", "Dropout"] * 2, "Linear"]
+    assert {layer.p for layer in head if isinstance(layer, nn.Dropout)} == {0.2}
+
+
+def test_momentum_is_the_configs_and_nesterovs(compose):
+    def optimizer(name):
+        keys = (f"finetune.optimizer={name}", "finetune.momentum=0.5", "finetune.weight_decay=0")
+        return build_module(compose("experiment=demo", *keys), "ab").configure_optimizers()
+
+    assert optimizer("muon").momentum == 0.5
+    assert {(group["momentum"], group["nesterov"]) for group in optimizer("sgd").param_groups} == {(0.5, True)}

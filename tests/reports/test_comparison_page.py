@@ -14,7 +14,7 @@ from handmade import CLASSES, make_run, scored
 from cifar_tl.reports import figures
 from cifar_tl.reports.__main__ import main
 from cifar_tl.reports.ablation import ablation
-from cifar_tl.reports.comparison import Difference, effects, group_runs, paired_difference
+from cifar_tl.reports.comparison import Difference, effects, group_runs, paired_difference, reference
 from cifar_tl.runs.folder import find_runs, read_runs
 
 STRENGTHS = {"1e-3": 2.0, "3e-4": 1.0}
@@ -301,3 +301,12 @@ def test_a_sweep_of_one_job_is_a_sweep(tmp_path):
     assert main([str(tmp_path / "sweep")]) == 0
     assert (tmp_path / "sweep" / "0" / "report.html").is_file()
     assert "all runs" in (tmp_path / "sweep" / "sweep_report.html").read_text()
+
+
+def test_validation_chooses_the_best_setting_whatever_the_test_says(tmp_path, no_run_pages):
+    for x, val, test in ((1, 0.8, 0.7), (2, 0.9, 0.6)):
+        make_run(tmp_path / str(x), [f"x={x}"], **{"best/val/acc": val, "test/acc": test})
+    assert reference(group_runs(read_runs([tmp_path / "1", tmp_path / "2"]))).label == "x=2"
+    assert main([str(tmp_path)]) == 0
+    text = (tmp_path / "sweep_report.md").read_text()
+    assert text.index("| x=2 |") < text.index("| x=1 |")
