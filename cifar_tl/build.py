@@ -86,18 +86,7 @@ INSTEAD = {
 
 def build_schedule(cfg: DictConfig) -> FinetuneSchedule:
     """Build the phases and learning rates of a config."""
-    finetune = cfg.finetune
-    return FinetuneSchedule(
-        max_epochs=cfg.trainer.max_epochs,
-        unfreeze_at_epoch=finetune.unfreeze_at_epoch,
-        head_lr=finetune.head_lr,
-        backbone_lr=finetune.backbone_lr,
-        head_lr_unfrozen=finetune.head_lr_unfrozen,
-        schedule=finetune.schedule,
-        warmup_epochs=finetune.warmup_epochs,
-        stage_epochs=finetune.stage_epochs,
-        progressive_resizing=finetune.progressive_resizing,
-    )
+    return build_unfreeze(cfg).schedule
 
 
 def build_augment(cfg: DictConfig) -> Callable[[int], Augment]:
@@ -172,7 +161,7 @@ def build_unfreeze(cfg: DictConfig) -> BackboneUnfreeze:
         stage_epochs=finetune.stage_epochs,
         progressive_resizing=finetune.progressive_resizing,
         batchnorm=finetune.batchnorm,
-        max_epochs=cfg.trainer.max_epochs,
+        max_epochs=check_int("trainer.max_epochs", cfg.trainer.max_epochs, 1),
         compiled=cfg.model.compile,
     )
 

@@ -207,16 +207,13 @@ def reliability(title: str, given: Mapping[str, Reliability]) -> Figure:
 
 
 @_styled
-def intervals(
-    title: str, labels: Sequence[str], values: Sequence[tuple[float, float, float]], percent: bool = True
-) -> Figure:
-    """Draw values with their intervals, one per line.
+def intervals(title: str, labels: Sequence[str], values: Sequence[tuple[float, float, float]]) -> Figure:
+    """Draw shares with their intervals, one per line.
 
     Args:
         title: Of the figure.
         labels: One per line, from the top.
         values: Value, lower and upper end.
-        percent: Values are shares.
     """
     figure, axes = _axes(0.9 + 0.27 * len(labels))
     for y, (value, low, high) in enumerate(values):
@@ -224,8 +221,7 @@ def intervals(
         axes.plot([value], [y], "o", color=COLORS[0], markersize=5)
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
-    if percent:
-        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     axes.tick_params(axis="y", length=0)
     axes.set_title(title)
     return figure
