@@ -256,6 +256,8 @@ class StopSignals:
         first = is_first_process()
         for each in self._before:
             signal.signal(each, signal.SIG_IGN if first else signal.SIG_DFL)  # a second one cannot disturb the saving
+        # nor can the end of a DataLoader's workers, which the same signal may have killed: torch's handler would raise
+        self._before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
         if first:
             raise KeyboardInterrupt
 
@@ -267,7 +269,9 @@ class StopSignals:
     def stopped(self, error: BaseException) -> bool:
         """Return whether an error is the end that a signal, or Ctrl-C, has asked for."""
         if self._received is not None:
-            return not is_first_process() or isinstance(error, Interrupted | KeyboardInterrupt | SystemExit)
+            workers = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)  # they may have died first
+            ours = isinstance(error, Interrupted | KeyboardInterrupt | SystemExit)
+            return ours or workers or not is_first_process()
         return isinstance(error, Interrupted | KeyboardInterrupt)
 
     def end(self, error: BaseException) -> bool:

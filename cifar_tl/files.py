@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -35,10 +36,12 @@ def replacing(path: Path) -> Iterator[Path]:
             partial.unlink()
 
 
-def remove_partial_files(folder: Path) -> None:
-    """Delete what killed processes have left of files in a folder; nobody may be writing there."""
+def remove_partial_files(folder: Path, older_than_s: float = 0) -> None:
+    """Delete what killed processes have left of files in a folder; nobody may be writing such old ones there."""
     for path in folder.glob(".*.partial*"):
-        path.unlink()
+        with suppress(FileNotFoundError):  # somebody else has deleted it
+            if time.time() - path.stat().st_mtime >= older_than_s:
+                path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -123,6 +123,14 @@ def test_a_keras_that_fails_is_one_sentence(stand_in, tmp_path, monkeypatch, cap
     assert is_gone(tmp_path)
 
 
+def test_a_python_that_keras_is_not_built_for_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "version_info", (3, 14, 0))
+    assert main(["--only", "peers"]) == 1
+    assert "is not built for Python 3.14: use 3.11 to 3.13." in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="TensorFlow is not built for it")
 @pytest.mark.slow
 def test_an_installation_that_fails_is_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

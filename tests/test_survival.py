@@ -479,3 +479,21 @@ def test_a_run_goes_on_from_states_that_lie_in_memory_as_a_gpu_has_them(compose,
         train(compose(*FAST, "trainer.max_epochs=4", f"resume={run}"), run, "demo")
         weights.append(torch.load(path, weights_only=True)["state_dict"])
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_workers_that_the_same_signal_kills_do_not_disturb_the_saving():
+    def torchs(*_):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.")
+
+    before = signal.signal(signal.SIGCHLD, torchs)
+    try:
+        with cli.StopSignals() as signals:
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGCHLD)
+            assert signals.stopped(KeyboardInterrupt())
+            assert signals.stopped(RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated."))
+            assert not signals.stopped(RuntimeError("another one"))
+        assert signal.getsignal(signal.SIGCHLD) is torchs
+    finally:
+        signal.signal(signal.SIGCHLD, before)

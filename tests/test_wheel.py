@@ -1,5 +1,6 @@
 """The built wheel runs from any folder: it carries the configs."""
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -27,7 +28,7 @@ def test_wheel_contains_the_configs_and_finds_them(tmp_path):
     shown = subprocess.run(
         [sys.executable, "-m", "cifar_tl.train", "--cfg", "job", "experiment=demo"],
         cwd=tmp_path,
-        env={"PYTHONPATH": str(tmp_path / "installed")},
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
         check=True,
         capture_output=True,
         text=True,

@@ -20,7 +20,7 @@ from cifar_tl.callbacks.freezing import evaluating
 from cifar_tl.data.augment import Augment
 from cifar_tl.data.datamodule import CIFAR10DataModule
 from cifar_tl.errors import UserError, check_choice, first_line
-from cifar_tl.files import replacing
+from cifar_tl.files import remove_partial_files, replacing
 from cifar_tl.hardware import device_name, host_memory
 from cifar_tl.model import backbone as backbone_code
 from cifar_tl.model import cpu_kernels
@@ -29,6 +29,8 @@ from cifar_tl.model.backbone import FEATURES
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")
+ABANDONED_S = 3600
+"""Age in seconds from which on a half-written file of features is a killed run's."""
 VIEW_NAMES = ("no views", "the image", "the image and its mirror image")
 
 
@@ -226,6 +228,7 @@ class FeatureCache(L.Callback):
 def _write(path: Path, features: dict[str, Tensor]) -> bool:
     """Keep features, if there is room; a run does not fail for a cache."""
     try:
+        remove_partial_files(path.parent, ABANDONED_S)
         with replacing(path) as partial:
             torch.save({split: values.cpu() for split, values in features.items()}, partial)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full

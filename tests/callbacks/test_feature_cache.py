@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import os
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -178,3 +180,12 @@ def test_random_weights_leave_no_features_behind(compose, tmp_path):
     command.train(compose(*TINY, f"finetune.features_folder='{tmp_path / 'features'}'"), tmp_path / "run", "demo")
     assert not (tmp_path / "features").exists()
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["status"] == "finished"
+
+
+def test_what_killed_runs_left_of_features_goes_when_it_is_old(tmp_path):
+    for name, age in (("old", 2 * feature_cache.ABANDONED_S), ("new", 0)):
+        path = tmp_path / f".key.{name}.partial.pt"
+        path.touch()
+        os.utime(path, (time.time() - age,) * 2)
+    assert feature_cache._write(tmp_path / "key.pt", {"train": torch.zeros(1)})
+    assert {path.name for path in tmp_path.iterdir()} == {".key.new.partial.pt", "key.pt"}
