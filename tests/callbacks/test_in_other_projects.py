@@ -304,7 +304,9 @@ def test_a_part_of_the_head_that_is_used_later_is_waited_for(tmp_path):
             images, targets = batch
             return nn.functional.cross_entropy(self.head[batch_idx > 4](self.backbone(images)), targets)
 
-    fit(TwoTasks(), ours(), 3, tmp_path, batch_size=4)
+    unfreeze, guard = ours()
+    fit(TwoTasks(), [unfreeze, guard], 3, tmp_path, batch_size=4)
+    assert not guard._before, "the comparison is still to come"
 
 
 @pytest.mark.parametrize(
