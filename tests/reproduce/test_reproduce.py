@@ -22,6 +22,7 @@ from cifar_tl.reports.__main__ import main as report
 from cifar_tl.reproduce import __main__ as reproduce
 from cifar_tl.reproduce import jobs
 from cifar_tl.reproduce.jobs import Job
+from cifar_tl.reproduce.publish import PROVENANCE
 from cifar_tl.reproduce.tables import spearman, write_tables
 from cifar_tl.runs.resume import run_lock
 
@@ -44,8 +45,14 @@ def leave_run(folder, overrides, **metrics):
 
 @pytest.fixture(autouse=True)
 def recipes(tmp_path_factory, monkeypatch):
-    """Few recipes, whatever the published tables have."""
+    """Few recipes and published rows, whatever the checkout has."""
     folder = shutil.copytree(cli.conf_folder(), tmp_path_factory.mktemp("checkout") / "conf")
+    published = folder / "experiment" / "results" / "results.csv"
+    rows = [["config", "test acc", *PROVENANCE]] + [
+        [name, *["-"] * (1 + len(PROVENANCE))] for name in ("best64", "best32")
+    ]
+    published.write_text("".join(",".join(row) + "\n" for row in rows))
+    (folder / "experiment" / "README.md").write_text("")
     conf = OmegaConf.load(folder / "reproduce.yaml")
     conf.results.recipes, conf.results.more_seeds = RECIPES, {"best32": []}
     conf.scale.recipes = {name: [f"experiment={name}"] for name in ("best32", "hires")}
@@ -155,10 +162,9 @@ def test_only_publish_writes_into_the_checkout(command, recipes):
     committed = (root / "conf" / "experiment" / "results" / "results.csv").read_text()
     assert [line.split(",")[0] for line in committed.splitlines()] == [
         "config",
+        "best64",
         "best32",
         "seed_baseline",
-        "statistics_alone",
-        "best64",
     ]
     assert "minutes" in rows("results")[0]
     assert "minutes" not in committed
