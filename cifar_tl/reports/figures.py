@@ -71,6 +71,12 @@ def _axes(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
+def _title_above(figure: Figure, title: str) -> None:
+    """Write a title above all else in a figure, what its axes have above them among it."""
+    weight, size = STYLE["axes.titleweight"], STYLE["axes.titlesize"]
+    figure.suptitle(title, fontsize=size, fontweight=weight, x=0.01, ha="left")
+
+
 @_styled
 def curves(
     title: str,
@@ -112,7 +118,7 @@ def curves(
     mark_phases(axes, phases)
     if best is not None:
         axes.axvline(best, color=COLORS[2], linewidth=1, linestyle=":", label="best epoch")
-    axes.set_title(title, pad=16)
+    _title_above(figure, title)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=8)
@@ -120,20 +126,18 @@ def curves(
 
 
 def mark_phases(axes: Axes, phases: Sequence[tuple[str, int]]) -> None:
-    """Draw a line where a phase starts, half an epoch before its first value, with the phase's name."""
-    for name, start in phases:
+    """Draw a line where a phase starts, half an epoch before its first value, with the phase's name above."""
+    starts = [max(start - 0.5, 0) for _, start in phases]
+    for start in starts:
         if start > 0:
-            axes.axvline(start - 0.5, color=INK, linewidth=0.9, linestyle="--", alpha=0.7)
-        axes.text(
-            max(start - 0.5, 0) if start else start,
-            1.0,
-            f" {name}",
-            transform=axes.get_xaxis_transform(),
-            fontsize=7.5,
-            va="bottom",
-            color=INK,
-            alpha=0.8,
-        )
+            axes.axvline(start, color=INK, linewidth=0.9, linestyle="--", alpha=0.7)
+    top = axes.secondary_xaxis("top")
+    slant = 30 if len(phases) > 2 else 0  # phases of an epoch or two are narrower than their names
+    top.set_xticks(
+        starts, [name for name, _ in phases], fontsize=7.5, ha="left", rotation=slant, rotation_mode="anchor"
+    )
+    top.tick_params(length=0, pad=2, labelcolor=INK)
+    top.spines["top"].set_visible(False)
 
 
 @_styled
@@ -282,7 +286,7 @@ def gallery(title: str, images: Sequence[NDArray[np.uint8]], captions: Sequence[
     longest = max((len(line) for caption in captions for line in caption.split("\n")), default=0)
     width = max(1.1, 0.058 * longest)  # inches: captions of neighbours must not touch
     figure = Figure(figsize=(width * columns, (1.0 + 0.16 * lines) * rows + 0.35), layout="constrained")
-    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    _title_above(figure, title)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid:
         axes.axis("off")
@@ -341,7 +345,7 @@ def cliff(title: str, recipes: Mapping[str, tuple[Sequence[int], Sequence[float]
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
-    axes.set_title(title, pad=16)
+    _title_above(figure, title)
     axes.legend(loc="best", title="points at the unfreeze", alignment="left")
     return figure
 

@@ -310,6 +310,21 @@ def test_learning_rates_are_written_without_formulas(drawn):
     assert "mathdefault" not in text
 
 
+def test_names_of_short_phases_do_not_overlap():
+    names = ["frozen", *(f"fine-tune from layer{stage}" for stage in (4, 3, 2, 1)), "fine-tune at 128x128"]
+    phases = list(zip(names, [0, 10, 11, 12, 13, 14], strict=True))
+    figure = figures.curves("Accuracy", range(20), {"validation": [0.5] * 20}, phases, 19)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    (top,) = axes.child_axes
+    labels = top.get_xticklabels()
+    assert [label.get_text() for label in labels] == names
+    places = [label.get_window_extent().x0 for label in labels]
+    angle = np.deg2rad(labels[0].get_rotation())
+    height = labels[0].get_fontsize() * figure.dpi / 72
+    assert (np.diff(places) * np.sin(angle) > height).all()  # parallel lines of text, one below the other
+
+
 def test_names_without_a_font_are_drawn_without_a_warning(tmp_path, recwarn, monkeypatch):
     monkeypatch.setattr(figures, "_fonts", lambda: ["DejaVu Sans"])
     warnings.simplefilter("always")
