@@ -85,7 +85,7 @@ class Augment:
         if self.flip == "random":
             draws["mirrored"] = torch.rand(examples, generator=make_generator(seed, epoch, FLIP)) < 0.5
         elif self.flip == "alternating":
-            draws["mirrored"] = (torch.rand(examples, generator=make_generator(seed, FLIP)) < 0.5) ^ bool(epoch % 2)
+            draws["mirrored"] = (torch.rand(examples, generator=make_generator(seed, 0, FLIP)) < 0.5) ^ bool(epoch % 2)
         if self.crop_padding:
             generator = make_generator(seed, epoch, SHIFT)
             span = 2 * self.crop_padding + 1

@@ -5,8 +5,11 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as F
 
+from cifar_tl.data import augment as augment_module
 from cifar_tl.data import transforms
 from cifar_tl.data.augment import Augment
+from cifar_tl.data.loader import SHUFFLE
+from cifar_tl.data.splits import make_generator
 
 IMAGES = torch.randint(0, 256, (50, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 ALL = torch.arange(50)
@@ -41,6 +44,21 @@ def test_alternating_flip_shows_every_image_both_ways_in_two_epochs():
     assert 15 <= first.sum() <= 35
     assert torch.equal(mirrored(flip, 1), ~first)
     assert torch.equal(mirrored(flip, 2), first)
+
+
+@pytest.mark.parametrize("flip", ["random", "alternating"])
+def test_draws_share_no_stream_with_the_order_of_any_epoch(flip, monkeypatch):
+    streams = []
+
+    def noted(seed, *position):
+        streams.append(make_generator(seed, *position).initial_seed())
+        return make_generator(seed, *position)
+
+    orders = {make_generator(0, epoch, SHUFFLE).initial_seed() for epoch in range(100)}
+    monkeypatch.setattr(augment_module, "make_generator", noted)
+    Augment(flip, 4, 10, 0.1, 8, 0.2, 0, 0).draw(ALL, 50, 0, 3)
+    assert len(streams) == len(set(streams)) == 5
+    assert orders.isdisjoint(streams)
 
 
 def test_crop_shifts_each_image_by_its_own_draw_and_reflects():
