@@ -18,7 +18,6 @@ from matplotlib.font_manager import get_font_names
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 from numpy.typing import NDArray
 
-from cifar_tl.reports.labels import label_points
 from cifar_tl.runs.metrics import BINS, Floats, Ints, Reliability
 
 STYLE: Any = matplotlib.rc_params_from_file(Path(__file__).with_name("style.mplstyle"), use_default_template=False)
@@ -27,6 +26,8 @@ INK: str = STYLE["text.color"]
 FAINT: str = STYLE["axes.edgecolor"]
 COLORS = ("#3b82f6", "#e8853a", "#2da44e", "#8b6fd6", "#d1453b", "#17a2b0", "#b58900", "#d857a6")
 """Readable on white and on black."""
+MARKERS = "os^D"
+"""Of points, one per device."""
 RIGHT, WRONG = "#2563c9", "#bf3328"
 """Cells; white letters on them can be read."""
 WIDTH = 5.2
@@ -389,7 +390,7 @@ def pareto_front(results: Sequence[Timed]) -> list[Timed]:
 
 @_styled
 def frontier(title: str, results: Sequence[Timed], references: Mapping[str, float], note: str) -> Figure:
-    """Draw accuracies over minutes, each device in its own colour and with a line along its Pareto front.
+    """Draw accuracies over minutes, with a line along each device's Pareto front.
 
     Args:
         title: Of the figure.
@@ -410,15 +411,17 @@ def frontier(title: str, results: Sequence[Timed], references: Mapping[str, floa
             fontsize=7,
             alpha=0.75,
         )
-    by_device: dict[str, list[Timed]] = {}
-    for result in results:
-        by_device.setdefault(result.device, []).append(result)
-    for color, (device, those) in zip(cycle(COLORS), by_device.items(), strict=False):
-        for r in those:
-            axes.plot([r.minutes] * 2, [r.low, r.high], color=color, linewidth=1.2)
-        axes.plot([r.minutes for r in those], [r.accuracy for r in those], "o", color=color, markersize=5, label=device)
-        front = pareto_front(those)
-        axes.plot([r.minutes for r in front], [r.accuracy for r in front], color=color, linewidth=0.8, alpha=0.7)
+    devices = list(dict.fromkeys(r.device for r in results))
+    for color, r in zip(cycle(COLORS), results, strict=False):
+        axes.plot([r.minutes] * 2, [r.low, r.high], color=color, linewidth=1.2)
+        marker = MARKERS[devices.index(r.device) % len(MARKERS)]
+        label = r.label if len(devices) == 1 else f"{r.label}, {r.device}"
+        axes.plot([r.minutes], [r.accuracy], marker, color=color, markersize=6, label=label)
+    for device in devices:
+        front = pareto_front([r for r in results if r.device == device])
+        axes.plot(
+            [r.minutes for r in front], [r.accuracy for r in front], color=INK, linewidth=0.8, alpha=0.5, zorder=1
+        )
     shares = [*references.values(), *(share for r in results for share in (r.accuracy, r.low, r.high))]
     axes.set_ylim(min(shares) - 0.02, max(shares) + 0.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -429,14 +432,9 @@ def frontier(title: str, results: Sequence[Timed], references: Mapping[str, floa
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title(title)
-    axes.set_xlabel("minutes of all epochs" + (f" on {results[0].device}" if len(by_device) == 1 else ""))
+    axes.set_xlabel("minutes of all epochs" + (f" on {results[0].device}" if len(devices) == 1 else ""))
     figure.supxlabel(note, fontsize=7, x=0.99, ha="right", alpha=0.75)
-    if len(by_device) > 1:
-        figure.legend(loc="outside upper left", fontsize=8)
-    with quiet_about_glyphs():
-        figure.draw_without_rendering()  # the layout, which labels need and would disturb
-        figure.set_layout_engine("none")
-        label_points(axes, [(r.label, r.minutes, r.accuracy) for r in results], size=7.5, color=FAINT)
+    axes.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(0, -0.17), borderaxespad=0, ncols=2)
     return figure
 
 
