@@ -6,7 +6,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from inspect import Parameter, getmro, isclass, signature
@@ -23,7 +22,6 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from omegaconf import DictConfig, OmegaConf
@@ -303,7 +301,6 @@ def build_trainer(trainer: Mapping[Any, Any], **extra: Any) -> L.Trainer:
     keys = {str(key): value for key, value in trainer.items()}
     keys |= {"accelerator": accelerator, "precision": resolve_precision(trainer["precision"], accelerator)}
     own = {
-        "profiler": NoProfiler(),
         "num_sanity_val_steps": 0,
         "enable_model_summary": False,
         "enable_progress_bar": any(isinstance(bar, ProgressBar) for bar in extra.get("callbacks", progress_bar())),
@@ -388,14 +385,6 @@ def check_batch_size(cfg: DictConfig, processes: int) -> None:
             f"data.batch_size={size} is one image a step{each}, of which layer4 has one pixel: no variance for "
             f"finetune.batchnorm={batchnorm} to take. Give at least {2 * processes}, or finetune.batchnorm=frozen."
         )
-
-
-class NoProfiler(PassThroughProfiler):
-    """Lightning's own default, without the generator that it makes for each of the 70 hooks of a step."""
-
-    def profile(self, action_name: str) -> AbstractContextManager[None]:  # type: ignore[override]  # no generator
-        """Return a context that does nothing."""
-        return nullcontext()
 
 
 def progress_bar() -> list[L.Callback]:
