@@ -312,6 +312,8 @@ def build_trainer(trainer: Mapping[Any, Any], **extra: Any) -> L.Trainer:
         built = L.Trainer(**own | keys)
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise UserError(f"trainer: Lightning's Trainer refuses its keys: {error}") from error
+    if isinstance(built.strategy, DDPStrategy):  # buffers never differ between the processes: see `check_strategy`
+        built.strategy._ddp_kwargs.setdefault("broadcast_buffers", False)
     processes = built.num_devices * built.num_nodes
     if slurm.tasks() not in (1, processes) and not TorchElasticEnvironment.detect():  # torchrun starts its own
         raise UserError(
@@ -350,24 +352,44 @@ def check_trainer(trainer: Mapping[Any, Any]) -> None:
         )
 
 
-def check_strategy(trainer: L.Trainer, schedule: FinetuneSchedule) -> None:
-    """Refuse several processes that would wait for gradients of what is frozen.
+def check_strategy(trainer: L.Trainer, schedule: FinetuneSchedule, batchnorm: str) -> None:
+    """Refuse several processes that would wait for gradients of what is frozen, or train another model than one does.
+
+    Args:
+        trainer: From `build_trainer`.
+        schedule: Of the run.
+        batchnorm: What BatchNorm does in stages that train.
 
     Raises:
-        UserError: There is a frozen phase, and DistributedDataParallel is not told that parameters may be unused.
+        UserError: The processes are no DistributedDataParallel's; there is a frozen phase, and it is not told that
+            parameters may be unused; or BatchNorm takes statistics that the processes do not share.
     """
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+    strategy, processes = trainer.strategy, trainer.world_size
+    if isinstance(strategy.launcher, _MultiProcessingLauncher):
         raise UserError(
-            f"trainer.strategy= starts the processes by {trainer.strategy.launcher._start_method}, which leaves this "
-            f"one, whose record it is, without what they have trained. Give trainer=ddp."
+            f"trainer.strategy= starts the processes by {strategy.launcher._start_method}, which leaves this one, "
+            f"whose record it is, without what they have trained. Give trainer=ddp."
         )
-    if trainer.world_size == 1 or not isinstance(trainer.strategy, DDPStrategy):
+    if processes == 1:
         return
-    finds_unused = trainer.strategy._ddp_kwargs.get("find_unused_parameters", False)
+    if not isinstance(strategy, DDPStrategy):
+        raise UserError(
+            f"trainer.strategy: {type(strategy).__name__} is not honoured: optimizer groups and checkpoints need whole "
+            f"parameters in every process. Give trainer=ddp."
+        )
+    finds_unused = strategy._ddp_kwargs.get("find_unused_parameters", False)
     if not finds_unused and any(phase.stages != STAGES for phase in schedule.phases):
         raise UserError(
-            f"{trainer.world_size} processes would wait for gradients that a frozen backbone does not have. Give "
+            f"{processes} processes would wait for gradients that a frozen backbone does not have. Give "
             f"trainer=ddp, with trainer.devices= or trainer.num_nodes= as you like."
+        )
+    synchronized = strategy._layer_sync is not None and strategy.root_device.type == "cuda"
+    if batchnorm == "adapt" or (batchnorm == "train" and not synchronized):
+        gpus = " On GPUs, trainer.sync_batchnorm=true shares them." if batchnorm == "train" else ""
+        raise UserError(
+            f"finetune.batchnorm={batchnorm} is not possible in {processes} processes: each would take the statistics "
+            f"of its own share of a batch, and train another model than one process does.{gpus} Give "
+            f"finetune.batchnorm=frozen, or trainer.devices=1."
         )
 
 

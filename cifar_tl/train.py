@@ -161,11 +161,12 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
         # the first one, for the others write
         callbacks=[Accepted(cfg, folder, facts.get("changed", {})), *build_callbacks(cfg, datamodule, facts, folder)],
         plugins=[PacedCheckpointIO()],
+        sync_batchnorm=cfg.finetune.batchnorm == "train",
         default_root_dir=folder,
     )
-    check_strategy(trainer, build_schedule(cfg))
-    check_batch_size(cfg, trainer.world_size)
     check_sweep(trainer)
+    check_strategy(trainer, build_schedule(cfg), cfg.finetune.batchnorm)
+    check_batch_size(cfg, trainer.world_size)
     for logger in trainer.loggers:
         logger.log_hyperparams(plain(cfg))
     log.info("%s", plan_text(cfg, datamodule, facts, folder))

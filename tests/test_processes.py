@@ -14,9 +14,9 @@ from cifar_tl.runs.predictions import read_predictions
 
 ARGUMENTS = (
     "data=synthetic",
-    "data.train_size=120",
-    "data.val_size=20",
-    "data.test_size=20",
+    "data.train_size=125",
+    "data.val_size=25",  # one process evaluates an image more than the other
+    "data.test_size=25",
     "data.batch_size=10",
     "data.eval_batch_size=10",
     "trainer.accelerator=cpu",
@@ -70,6 +70,7 @@ def test_a_sweep_of_jobs_of_two_processes_each_has_a_clean_folder_per_job(tmp_pa
     # where the folder is not given, it has the time in its name, which each process has another one of
     sweep = ("-m", "seed=0,1", *TINY, "trainer.max_epochs=2", "finetune.unfreeze_at_epoch=1")
     processes = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "finetune.features_folder=null")
+    processes += ("finetune.batchnorm=frozen",)
     command = [*SMALL, *sweep, *processes]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -100,8 +101,16 @@ class Stuck(L.Callback):
 @pytest.mark.slow
 def test_no_process_outlives_the_first_one(tmp_path):
     (tmp_path / "stuck.py").write_text(STUCK)
-    processes = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "hydra.run.dir=run")
-    command = [sys.executable, "-m", "cifar_tl.train", *TINY, *processes, "+callbacks.mine._target_=stuck.Stuck"]
+    processes = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "finetune.batchnorm=frozen")
+    command = [
+        sys.executable,
+        "-m",
+        "cifar_tl.train",
+        *TINY,
+        *processes,
+        "hydra.run.dir=run",
+        "+callbacks.mine._target_=stuck.Stuck",
+    ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]), "OMP_NUM_THREADS": "1"}
     # all write to one pipe: where one were left, this would wait for it
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)

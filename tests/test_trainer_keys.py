@@ -254,11 +254,44 @@ def test_the_record_has_the_precision_that_lightning_computes_in():
 def test_several_processes_that_would_wait_for_the_frozen_backbone_are_refused(compose, tmp_path):
     with pytest.raises(UserError, match=r"2 processes would wait for gradients.*trainer=ddp"):
         train(compose(*TINY, "trainer.devices=2"), tmp_path, "demo")
-    check_strategy(build_trainer({**CPU, "devices": 2}), FinetuneSchedule(3, 0, 1e-3, 1e-3))
+    check_strategy(build_trainer({**CPU, "devices": 2}), FinetuneSchedule(3, 0, 1e-3, 1e-3), "frozen")
     check_strategy(
         build_trainer({**CPU, "devices": 2, "strategy": "ddp_find_unused_parameters_true"}),
         FinetuneSchedule(3, 1, 1e-3, 1e-3),
+        "frozen",
     )
+
+
+@pytest.fixture
+def four_gpus(monkeypatch):
+    """Let Lightning find GPUs, which nothing is computed on."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+
+
+@pytest.mark.parametrize("batchnorm", ["train", "adapt"])
+def test_statistics_that_several_processes_do_not_share_are_refused(compose, tmp_path, batchnorm):
+    processes = ("trainer.devices=2", "trainer.strategy=ddp_find_unused_parameters_true")
+    with pytest.raises(UserError, match=rf"batchnorm={batchnorm} is not possible in 2 processes.*trainer.devices=1"):
+        train(compose(*TINY, *processes, f"finetune.batchnorm={batchnorm}"), tmp_path, "demo")
+
+
+def test_gpus_share_the_statistics_that_train_and_no_processes_send_those_that_do_not(four_gpus):
+    schedule = FinetuneSchedule(3, 0, 1e-3, 1e-3)
+    trainer = {**CPU, "accelerator": "gpu", "strategy": "ddp", "devices": 4}
+    built = build_trainer(trainer, logger=False, sync_batchnorm=True)
+    check_strategy(built, schedule, "train")
+    assert built.strategy._ddp_kwargs["broadcast_buffers"] is False
+    with pytest.raises(UserError, match=r"On GPUs, trainer.sync_batchnorm=true shares them\."):
+        check_strategy(build_trainer({**trainer, "sync_batchnorm": False}, logger=False), schedule, "train")
+    with pytest.raises(UserError, match="adapt is not possible in 4 processes"):
+        check_strategy(built, schedule, "adapt")
+
+
+def test_parameters_in_pieces_are_refused(four_gpus):
+    built = build_trainer({**CPU, "accelerator": "gpu", "strategy": "fsdp", "devices": 4}, logger=False)
+    with pytest.raises(UserError, match=r"FSDPStrategy is not honoured.*Give trainer=ddp"):
+        check_strategy(built, FinetuneSchedule(3, 0, 1e-3, 1e-3), "frozen")
 
 
 @pytest.mark.parametrize(("key", "benchmark"), [({}, True), ({"deterministic": True}, False)])
@@ -266,9 +299,8 @@ def test_a_deterministic_run_does_not_choose_algorithms_by_their_time(monkeypatc
     given = {}
     monkeypatch.setattr("cifar_tl.build.resolve_accelerator", lambda name: "cuda")
     monkeypatch.setattr("cifar_tl.build.resolve_precision", lambda *_: "32-true")
-    monkeypatch.setattr(
-        "cifar_tl.build.L.Trainer", lambda **keys: given.update(keys) or SimpleNamespace(num_devices=1, num_nodes=1)
-    )
+    fake = SimpleNamespace(num_devices=1, num_nodes=1, strategy=None)
+    monkeypatch.setattr("cifar_tl.build.L.Trainer", lambda **keys: given.update(keys) or fake)
     build_trainer({**CPU, **key})
     assert given["benchmark"] == benchmark
 

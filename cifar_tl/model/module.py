@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 from torch.optim import Optimizer
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassCalibrationError,
@@ -73,6 +73,7 @@ class ResNet50Classifier(L.LightningModule):
             self._follow_keras()
         self.val_metrics = self._metrics("val/")
         self.test_metrics = self._metrics("test/")
+        self.val_loss, self.test_loss = (MeanMetric(nan_strategy="disable") for _ in range(2))  # no waiting, no gaps
 
     def _follow_keras(self) -> None:
         """Set what Keras 3 has by default, and its ResNet50: BatchNorm's momentum and eps, Adam's eps, the head."""
@@ -142,16 +143,17 @@ class ResNet50Classifier(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Add a batch to the validation metrics; return its logits, (batch, classes), float32."""
-        return self._evaluate(batch, "val", self.val_metrics)
+        return self._evaluate(batch, self.val_loss, self.val_metrics)
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Add a batch to the test metrics; return its logits, (batch, classes), float32."""
-        return self._evaluate(batch, "test", self.test_metrics)
+        return self._evaluate(batch, self.test_loss, self.test_metrics)
 
-    def _evaluate(self, batch: Batch, split: str, metrics: MetricCollection) -> Tensor:
+    def _evaluate(self, batch: Batch, loss: MeanMetric, metrics: MetricCollection) -> Tensor:
         images, targets = batch
         logits: Tensor = self(images).float()
-        self.log(f"{split}/loss", cross_entropy(logits, targets), batch_size=len(images), sync_dist=True)
+        mean = cross_entropy(logits, targets)
+        loss.update(mean, torch.full_like(mean, len(images)))
         indices, classes = class_indices(targets), logits.shape[1]
         # argmax makes class 0 of logits that are no numbers, as often right as that class is frequent
         wrong = one_hot((indices + 1) % classes, classes).to(logits)
@@ -161,16 +163,18 @@ class ResNet50Classifier(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics."""
-        self._log_metrics(self.val_metrics)
+        self._log_metrics(self.val_loss, self.val_metrics)
 
     def on_test_epoch_end(self) -> None:
         """Log the test metrics."""
-        self.test_details = self._log_metrics(self.test_metrics)
+        self.test_details = self._log_metrics(self.test_loss, self.test_metrics)
 
-    def _log_metrics(self, metrics: MetricCollection) -> dict[str, list[float] | list[list[int]]]:
+    def _log_metrics(self, loss: MeanMetric, metrics: MetricCollection) -> dict[str, list[float] | list[list[int]]]:
         """Log scalars and per-class scalars; return what has no scalar form, as plain lists, and start over."""
-        values = metrics.compute()
+        # a mean by log() is too large where processes have unequal numbers of images, which Lightning averages as int
+        values = {f"{metrics.prefix}loss": loss.compute(), **metrics.compute()}
         metrics.reset()
+        loss.reset()
         details: dict[str, list[float] | list[list[int]]] = {}
         for name, value in values.items():
             if value.ndim == 0:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from lightning.pytorch.plugins import TorchSyncBatchNorm
 from torch import nn
 
 from cifar_tl.callbacks import BackboneUnfreeze, freezing
@@ -49,6 +50,18 @@ def test_thawed_module_trains_its_weights_and_the_policy_says_which_statistics(p
     before = copy(module)
     step(module)
     assert changed(module, before) == {"0.weight", "0.bias", "1.weight", "1.bias"} | statistics
+
+
+def test_batchnorm_that_processes_share_freezes_and_trains_as_it_does_in_one():
+    module = TorchSyncBatchNorm().apply(block())  # before fit starts, Lightning does so for trainer.sync_batchnorm
+    freezing.freeze(module)
+    before = copy(module)
+    with torch.no_grad():
+        module(torch.randn(8, 3, 8, 8))
+    assert changed(module, before) == set()
+    for policy in ("train", "frozen"):
+        freezing.unfreeze([module], policy)
+        assert [layer.training for layer in freezing.batchnorms([module])] == [policy == "train"]
 
 
 def test_adapting_statistics_stay_without_gradients_and_after_removal():
