@@ -204,7 +204,7 @@ def _check_agreement(run: Run) -> None:
         recorded, predicted = run.metrics["test/acc"], run.predictions.test.accuracy
         if abs(recorded - predicted) > 1e-5:
             run.problems.append(
-                f"{METRICS} says test/acc {recorded}, {PREDICTIONS} {predicted:.4f}: they are not of the same run. "
+                f"{METRICS} says test/acc {recorded:.6g}, {PREDICTIONS} {predicted:.6g}: they are not of the same run. "
                 f"Test metrics are those of {METRICS}; what is drawn from single images is from {PREDICTIONS}."
             )
 
