@@ -23,7 +23,7 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from cifar_tl import slurm
@@ -183,6 +183,7 @@ def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: li
                 raise UserError("--cfg prints the config of one run, and -m is for several: leave one of them out.")
             if not multirun and (alone := sorted(_of_several(arguments))):
                 raise UserError(f"{alone[0]}= is for several runs, and without -m this would be one: put -m before it.")
+            _refuse_dashed_keys(arguments, config_name)
             _refuse_added_keys(arguments, config_name)
             arguments = [_set_or_add(argument) for argument in arguments]
             if config_name == "train":
@@ -403,6 +404,15 @@ def _refuse_added_keys(arguments: list[str], config_name: str) -> None:
             )
 
 
+def _refuse_dashed_keys(arguments: list[str], config_name: str) -> None:
+    """Refuse `--key`, which Hydra may take for an abbreviation of a flag: --experiment for --experimental-rerun."""
+    known = {*_groups(), *map(str, OmegaConf.load(conf_folder() / f"{config_name}.yaml"))}
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key.startswith("--") and key.removeprefix("--") in known:
+            raise UserError(f"{argument}: keys have no dashes. Give {key.removeprefix('--')}={value or 'VALUE'}.")
+
+
 @cache
 def _known_keys(data: str, conf: Path) -> list[str]:
     """Return the keys of a run on a choice of data; a sweep's jobs share them."""
@@ -449,13 +459,21 @@ def explain(error: HydraException | OmegaConfBaseException, config_name: str) ->
         return f"{group}={given}: there is no such choice. Choose {', '.join(choices)}.{suggest(given, choices)}"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key}= is missing: give it."
+    if missing := re.search(r"Could not find 'hydra/(launcher|sweeper)/([^']+)'", text):
+        choices = sorted(path.stem for path in (conf_folder() / "hydra" / missing[1]).glob("*.yaml"))
+        return (
+            f"hydra/{missing[1]}={missing[2]}: there is no such choice. Choose {', '.join(choices)}, or install "
+            f"Hydra's plugin for it (for ray: pip install -e '.[ray]')."
+        )
     if missing := re.search(r"Could not load 'hydra/(launcher|sweeper)/", text):
         return (
             f"hydra/{missing[1]}= needs a plugin of Hydra that is not installed. The files of "
             f"{conf_folder() / 'hydra' / missing[1]} say which, and how to install it."
         )
     if isinstance(error, OverrideParseException):
-        key = error.override.partition("=")[0]
+        key, equals, _ = error.override.partition("=")
+        if not equals:
+            return f"{key} is no key=value.{_meant(key, config_name)}"
         return (
             f"{error.override} cannot be parsed: quote values with spaces or special characters, twice on a command "
             f"line: '{key}=\"...\"'."
@@ -463,6 +481,15 @@ def explain(error: HydraException | OmegaConfBaseException, config_name: str) ->
     if isinstance(error.__cause__, OmegaConfBaseException):
         text += f" {error.__cause__}"
     return "\n".join(line for line in text.splitlines() if line.strip() and "object_type=" not in line)
+
+
+def _meant(value: str, config_name: str) -> str:
+    """Return what somebody may have meant who gave a value without its key."""
+    if config_name == "train":
+        found = [group for group in _groups() if (conf_folder() / group / f"{value}.yaml").is_file()]
+        return f" Did you mean {' or '.join(f'{group}={value}' for group in sorted(found))}?" if found else ""
+    keys = [key for key in ("checkpoint", "input") if key in list(compose(config_name))]
+    return f" Did you mean {' or '.join(f'{key}={value}' for key in keys)}?" if keys else ""
 
 
 def _groups() -> list[str]:

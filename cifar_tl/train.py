@@ -358,9 +358,9 @@ def test_best(
     trainer.test(module, datamodule=datamodule, verbose=False)
     trainer.strategy.barrier("metrics.json")
     metrics = read_metrics(folder)
+    figures = f"\n  figures     tensorboard --logdir {folder}" if (folder / "tensorboard").is_dir() else ""
     log.info(
-        "\n%s\n  best epoch  %d of 0..%d, validation accuracy %s\n  time        %s\n  results     %s\n"
-        "  figures     tensorboard --logdir %s",
+        "\n%s\n  best epoch  %d of 0..%d, validation accuracy %s\n  time        %s\n  results     %s%s",
         result_text(metrics, datamodule.sizes["test"]),
         metrics["best/epoch"],
         metrics["plan"][-1]["end"] - 1,
@@ -370,7 +370,7 @@ def test_best(
             for phase in metrics["phases"]
         ),
         folder / "metrics.json",
-        folder,
+        figures,
     )
     return metrics
 

@@ -22,6 +22,9 @@ ROWS: dict[str, list[tuple[str, tuple[str, ...]]]] = {
         ("train", ("experimnt=best32",)),
         ("train", ("finetune.head_rl=1",)),
         ("train", ("experiment=dmo",)),
+        ("train", ("best64",)),
+        ("train", ("--experiment", "best64")),
+        ("train", ("-m", "hydra/launcher=ry")),
         ("train", ("logger=null",)),
         ("train", ("+model.dropuot=0.5",)),
         ("train", ("++model.dropuot=0.5",)),
@@ -35,6 +38,7 @@ ROWS: dict[str, list[tuple[str, tuple[str, ...]]]] = {
         ("train", ("sweep=seeds",)),
         ("train", (*T, "hydra.run.dir=RUN")),
         ("predict", ("checkpoint=RUN",)),
+        ("evaluate", ("RUN",)),
         ("reports", ("nowhere",)),
     ],
     "Config": [

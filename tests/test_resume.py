@@ -127,6 +127,35 @@ def test_resume_repeats_the_runs_own_overrides_in_its_own_folder(tmp_path):
     assert arguments == ["seed=3", "trainer.max_epochs=30", f"resume='{run}'", *how]
 
 
+def leave_run(folder, checkpoint=True, status="interrupted", log=()):
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "overrides.yaml").write_text("[]")
+    (folder / "train.log").touch()
+    os.utime(folder / "train.log", log or None)
+    (folder / "metrics.json").write_text(json.dumps({"status": status}))
+    if checkpoint:
+        (folder / "checkpoints").mkdir()
+        (folder / "checkpoints" / "last.ckpt").touch()
+        os.utime(folder / "checkpoints" / "last.ckpt", (1000, 1000))
+
+
+def test_the_last_run_is_not_another_one_where_the_newest_saved_nothing(tmp_path):
+    leave_run(tmp_path / "older")
+    leave_run(tmp_path / "newer", checkpoint=False)
+    with pytest.raises(UserError, match=r"newer is newer than .*older and has no.*\. resume=.*older goes on"):
+        with_overrides_of_resumed_run(["resume=last"], tmp_path)
+    leave_run(tmp_path / "before", checkpoint=False, log=(999, 999))
+    (tmp_path / "newer" / "metrics.json").write_text('{"status": "finished"}')  # somebody needed its space
+    assert f"resume='{tmp_path / 'older'}'" in with_overrides_of_resumed_run(["resume=last"], tmp_path)
+
+
+def test_the_last_run_is_not_tested_again_where_it_is_finished(tmp_path):
+    leave_run(tmp_path / "run", status="finished")
+    with pytest.raises(UserError, match=r"is finished.*trainer\.max_epochs= trains it longer"):
+        with_overrides_of_resumed_run(["resume=last"], tmp_path)
+    assert "trainer.max_epochs=30" in with_overrides_of_resumed_run(["resume=last", "trainer.max_epochs=30"], tmp_path)
+
+
 def test_the_optimizer_forgets_the_frozen_phase(tiny_run):
     (state,) = torch.load(tiny_run / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"]
     assert {values["step"].item() for values in state["state"].values() if "step" in values} == {6.0}  # of 12

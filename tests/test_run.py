@@ -438,3 +438,11 @@ def test_metrics_are_written_as_the_numbers_that_they_are(run):
     numbers = [*metrics["val/acc"], metrics["test/acc"], *metrics["test/recall"], metrics["lr/head"][0]]
     assert all(len(repr(number)) <= 12 for number in numbers), numbers
     assert metrics["test/acc"] == round(20 * metrics["test/acc"]) / 20  # of 20 images
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("logger", ["tensorboard", "csv"])
+def test_a_run_names_the_figures_that_it_has(compose, tmp_path, caplog, logger):
+    caplog.set_level(logging.INFO)
+    train(compose(*TINY[:-1], f"logger={logger}", "trainer.max_epochs=3"), tmp_path, "demo")
+    assert (f"figures     tensorboard --logdir {tmp_path}" in caplog.text) == (logger == "tensorboard")

@@ -131,7 +131,8 @@ class BackboneUnfreeze(L.Callback):
         """Find out whose learning rate each parameter group has, and enter the phase: in mid-epoch no epoch starts.
 
         Raises:
-            UserError: A group with parameters of both, or of neither; a scheduler; training data without a length.
+            UserError: A group with parameters of both, or of neither; none for one of them; a scheduler; training data
+                without a length.
         """
         members = {name: {id(p) for p in pl_module.get_submodule(name).parameters()} for name in ("head", "backbone")}
         self._modules: list[list[str]] = []
@@ -147,6 +148,13 @@ class BackboneUnfreeze(L.Callback):
                         f"for head and backbone, both from step 0, as parameter_groups() of cifar_tl.model.optim does."
                     )
                 self._modules[-1].append(whose[0])
+        trained = {"head", "backbone"} if any(phase.stages for phase in self.schedule.phases) else {"head"}
+        for name in sorted(trained - {name for names in self._modules for name in names}):
+            if members[name]:
+                raise UserError(
+                    f"No optimizer has the parameters of the {name}, which is to train. Give the optimizer groups of "
+                    f"their own for head and backbone, both from step 0."
+                )
         if trainer.lr_scheduler_configs:
             raise UserError("BackboneUnfreeze owns the learning rates: return no scheduler from configure_optimizers.")
         if math.isinf(trainer.num_training_batches):

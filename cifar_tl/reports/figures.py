@@ -1,6 +1,7 @@
 """Figures of a run, the same in TensorBoard and in reports. Without pyplot: no global state, no display."""
 
 import functools
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -308,8 +309,9 @@ def runs_over_each_other(
         groups: Epochs and values of every run, by the group's name; None is a gap, in the mean, too.
         starts: Epochs at which phases of the runs start.
     """
-    figure, axes = _axes(3.4 + 0.15 * len(groups), width=6.2)
-    for number, (name, runs) in enumerate(groups.items()):
+    labels = [textwrap.fill(f"{name} (n={len(runs)})", 75) for name, runs in groups.items()]
+    figure, axes = _axes(3.4 + 0.15 * sum(label.count("\n") + 1 for label in labels), width=6.2)
+    for number, (label, runs) in enumerate(zip(labels, groups.values(), strict=True)):
         color = COLORS[number % len(COLORS)]
         for epochs, values in runs:
             axes.plot(epochs, np.array(values, dtype=float), color=color, linewidth=0.8, alpha=0.45, marker=".")
@@ -317,7 +319,7 @@ def runs_over_each_other(
         if len(shortest):
             mean = np.mean([np.array(values[: len(shortest)], dtype=float) for _, values in runs], axis=0)
             style = "-" if number < len(COLORS) else "--"
-            axes.plot(shortest, mean, style, color=color, linewidth=2.2, marker=".", label=f"{name} (n={len(runs)})")
+            axes.plot(shortest, mean, style, color=color, linewidth=2.2, marker=".", label=label)
     for start in starts:
         axes.axvline(start - 0.5, color=INK, linewidth=0.9, linestyle="--", alpha=0.6)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
@@ -441,14 +443,16 @@ def frontier(title: str, results: Sequence[Timed], references: Mapping[str, floa
 @_styled
 def points(title: str, groups: Mapping[str, Sequence[float]]) -> Figure:
     """Draw the values of every group of runs as points on a line, with their mean as a tick."""
-    figure, axes = _axes(0.9 + 0.33 * len(groups), width=6.2)
-    for y, (_name, values) in enumerate(groups.items()):
+    labels = [textwrap.fill(name, 40) for name in groups]
+    lines = max((label.count("\n") + 1 for label in labels), default=1)
+    figure, axes = _axes(0.9 + (0.2 + 0.13 * lines) * len(groups), width=6.2)
+    for y, values in enumerate(groups.values()):
         color = COLORS[y % len(COLORS)]
         if len(values) > 0:
             axes.plot([min(values), max(values)], [y, y], color=color, linewidth=3, alpha=0.25)
             axes.plot([np.mean(values)], [y], "|", color=color, markersize=15, markeredgewidth=2.2)
         axes.plot(values, [y] * len(values), "o", color=color, markersize=5, alpha=0.75, markeredgewidth=0)
-    axes.set_yticks(range(len(groups)), list(groups))
+    axes.set_yticks(range(len(groups)), labels)
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     axes.tick_params(axis="y", length=0, labelsize=8)

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra.core.hydra_config import HydraConfig
@@ -79,7 +80,8 @@ def with_overrides_of_resumed_run(arguments: list[str], outputs: Path = Path("ou
         return _unless_used_folder(arguments, multirun)
     if multirun:
         return _sweep_arguments(arguments, _unquoted("resume", given[-1]))
-    folder = _newest_run(outputs) if given[-1] == "last" else _unquoted("resume", given[-1])
+    ours = [a for a in arguments if not a.startswith("resume=")]
+    folder = _newest_run(outputs, bool(ours)) if given[-1] == "last" else _unquoted("resume", given[-1])
     saved = folder / ".hydra" / "overrides.yaml"
     if (folder / MULTIRUN).is_file():
         raise UserError(f"resume={given[-1]}: {folder} is a sweep's folder. Add -m to go on with all its jobs.")
@@ -90,7 +92,6 @@ def with_overrides_of_resumed_run(arguments: list[str], outputs: Path = Path("ou
             f"resume={given[-1]}: {folder} has no {LAST}: the run ended before its first epoch did. Start it anew."
         )
     theirs = [a for a in yaml.safe_load(saved.read_text(encoding="utf-8")) if not a.startswith("resume=")]
-    ours = [a for a in arguments if not a.startswith("resume=")]
     # Hydra would save its config and overrides before anything is checked: see save_overrides
     how = ["hydra.output_subdir=null", f"hydra.run.dir={quoted(folder)}"]
     return [*theirs, *ours, f"resume={quoted(folder)}", *how]
@@ -152,11 +153,16 @@ def _is_about(keys: tuple[str, ...], override: str) -> bool:
 
 def kept_result(folder: Path) -> float | None:
     """Return the best validation accuracy of a run that is finished or pruned, None of one that is neither."""
-    try:
-        metrics = read_metrics(folder)
-    except (OSError, ValueError):
-        return None
+    metrics = _metrics(folder)
     return float(metrics["best/val/acc"]) if metrics.get("status") in ("finished", "pruned") else None
+
+
+def _metrics(folder: Path) -> dict[str, Any]:
+    """Return what is recorded of a run; nothing if its record is missing or damaged."""
+    try:
+        return read_metrics(folder)
+    except (OSError, ValueError):
+        return {}
 
 
 def _unless_used_folder(arguments: list[str], multirun: bool) -> list[str]:
@@ -231,8 +237,30 @@ def _unquoted(key: str, value: str) -> Path:
     return check_path(key, value)
 
 
-def _newest_run(outputs: Path) -> Path:
+def _newest_run(outputs: Path, changed: bool) -> Path:
+    """Return the folder of the run that saved last.
+
+    Args:
+        outputs: Where to look for it.
+        changed: It goes on with other settings.
+
+    Raises:
+        UserError: There is none, it is finished and would go on as it was, or a later one has saved nothing: which of
+            the two is meant, nobody can know.
+    """
     checkpoints = sorted(outputs.glob(f"**/{LAST}"), key=lambda path: path.stat().st_mtime)
     if not checkpoints:
         raise UserError(f"resume=last: no run under {outputs.resolve()} has a {LAST}.")
-    return checkpoints[-1].parents[1]
+    folder, saved = checkpoints[-1].parents[1], checkpoints[-1].stat().st_mtime
+    begun = [log.parent for log in outputs.glob("**/train.log") if log.stat().st_mtime > saved]
+    if unsaved := [run for run in begun if not (run / LAST).is_file() and _metrics(run).get("status") != "finished"]:
+        raise UserError(
+            f"resume=last: {unsaved[0]} is newer than {folder} and has no {LAST}: it ended before its first epoch did, "
+            f"or trains now. resume={folder} goes on with the older one."
+        )
+    if not changed and _metrics(folder).get("status") == "finished":
+        raise UserError(
+            f"resume=last: {folder}, the newest run, is finished, and there is nothing to go on with. "
+            f"trainer.max_epochs= trains it longer; python -m cifar_tl.evaluate checkpoint={folder} measures it again."
+        )
+    return folder

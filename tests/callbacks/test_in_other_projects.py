@@ -348,6 +348,16 @@ def test_one_group_for_everything_is_refused_with_the_way_out(tmp_path):
         fit(OneGroup(), ours(), 3, tmp_path)
 
 
+@pytest.mark.parametrize(("theirs", "missing"), [("head", "backbone"), ("backbone", "head")])
+def test_an_optimizer_without_one_of_both_is_refused_before_anything_trains(tmp_path, theirs, missing):
+    class Forgotten(TheirModule):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.get_submodule(theirs).parameters(), lr=0.1)
+
+    with pytest.raises(UserError, match=f"No optimizer has the parameters of the {missing}"):
+        fit(Forgotten(), ours(), 3, tmp_path)
+
+
 def test_a_scheduler_beside_it_is_refused(tmp_path):
     class Scheduled(TheirModule):
         def configure_optimizers(self):

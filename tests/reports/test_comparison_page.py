@@ -80,6 +80,17 @@ def test_runs_of_other_seeds_or_images_are_not_paired(tmp_path):
     assert paired_difference(one, one) == Difference(0, 0, 0, 0, 0, [1], [0.0])
 
 
+def test_long_overrides_leave_room_for_the_plots():
+    names = [f"data.root=/a/long/path/of/somebody/{'x' * n}, model.weights=weights.pth" for n in (20, 90)]
+    drawn = figures.points("Test accuracy", {name: [0.5, 0.6] for name in names})
+    drawn.draw_without_rendering()
+    assert drawn.axes[0].get_window_extent().width > 0.4 * drawn.bbox.width
+    drawn = figures.runs_over_each_other("Accuracy", {name: [(range(3), [0.5, 0.6, 0.7])] for name in names}, [1])
+    drawn.draw_without_rendering()
+    legend = drawn.axes[0].get_legend().get_window_extent()
+    assert drawn.bbox.count_contains(legend.corners()) == 4
+
+
 def test_which_override_mattered(tmp_path):
     runs = []
     for i, (a, b) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
