@@ -4,7 +4,7 @@ import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, harmonic_mean
 
 import numpy as np
 
@@ -250,8 +250,13 @@ def _minutes(group: Group) -> float:
 
 
 def _images_per_s(runs: Sequence[Run]) -> float:
-    """Return the images per second of the last phase's training, on average."""
-    return fmean(run.metrics["phases"][-1]["images_per_s"] for run in runs)
+    """Return the images per second of fine-tuning, over all its phases, or of frozen epochs alone; on average."""
+    rates = []
+    for run in runs:
+        phases = [phase for phase in run.metrics["phases"] if phase["name"] != "frozen"] or run.metrics["phases"]
+        epochs = [len(phase["epochs"]) for phase in phases]
+        rates.append(harmonic_mean([phase["images_per_s"] for phase in phases], weights=epochs))
+    return fmean(rates)
 
 
 def _around_unfreeze(run: Run) -> tuple[float, float] | None:

@@ -121,6 +121,15 @@ def test_without_fine_tuning_there_is_no_speed_of_it(drawn):
     assert labels(figure) == ["probe"]
 
 
+def test_speed_is_of_all_fine_tuning(drawn):
+    rates = {"frozen": 9000.0, "fine-tune at 64x64": 300.0, "fine-tune at 96x96": 100.0}
+    phases = [
+        {"name": name, "epochs": [i], "seconds": 1.0, "images_per_s": rate}
+        for i, (name, rate) in enumerate(rates.items())
+    ]
+    assert labels(drawn(("growing", 2, 0.80, {"phases": phases}))) == ["growing, 150 images/s"]
+
+
 def test_without_a_finished_run_there_is_no_figure(drawn, tmp_path):
     assert drawn(("quick", 2, 0.80, {"status": "interrupted"})) is None
     assert (tmp_path / "tables.md").read_text() == "# Tables\n"
