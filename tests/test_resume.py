@@ -127,10 +127,10 @@ def test_resume_repeats_the_runs_own_overrides_in_its_own_folder(tmp_path):
     assert arguments == ["seed=3", "trainer.max_epochs=30", f"resume='{run}'", *how]
 
 
-def leave_run(folder, checkpoint=True, status="interrupted", log=()):
+def leave_run(folder, checkpoint=True, status="interrupted", log=(), text="device"):
     (folder / ".hydra").mkdir(parents=True)
     (folder / ".hydra" / "overrides.yaml").write_text("[]")
-    (folder / "train.log").touch()
+    (folder / "train.log").write_text(text)
     os.utime(folder / "train.log", log or None)
     (folder / "metrics.json").write_text(json.dumps({"status": status}))
     if checkpoint:
@@ -142,9 +142,10 @@ def leave_run(folder, checkpoint=True, status="interrupted", log=()):
 def test_the_last_run_is_not_another_one_where_the_newest_saved_nothing(tmp_path):
     leave_run(tmp_path / "older")
     leave_run(tmp_path / "newer", checkpoint=False)
-    with pytest.raises(UserError, match=r"newer is newer than .*older and has no.*\. resume=.*older goes on"):
+    with pytest.raises(UserError, match=r"newer is newer than .*older and has no.*cifar_tl.train resume=.*older goes on"):
         with_overrides_of_resumed_run(["resume=last"], tmp_path)
     leave_run(tmp_path / "before", checkpoint=False, log=(999, 999))
+    leave_run(tmp_path / "refused", checkpoint=False, text="")
     (tmp_path / "newer" / "metrics.json").write_text('{"status": "finished"}')  # somebody needed its space
     assert f"resume='{tmp_path / 'older'}'" in with_overrides_of_resumed_run(["resume=last"], tmp_path)
 

@@ -252,11 +252,12 @@ def _newest_run(outputs: Path, changed: bool) -> Path:
     if not checkpoints:
         raise UserError(f"resume=last: no run under {outputs.resolve()} has a {LAST}.")
     folder, saved = checkpoints[-1].parents[1], checkpoints[-1].stat().st_mtime
-    begun = [log.parent for log in outputs.glob("**/train.log") if log.stat().st_mtime > saved]
+    logs = ((log, log.stat()) for log in outputs.glob("**/train.log"))
+    begun = [log.parent for log, stat in logs if stat.st_size and stat.st_mtime > saved]  # empty: refused at the start
     if unsaved := [run for run in begun if not (run / LAST).is_file() and _metrics(run).get("status") != "finished"]:
         raise UserError(
             f"resume=last: {unsaved[0]} is newer than {folder} and has no {LAST}: it ended before its first epoch did, "
-            f"or trains now. resume={folder} goes on with the older one."
+            f"or trains now. {resume_command(folder)} goes on with the older one."
         )
     if not changed and _metrics(folder).get("status") == "finished":
         raise UserError(
