@@ -142,7 +142,7 @@ def leave_run(folder, checkpoint=True, status="interrupted", log=(), text="devic
 def test_the_last_run_is_not_another_one_where_the_newest_saved_nothing(tmp_path):
     leave_run(tmp_path / "older")
     leave_run(tmp_path / "newer", checkpoint=False)
-    with pytest.raises(UserError, match=r"newer is newer than .*older and has no.*cifar_tl.train resume=.*older goes on"):
+    with pytest.raises(UserError, match=r"newer is newer than .*older and has no.*resume=.*older goes on"):
         with_overrides_of_resumed_run(["resume=last"], tmp_path)
     leave_run(tmp_path / "before", checkpoint=False, log=(999, 999))
     leave_run(tmp_path / "refused", checkpoint=False, text="")
