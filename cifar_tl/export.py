@@ -111,7 +111,7 @@ def export(cfg: DictConfig, folder: Path) -> Path:
 
 
 def compare(trained: Trained, images: Tensor, given: Tensor, run: Run) -> tuple[float, int]:
-    """Compare an exported model with its checkpoint, in whole batches, a last one that is shorter, and a single image.
+    """Compare an exported model with its checkpoint, in batches and as a single image.
 
     The checkpoint's side is computed as its test was, but in float32: batches of ArrayLoader, normalized there,
     through the module.

@@ -38,7 +38,8 @@ class BackboneUnfreeze(L.Callback):
     Raises:
         UserError: A value that cannot be, or an unfreeze that is never reached; without `max_epochs`, when fit starts.
             Then, too: no `backbone` or `head`, a backbone without the stages or the `upscale` that are asked for, a
-            parameter group of both or of neither, a learning rate scheduler, or training data without a length.
+            parameter group of both or of neither, an optimizer without the parameters of one, a learning rate
+            scheduler, or training data without a length.
     """
 
     schedule: FinetuneSchedule

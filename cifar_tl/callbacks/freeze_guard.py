@@ -55,6 +55,7 @@ class FreezeGuard(L.Callback):
 
     Raises:
         FreezeViolationError: From `on_train_batch_end`, with what is wrong, the tensors and the likely reason.
+        UserError: As BackboneUnfreeze, for the same values, when fit starts.
     """
 
     phases: Phases

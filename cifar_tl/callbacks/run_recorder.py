@@ -1,4 +1,4 @@
-"""The callback that writes metrics.json: what a run did, and everything needed to repeat it."""
+"""The callback that writes metrics.json: what a run did, with what, and on what."""
 
 import dataclasses
 import logging
@@ -27,7 +27,7 @@ class RunRecorder(EpochTimer):
     Args:
         folder: The run's.
         schedule: Names the phases.
-        facts: What is known before training: config, seed, hashes, versions, device.
+        facts: What is known before training: seed, versions, device, hashes of config, data and weights.
     """
 
     def __init__(self, folder: Path, schedule: FinetuneSchedule, facts: Mapping[str, Any]) -> None:

@@ -65,7 +65,7 @@ def build_optimizer(name: str, groups: list[dict[str, Any]], momentum: float, ad
         adam_eps: Added to the denominator by `adam` and `adamw`.
 
     Raises:
-        UserError: An unknown name.
+        UserError: An unknown name, or a momentum that is not in [0, 1).
     """
     match check_choice("finetune.optimizer", name, OPTIMIZERS):
         case "adam":

@@ -29,7 +29,7 @@ def load_weights(backbone: nn.Module, weights: str, filter_rms: float | None) ->
         The SHA-256 of the file that was read.
 
     Raises:
-        UserError: Unknown name, no such file, no network, or a file that holds something else.
+        UserError: Unknown name, no such file, no network, a file of something else, or no positive `filter_rms`.
     """
     names = [w.name for w in ResNet50_Weights]
     path = _torchvision_file(ResNet50_Weights[weights]) if weights in names else check_path("model.weights", weights)

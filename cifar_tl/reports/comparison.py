@@ -19,7 +19,7 @@ class Group:
     Attributes:
         label: The overrides in which the groups differ, without the part before the last dot where that is clear.
         overrides: Values by key, without the seed.
-        runs: The runs, by seed.
+        runs: The runs, in the order in which they were given.
     """
 
     label: str

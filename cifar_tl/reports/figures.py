@@ -359,7 +359,7 @@ class Timed:
 
     Attributes:
         recipe: Its name.
-        minutes: Of the whole run.
+        minutes: Of all epochs, on average over the seeds.
         accuracy: A share.
         low: Lower end of its range.
         high: Upper end.

@@ -183,7 +183,9 @@ def equal_images(groups: Sequence[Group]) -> Table:
         for group in groups
     ]
     head = ["recipe", "n", "images x epochs", "val acc", "test acc", "images/s"]
-    return Table("Scale", head, rows, "Accuracies in %, means over n seeds. Images/s of the last phase's training.")
+    return Table(
+        "Scale", head, rows, "Accuracies in %, means over n seeds. Images/s of fine-tuning, over all its phases."
+    )
 
 
 def with_provenance(table: Table, groups: dict[str, list[Group]]) -> Table:
