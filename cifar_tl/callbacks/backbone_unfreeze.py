@@ -1,10 +1,12 @@
 """The callback that keeps the backbone frozen, unfreezes it on time, and owns every learning rate."""
 
 import math
+import sys
 from collections.abc import Sequence
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -13,13 +15,20 @@ from cifar_tl.errors import UserError, check_choice
 from cifar_tl.schedule import FinetuneSchedule, Phase
 
 
+def run_epochs(trainer: L.Trainer) -> int:
+    """Return a run's epochs, from 1; under `fast_dev_run`, which sets them to 1, enough for every schedule."""
+    fast = trainer.fast_dev_run  # type: ignore[attr-defined]  # Lightning adds it
+    return sys.maxsize if fast else trainer.max_epochs or 0
+
+
 class BackboneUnfreeze(L.Callback):
     """Freeze the backbone until `unfreeze_at_epoch`, then train it, too, at learning rates of its own.
 
     Works on any LightningModule with a `backbone` and a `head` whose optimizer has the parameters of both, in groups of
     their own, and of nothing else, from step 0, and no learning rate scheduler, on training data with a length. What
     trains and how fast is a function of the epoch, applied anew at the start of every epoch and of every fit: a resumed
-    run is in the right phase by construction (Lightning issue 21901).
+    run is in the right phase by construction (Lightning issue 21901). Of a backbone or head that has gradients when fit
+    starts, parameters without them stay as they are; when fit ends, everything else has gradients.
 
     Args:
         unfreeze_at_epoch: First epoch of fine-tuning; 0 trains everything from the start, None never unfreezes.
@@ -39,7 +48,8 @@ class BackboneUnfreeze(L.Callback):
         UserError: A value that cannot be, or an unfreeze that is never reached; without `max_epochs`, when fit starts.
             Then, too: no `backbone` or `head`, a backbone without the stages or the `upscale` that are asked for, a
             parameter group of both or of neither, an optimizer without the parameters of one, a learning rate
-            scheduler, or training data without a length.
+            scheduler, StochasticWeightAveraging, training data without a length, or a max_steps that ends the run
+            before the last phase.
     """
 
     schedule: FinetuneSchedule
@@ -71,19 +81,43 @@ class BackboneUnfreeze(L.Callback):
             "progressive_resizing": progressive_resizing,
         }
         self._max_epochs = max_epochs
+        self._kept: set[str] = set()
+        self._prepared = False
         self._adapting: list[RemovableHandle] = []
         if max_epochs is not None:
             self.schedule = FinetuneSchedule(max_epochs, **self._schedule)  # type: ignore[arg-type]  # checked there
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check the module, and take the number of epochs from the Trainer."""
+        """Check the module, take the number of epochs from the Trainer, and turn gradients on.
+
+        DistributedDataParallel, which wraps the module next, never averages those of a parameter that has none then.
+        """
         for name in ("backbone", "head"):
             if not isinstance(getattr(pl_module, name, None), nn.Module):
                 raise UserError(f"{type(pl_module).__name__} has no module named {name}, which BackboneUnfreeze needs.")
-        if stage == "fit" and self._max_epochs is None:
-            self.schedule = FinetuneSchedule(trainer.max_epochs, **self._schedule)  # type: ignore[arg-type]  # there
-        if stage == "fit":
-            self._check_backbone(pl_module.get_submodule("backbone"))
+        if stage != "fit":
+            return
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning adds it
+        if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
+            raise UserError(
+                "StochasticWeightAveraging sets learning rates, which BackboneUnfreeze owns, and clears BatchNorm's "
+                "statistics, which batchnorm=frozen keeps: give EMAWeightAveraging."
+            )
+        if self._max_epochs is None:
+            self.schedule = FinetuneSchedule(run_epochs(trainer), **self._schedule)  # type: ignore[arg-type]  # there
+        self._check_backbone(pl_module.get_submodule("backbone"))
+        self._kept = set().union(*(freezing.parameters_to_keep(pl_module, part) for part in ("backbone", "head")))
+        self._prepared = True
+        self._turn_gradients_on(pl_module)
+
+    def _turn_gradients_on(self, module: nn.Module) -> None:
+        for part in ("backbone", "head"):
+            module.get_submodule(part).requires_grad_(True)
+        self._keep(module)
+
+    def _keep(self, module: nn.Module) -> None:
+        for name in self._kept:
+            module.get_parameter(name).requires_grad_(False)
 
     def _check_backbone(self, backbone: nn.Module) -> None:
         """Raise a UserError, before anything trains, if a later phase asks for what the backbone does not have."""
@@ -111,6 +145,7 @@ class BackboneUnfreeze(L.Callback):
         head.train()
         training = freezing.training_modules(backbone, phase.stages)
         freezing.unfreeze(training, self.batchnorm)
+        self._keep(module)
         self._adapting = freezing.adapt_statistics(training) if self.batchnorm == "adapt" else []
         if phase.upscale is not None:
             backbone.upscale = phase.upscale  # type: ignore[assignment]  # no module, whatever nn.Module promises
@@ -121,19 +156,22 @@ class BackboneUnfreeze(L.Callback):
         self._adapting = []
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave BatchNorm's statistics to whoever uses the model next."""
+        """Leave BatchNorm's statistics, and what has gradients, to whoever uses the model next."""
         self._stop_adapting()
+        self._turn_gradients_on(pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Do what `on_fit_end` does, which is not called then."""
         self._stop_adapting()
+        if self._prepared:
+            self._turn_gradients_on(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find out whose learning rate each parameter group has, and enter the phase: in mid-epoch no epoch starts.
 
         Raises:
             UserError: A group with parameters of both, or of neither; none for one of them; a scheduler; training data
-                without a length.
+                without a length; too few steps for all phases.
         """
         members = {name: {id(p) for p in pl_module.get_submodule(name).parameters()} for name in ("head", "backbone")}
         self._modules: list[list[str]] = []
@@ -162,23 +200,34 @@ class BackboneUnfreeze(L.Callback):
             raise UserError(
                 "The training data has no length, but learning rates depend on it: give Trainer limit_train_batches."
             )
+        last = self.schedule.phases[-1]
+        before = last.start * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        fast = trainer.fast_dev_run  # type: ignore[attr-defined]  # Lightning adds it
+        if not fast and before and 0 <= trainer.max_steps <= before:
+            raise UserError(
+                f"max_steps={trainer.max_steps} ends the run before the phase '{last.name}', which starts at epoch "
+                f"{last.start}, after {before} steps: raise it, or lower unfreeze_at_epoch."
+            )
         self.apply(pl_module, self.schedule.phase(trainer.current_epoch))
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Enter the epoch's phase; at the unfreeze, drop what the optimizer remembers of the frozen phase."""
+        """Enter the epoch's phase."""
         epoch = trainer.current_epoch
         phase = self.schedule.phase(epoch)
         self.apply(pl_module, phase)
         if self.compiled and epoch == phase.start > 0:
             torch.compiler.reset()  # a graph of the frozen phase gives no gradients
-        if epoch == self.schedule.unfreeze_at_epoch:
-            for optimizer in trainer.optimizers:
-                optimizer.state.clear()  # a second phase is a second training: moments of the first would steer it
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
-        """Set every group's learning rate for this step."""
+        """Set every group's learning rate for this step; in the first one of fine-tuning, clear the optimizer's state.
+
+        A run that goes on from the last step of an epoch has no start of the next one.
+        """
+        if batch_idx == 0 and trainer.current_epoch == self.schedule.unfreeze_at_epoch:
+            for optimizer in trainer.optimizers:
+                optimizer.state.clear()  # a second phase is a second training: moments of the first would steer it
         learning_rates = self.schedule.learning_rates(
             trainer.current_epoch, batch_idx, int(trainer.num_training_batches)
         )

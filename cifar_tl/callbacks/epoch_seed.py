@@ -6,7 +6,7 @@ import torch
 from cifar_tl.data.splits import make_generator
 
 MODEL = 2
-"""Purpose of the random generator; the data's are 0 and 10 to 14."""
+"""Purpose of the random generator; the data's are 0 and 10 to 15."""
 
 
 class EpochSeed(L.Callback):

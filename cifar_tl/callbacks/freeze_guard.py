@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cifar_tl.callbacks.freezing import batchnorms, training_modules
+from cifar_tl.callbacks.backbone_unfreeze import run_epochs
+from cifar_tl.callbacks.freezing import batchnorms, parameters_to_keep, training_modules
 from cifar_tl.errors import UserError
 from cifar_tl.schedule import Phases
 
@@ -73,6 +74,7 @@ class FreezeGuard(L.Callback):
         self.progressive_resizing = progressive_resizing or ()
         self.batchnorm = batchnorm
         self._max_epochs = max_epochs
+        self._kept: set[str] = set()
         self._before: dict[str, Tensor] = {}
         self._had_gradient: set[str] = set()
         self._steps: Counter[int] = Counter()
@@ -80,10 +82,11 @@ class FreezeGuard(L.Callback):
         self._due: float = CHECKED_STEPS
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Work out the phases."""
+        """Work out the phases, and what never trains."""
         if stage == "fit":
-            epochs = trainer.max_epochs if self._max_epochs is None else self._max_epochs
-            self.phases = Phases(epochs or 0, self.unfreeze_at_epoch, self.stage_epochs, self.progressive_resizing)
+            epochs = run_epochs(trainer) if self._max_epochs is None else self._max_epochs
+            self.phases = Phases(epochs, self.unfreeze_at_epoch, self.stage_epochs, self.progressive_resizing)
+            self._kept = set().union(*(parameters_to_keep(pl_module, part) for part in ("backbone", "head")))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Watch the optimizers' steps, and copy the model: a resumed run is checked, too."""
@@ -112,6 +115,7 @@ class FreezeGuard(L.Callback):
         """Return the names of the parameters and buffers that training must change in an epoch's phase."""
         training = training_modules(module.get_submodule("backbone"), self.phases.at(epoch).stages)
         changing = {id(p) for m in [module.get_submodule("head"), *training] for p in m.parameters()}
+        changing -= {id(module.get_parameter(name)) for name in self._kept}
         if self.batchnorm != "frozen":
             # num_batches_tracked counts under `train` only
             changing |= {
@@ -182,7 +186,9 @@ class FreezeGuard(L.Callback):
         if names := without_gradient & judged:
             raise FreezeViolationError(
                 f"{where}: {_listing(names)} should train but had no gradient. "
-                f"They were never unfrozen, or a compiled or traced graph from the frozen phase is still in use."
+                f"They were never unfrozen, or the loss does not depend on them (then set their requires_grad to False "
+                f"before fit, and give the others to the optimizer), or a compiled or traced graph from the frozen "
+                f"phase is still in use."
             )
         if names := still & judged:
             raise FreezeViolationError(

@@ -41,6 +41,20 @@ def batchnorms(modules: Iterable[nn.Module]) -> Iterator[_BatchNorm]:
         yield from (m for m in module.modules() if isinstance(m, _BatchNorm))
 
 
+def parameters_to_keep(module: nn.Module, part: str) -> set[str]:
+    """Return the names of parameters that a part's author has fixed: others of it have gradients, and they have none.
+
+    A part without any gradients was frozen as a whole, as many backbones are, and is to be unfrozen.
+
+    Args:
+        module: What the names are relative to.
+        part: The name of one of its modules.
+    """
+    parameters = dict(module.get_submodule(part).named_parameters(part, remove_duplicate=False))
+    fixed = {name for name, parameter in parameters.items() if not parameter.requires_grad}
+    return fixed if len(fixed) < len(parameters) else set()
+
+
 def freeze(module: nn.Module) -> None:
     """Stop a module from changing: no gradient, and eval mode, which alone keeps BatchNorm's statistics still."""
     module.requires_grad_(False)

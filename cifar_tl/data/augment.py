@@ -13,7 +13,7 @@ from cifar_tl.errors import check_choice, check_int, check_number
 
 FLIPS = ("none", "random", "alternating")
 
-FLIP, SHIFT, WARP, CUTOUT, COLOR = 10, 11, 12, 13, 14
+FLIP, SHIFT, WARP, CUTOUT, COLOR, MIX = 10, 11, 12, 13, 14, 15
 """Purposes of the random generators: one kind of draw does not change when another is turned on."""
 
 Draws = dict[str, Tensor]

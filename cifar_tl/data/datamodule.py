@@ -155,9 +155,12 @@ class CIFAR10DataModule(L.LightningDataModule):
         Raises:
             UserError: What is wrong with the files, or a class would have nothing to train on.
         """
+        fitting = stage == "fit"
+        if fitting and not self.duplicates:  # read for another stage, and so not compared
+            self.splits.clear()
+            self.indices.clear()
         if stage in ("fit", "validate") and "train" not in self.splits:
-            fitting = stage == "fit"
-            sets = self.source.read(["train", "test"] if fitting and "test" not in self.splits else ["train"])
+            sets = self.source.read(["train", "test"] if fitting else ["train"])
             images, targets = sets["train"]
             train, val = split_train_val(targets, self.val_size, self.limit, self.split_seed)
             if fitting:
@@ -169,7 +172,7 @@ class CIFAR10DataModule(L.LightningDataModule):
             self.split_sha256 = content_hash(
                 self.classes, *((self.indices[split], digests[split], self.targets(split)) for split in digests)
             )
-            if "test" in sets:
+            if fitting:
                 self._test = sets["test"]
                 self._compare_with_test(digests["train"], digests["val"])
         if stage == "test" and "test" not in self.splits:
@@ -234,10 +237,18 @@ class CIFAR10DataModule(L.LightningDataModule):
             )
 
     def train_dataloader(self) -> ArrayLoader:
-        """Return shuffled, augmented batches; a function of the seed and the trainer's epoch."""
+        """Return shuffled, augmented batches; a function of the seed and the trainer's epoch.
+
+        Without a trainer, and under its overfit_batches, which is for the same batches again and again: of epoch 0.
+        """
         trainer = self.trainer
-        assert trainer is not None
-        return self._loader("train", self.batch_size, self.augment, lambda: trainer.current_epoch)
+
+        def epoch() -> int:
+            if trainer is None or trainer.overfit_batches:  # type: ignore[attr-defined]  # Lightning adds it
+                return 0
+            return trainer.current_epoch
+
+        return self._loader("train", self.batch_size, self.augment, epoch)
 
     def val_dataloader(self) -> ArrayLoader:
         """Return the validation images in order."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from cifar_tl.data.augment import Augment, Draws
+from cifar_tl.data.augment import MIX, Augment, Draws
 from cifar_tl.data.batch import Batch, one_hot
 from cifar_tl.data.lazy import LazyImages
 from cifar_tl.data.splits import make_generator
@@ -18,7 +18,8 @@ SHUFFLE = 0
 class ArrayLoader:
     """An iterable over batches: normalized images, or features of the images where those are cached.
 
-    Shuffling and augmentation are functions of (seed, epoch): an epoch can be made again exactly, in a resumed run too.
+    Shuffling, augmentation and mixing are functions of (seed, epoch): an epoch can be made again exactly, in a resumed
+    run, too.
 
     Args:
         images: (examples, 3, height, width), uint8, on `device` from the first use on; or read anew in every epoch.
@@ -124,7 +125,10 @@ class ArrayLoader:
                 inputs = augment.apply(inputs, rows, self.blank) if augment is not None else inputs.float()
                 inputs = inputs.mul_(self.scale).add_(self.offset)
             if mix is not None:
-                yield mix(inputs, targets)
+                with torch.random.fork_rng([]):  # not torch.manual_seed, which would seed the GPU's, too
+                    torch.default_generator.manual_seed(make_generator(self.seed, epoch, MIX, step).initial_seed())
+                    batch = mix(inputs, targets)
+                yield batch
             else:
                 yield inputs, one_hot(targets, self.classes) if self.one_hot_targets else targets
 
@@ -138,7 +142,7 @@ class ArrayLoader:
 
 
 def _mix(augment: Augment, classes: int) -> v2.Transform | None:
-    """Return what mixes images and targets of a batch; its draws come from torch's generator, seeded every epoch."""
+    """Return what mixes images and targets of a batch; its draws come from torch's generator."""
     choices: list[v2.Transform] = []
     if augment.mixup:
         choices.append(v2.MixUp(alpha=augment.mixup, num_classes=classes))

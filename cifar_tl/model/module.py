@@ -118,7 +118,10 @@ class ResNet50Classifier(L.LightningModule):
         """Fit the optimizer's state, if it came from a checkpoint, to this device and to this config."""
         for optimizer in self.trainer.optimizers:
             match_parameters(optimizer)
-            restore_options(optimizer, self.configure_optimizers())
+            fresh: object = self.configure_optimizers()
+            if isinstance(fresh, Optimizer):  # a subclass may return whatever Lightning takes
+                restore_options(optimizer, fresh)
+        self.on_train_epoch_start()  # in mid-epoch no epoch starts
 
     def on_train_epoch_start(self) -> None:
         """Start the sums of the epoch's training metrics."""

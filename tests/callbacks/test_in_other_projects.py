@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning
+from lightning.pytorch.callbacks import BackboneFinetuning, EMAWeightAveraging, StochasticWeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -42,17 +42,18 @@ def loader(batch_size):
     return DataLoader(TensorDataset(images, (images.mean(dim=(1, 2, 3)) > 1).long()), batch_size=batch_size)
 
 
-def fit(module, callback, epochs, folder, resume=None, batch_size=8):
-    trainer = L.Trainer(
-        max_epochs=epochs,
-        callbacks=callback,
-        default_root_dir=folder,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
+def fit(module, callback, epochs, folder, resume=None, batch_size=8, **more):
+    keys = {
+        "max_epochs": epochs,
+        "callbacks": callback,
+        "default_root_dir": folder,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    trainer = L.Trainer(**keys | more)
     trainer.fit(module, loader(batch_size), ckpt_path=resume, weights_only=resume is not None or None)
     return trainer
 
@@ -337,6 +338,108 @@ def test_statistics_do_not_adapt_after_the_fit(tmp_path, killed):
     module.backbone.eval()(torch.randn(4, 3, 8, 8))
     assert not moved(module, before)
     torch.save(module.backbone, tmp_path / "whole.pt")
+
+
+class Adapted(TheirModule):
+    """A backbone whose author has fixed a part of it, as adapters do, and the whole of it, as many do who freeze it."""
+
+    def __init__(self, fixed, rest_trains, in_the_optimizer):
+        super().__init__()
+        self.in_the_optimizer = in_the_optimizer
+        self.backbone.requires_grad_(rest_trains)
+        for name in fixed:
+            self.backbone.get_parameter(name).requires_grad_(False)
+        self.backbone.register_parameter("unused", nn.Parameter(torch.ones(1), requires_grad=False))
+
+    def configure_optimizers(self):
+        def chosen(part):
+            return [p for p in part.parameters() if p.requires_grad or self.in_the_optimizer]
+
+        return torch.optim.SGD([{"params": chosen(self.head)}, {"params": chosen(self.backbone)}], lr=0.0)
+
+
+def with_gradients(module):
+    return {name for name, parameter in module.backbone.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("in_the_optimizer", [True, False])
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_an_author_has_fixed_stays_fixed(tmp_path, in_the_optimizer, killed):
+    module = Adapted(["0.weight"], rest_trains=True, in_the_optimizer=in_the_optimizer)
+    before, trainable = clone(module), with_gradients(module)
+    with pytest.raises(SystemError) if killed else nullcontext():
+        fit(module, [*ours(), *([KilledIn(1, tmp_path / "c.ckpt")] if killed else [])], 4, tmp_path)
+    assert moved(module, before) == (set() if killed else {"0.bias", "1.weight", "1.bias"})
+    assert with_gradients(module) == trainable, "as before, also if the run ends while all is frozen"
+
+
+def test_a_change_of_what_an_author_has_fixed_is_caught(tmp_path):
+    class Thaws(L.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            pl_module.backbone[0].requires_grad_(True)
+
+    unfreeze = [BackboneUnfreeze(0, head_lr=0.1, backbone_lr=0.1), Thaws()]
+    module = Adapted(["0.weight"], rest_trains=True, in_the_optimizer=True)
+    with pytest.raises(FreezeViolationError, match=r"epoch 0.*1 tensors \(backbone.0.weight\) changed although frozen"):
+        fit(module, [*unfreeze, FreezeGuard(0)], 4, tmp_path)
+
+
+def test_a_backbone_that_comes_frozen_is_unfrozen_and_has_gradients_before_optimizers_and_processes_are_made(tmp_path):
+    module = Adapted([], rest_trains=False, in_the_optimizer=False)
+    del module.backbone.unused
+    before = clone(module)
+    fit(module, ours(), 4, tmp_path)
+    assert moved(module, before) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+def test_a_second_fit_trains_what_the_first_has_frozen(tmp_path):
+    module = TheirModule()
+    fit(module, [BackboneUnfreeze(None, head_lr=0.1, backbone_lr=0.1), FreezeGuard(None)], 2, tmp_path)
+    before = clone(module)
+    fit(module, ours(), 4, tmp_path)
+    assert moved(module, before) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+class Momentum(TheirModule):
+    """SGD with momentum, so that the optimizer has a state."""
+
+    def configure_optimizers(self):
+        groups = super().configure_optimizers().param_groups
+        return torch.optim.SGD([{"params": group["params"]} for group in groups], lr=0.0, momentum=0.9)
+
+
+def test_a_run_that_goes_on_from_the_last_step_of_the_frozen_phase_forgets_it_too(tmp_path):
+    class Saving(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if (trainer.current_epoch, batch_idx) == (1, 3):
+                trainer.save_checkpoint(tmp_path / "c.ckpt")
+
+    torch.manual_seed(0)
+    whole, resumed = Momentum(), Momentum()
+    fit(whole, [*ours(), Saving()], 4, tmp_path)
+    fit(resumed, ours(), 4, tmp_path, tmp_path / "c.ckpt")
+    assert torch.equal(whole.head[1].weight, resumed.head[1].weight)
+
+
+@pytest.mark.parametrize("keys", [{"max_steps": 8}, {"max_steps": 4, "accumulate_grad_batches": 2}])
+def test_steps_that_end_before_the_unfreeze_are_refused(tmp_path, keys):
+    with pytest.raises(UserError, match=rf"max_steps={keys['max_steps']} ends the run before the phase 'fine-tune'"):
+        fit(TheirModule(), ours(), 4, tmp_path, **keys)
+    fit(TheirModule(), ours(), 4, tmp_path, **keys | {"max_steps": keys["max_steps"] + 1})
+
+
+def test_a_fast_dev_run_goes_through_a_step_of_the_frozen_phase(tmp_path):
+    module = TheirModule()
+    before = clone(module)
+    trainer = fit(module, ours(), 20, tmp_path, fast_dev_run=True)
+    assert trainer.global_step == 1
+    assert not moved(module, before)
+
+
+def test_averaging_that_clears_batchnorms_statistics_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"StochasticWeightAveraging.*give EMAWeightAveraging"):
+        fit(TheirModule(), [*ours(), StochasticWeightAveraging(swa_lrs=0.1)], 4, tmp_path)
+    fit(TheirModule(), [*ours(), EMAWeightAveraging()], 4, tmp_path)
 
 
 def test_one_group_for_everything_is_refused_with_the_way_out(tmp_path):

@@ -43,10 +43,16 @@ def fitted(compose):
     return fitted
 
 
-def place(epoch, processes=1):
+def place(epoch, processes=1, overfit_batches=0):
     """What a data module asks of its Trainer."""
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    return SimpleNamespace(current_epoch=epoch, world_size=processes, global_rank=0, strategy=strategy)
+    return SimpleNamespace(
+        current_epoch=epoch,
+        world_size=processes,
+        global_rank=0,
+        strategy=strategy,
+        overfit_batches=overfit_batches,
+    )
 
 
 def test_batches_of_a_run_follow_its_seed_epoch_and_phase(compose):
@@ -214,3 +220,50 @@ def test_the_test_set_is_read_once_and_given_out_only_for_testing(fitted, tmp_pa
     datamodule.setup("test")
     assert datamodule.sizes == {"train": 9, "val": 3, "test": 6}
     assert datamodule.test_sha256 == before
+
+
+@pytest.mark.parametrize("before", ["validate", "test"])
+def test_what_another_stage_has_read_is_still_checked_before_training(fitted, compose, tmp_path, before):
+    root = write(tmp_path, {"cat": 6, "dog": 6, "rare": 1}, {"cat": 3, "dog": 3, "rare": 1})
+    datamodule = build_datamodule(compose("data=folder", f"data.root='{root}'", "data.val_size=10"))
+    datamodule.setup(before)
+    with pytest.raises(UserError, match="nothing to train on"):
+        datamodule.setup("fit")
+    datamodule = build_datamodule(compose("data=folder", f"data.root='{root}'", "data.val_size=3"))
+    datamodule.setup(before)
+    datamodule.setup("fit")
+    whole = fitted(root)
+    assert datamodule.duplicates == whole.duplicates
+    assert (datamodule.split_sha256, datamodule.test_sha256) == (whole.split_sha256, whole.test_sha256)
+
+
+def test_batches_can_be_looked_at_without_a_trainer(compose):
+    data = build_datamodule(compose(*TINY))
+    data.setup("fit")
+    alone = torch.cat([targets for _, targets in data.train_dataloader()])
+    data.trainer = place(0)
+    assert torch.equal(alone, torch.cat([targets for _, targets in data.train_dataloader()]))
+
+
+def test_batches_that_are_to_be_overfitted_are_the_same_in_every_epoch(compose):
+    def batches(epoch, overfit_batches):
+        data = build_datamodule(compose(*TINY))
+        data.setup("fit")
+        data.trainer = place(epoch, overfit_batches=overfit_batches)
+        return torch.cat([images for images, _ in data.train_dataloader()])
+
+    assert torch.equal(batches(0, 2), batches(1, 2))
+    assert not torch.equal(batches(0, 0), batches(1, 0))
+
+
+def test_mixing_is_a_function_of_seed_and_epoch(compose):
+    def batches(torchs_seed):
+        data = build_datamodule(compose(*TINY, "augment.mixup=1"))
+        data.setup("fit")
+        torch.manual_seed(torchs_seed)
+        drawn = [images for images, _ in data.train_dataloader()]
+        return torch.cat(drawn), torch.rand(1)
+
+    (images, after), (again, after_again) = batches(0), batches(1)
+    assert torch.equal(images, again)
+    assert after != after_again, "the model's own draws have to go on"

@@ -1,6 +1,8 @@
+import lightning as L
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from cifar_tl.build import build_module
 from cifar_tl.data.batch import class_indices, one_hot
@@ -10,8 +12,7 @@ from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.model.optim import build_optimizer, match_parameters, optimizer_text, parameter_groups
 
 
-@pytest.fixture(scope="module")
-def module():
+def make_module():
     return ResNet50Classifier(
         classes=[str(n) for n in range(10)],
         upscale=1,
@@ -22,6 +23,49 @@ def module():
         weight_decay=0.05,
         label_smoothing=0.1,
     )
+
+
+@pytest.fixture(scope="module")
+def module():
+    return make_module()
+
+
+def fit_on_features(module, folder, resume=None):
+    """Train on 16 features in 4 batches, saving a checkpoint in the middle of the first epoch."""
+    features, targets = torch.randn(16, 2048), torch.arange(16) % 10
+
+    class Saving(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if (trainer.current_epoch, batch_idx) == (0, 1) and resume is None:
+                trainer.save_checkpoint(folder / "c.ckpt")
+
+    trainer = L.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        callbacks=[Saving()],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=folder,
+    )
+    loader = DataLoader(TensorDataset(features, targets), batch_size=4)
+    trainer.fit(module, loader, ckpt_path=resume, weights_only=resume is not None or None)
+    return trainer
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's, of a DataLoader without workers and of mid-epoch
+def test_it_goes_on_from_a_checkpoint_in_mid_epoch(tmp_path):
+    fit_on_features(make_module(), tmp_path)
+    assert fit_on_features(make_module(), tmp_path, tmp_path / "c.ckpt").global_step == 8
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("given", [lambda own: {"optimizer": own}, lambda own: ([own], [])])
+def test_a_subclass_may_return_optimizers_as_lightning_takes_them(module, tmp_path, monkeypatch, given):
+    own = module.configure_optimizers()
+    monkeypatch.setattr(module, "configure_optimizers", lambda: given(own))
+    assert fit_on_features(module, tmp_path).optimizers[0].__class__ is own.__class__
 
 
 def test_head_is_the_originals():
