@@ -96,6 +96,19 @@ def build_augment(cfg: DictConfig) -> Callable[[int], Augment]:
     return lambda epoch: full if schedule.phase(epoch).stages else frozen
 
 
+def check_root(data: DictConfig) -> None:
+    """Refuse a relative data.root of a run that was started in another folder: data would be fetched into this one.
+
+    Raises:
+        UserError: It is not there.
+    """
+    if "root" in data and not (root := check_path("data.root", data.root)).exists() and not root.is_absolute():
+        raise UserError(
+            f"the run's data is not at {root} ({root.absolute()}): data.root= says where it is. A relative one is from "
+            f"the folder in which the command is given."
+        )
+
+
 def build_source(data: DictConfig) -> Source:
     """Build the source of images that `data.name` asks for."""
     match check_choice("data.name", data.name, ("cifar10", "folder", "synthetic")):

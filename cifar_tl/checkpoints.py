@@ -50,12 +50,19 @@ class PacedCheckpointIO(TorchCheckpointIO):
     def __init__(self) -> None:
         super().__init__()
         self._pending: dict[str, dict[str, Any]] = {}
+        self._best: dict[str, dict[str, Any]] = {}
+        """Of an epoch whose last checkpoint is still to come: not written if the run ends before."""
         self._due = 0.0
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Hold a copy of a checkpoint; with an epoch's last one, write whatever is held if that is due."""
-        self._pending[str(path)] = _copy_to_host(checkpoint)
-        if Path(path).name != BEST and time.monotonic() >= self._due:
+        held = {str(path): _copy_to_host(checkpoint)}
+        if Path(path).name == BEST:
+            self._best = held
+            return
+        self._pending |= self._best | held
+        self._best = {}
+        if time.monotonic() >= self._due:
             self.flush()
 
     def flush(self) -> None:
@@ -83,7 +90,8 @@ class PacedCheckpointIO(TorchCheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         """Forget a checkpoint and delete its file."""
-        self._pending.pop(str(path), None)
+        for held in (self._pending, self._best):
+            held.pop(str(path), None)
         super().remove_checkpoint(path)
 
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig
 from torch import Tensor
 
-from cifar_tl.build import build_datamodule, build_trainer, quieten_lightning
+from cifar_tl.build import build_datamodule, build_trainer, check_root, quieten_lightning
 from cifar_tl.checkpoints import Trained, load_trained
 from cifar_tl.data import robustness
 from cifar_tl.data.cifar10 import Cifar10
@@ -69,6 +69,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     data = trained.config.data
     if cfg.data.root is not None:
         data.root = str(check_path("data.root", cfg.data.root))
+    else:
+        check_root(data)
     if cfg.data.eval_batch_size is not None:
         data.eval_batch_size = cfg.data.eval_batch_size
     accelerator = resolve_accelerator(cfg.trainer.accelerator)

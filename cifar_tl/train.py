@@ -34,6 +34,7 @@ from cifar_tl.build import (
     build_schedule,
     build_trainer,
     check_batch_size,
+    check_root,
     check_strategy,
     check_trainer,
     plain,
@@ -58,8 +59,15 @@ from cifar_tl.model.optim import optimizer_text
 from cifar_tl.model.weights import load_weights
 from cifar_tl.reports.run_page import write_run_report
 from cifar_tl.runs.formatting import duration_text, percent, result_text
-from cifar_tl.runs.record import METRICS, flat, read_metrics
-from cifar_tl.runs.resume import is_first_process, kept_result, resume_command, run_lock, save_overrides
+from cifar_tl.runs.record import METRICS, flat, read_metrics, write_metrics
+from cifar_tl.runs.resume import (
+    is_first_process,
+    kept_result,
+    resume_command,
+    run_lock,
+    save_overrides,
+    unsaved_overrides,
+)
 from cifar_tl.schedule import epochs_text, stages_text
 
 log = logging.getLogger(__name__)
@@ -88,7 +96,7 @@ OF_TRAINING = (
     *("finetune.warmup_epochs", "finetune.batchnorm", "finetune.momentum", "finetune.weight_decay"),
     *("finetune.label_smoothing", "finetune.frozen_augment", "trainer.accumulate_grad_batches"),
     *("trainer.gradient_clip", "trainer.limit_train_batches", "trainer.check_val_every_n_epoch"),
-    *("trainer.sync_batchnorm", "trainer.detect_anomaly"),
+    *("trainer.sync_batchnorm", "trainer.detect_anomaly", "callbacks.early_stopping."),
 )
 """Beginnings of the keys that say nothing but how epochs train, and cannot change where none is left."""
 
@@ -140,6 +148,8 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     accelerator = resolve_accelerator(cfg.trainer.accelerator)
     select_gpu(cfg.trainer.devices, accelerator)
     forget_peak_memory(accelerator)
+    if cfg.resume is not None:
+        check_root(cfg.data)
     datamodule = build_datamodule(cfg)
     module = build_module(cfg, datamodule.classes)
     prepare_for(accelerator, module)
@@ -181,7 +191,7 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
         log.info("%s", pruned)
         return read_metrics(folder)
     except SystemExit as stop:  # how Lightning ends after Ctrl-C
-        raise Interrupted(interrupted_text(folder, last)) from stop
+        raise Interrupted(interrupted_text(cfg, folder)) from stop
 
 
 class Accepted(L.Callback):
@@ -335,11 +345,12 @@ def check_data_of_resumed_run(datamodule: CIFAR10DataModule, last: Path) -> None
         )
 
 
-def test_best(
-    trainer: L.Trainer, module: ResNet50Classifier, datamodule: CIFAR10DataModule, folder: Path
-) -> dict[str, Any]:
-    """Measure the best epoch's weights on the test set, the run's one look at it, and say what came out."""
-    trainer.strategy.barrier("best.ckpt")  # the first process has written it, and the others read it
+def best_checkpoint(folder: Path) -> dict[str, Any]:
+    """Read the checkpoint of a run's best epoch.
+
+    Raises:
+        UserError: There is none, or not of the epoch that is recorded as the best.
+    """
     if not (folder / METRICS).is_file():
         raise UserError("The training ended before its first epoch was over: there is nothing to test.")
     if "best/epoch" not in (metrics := read_metrics(folder)):
@@ -353,6 +364,22 @@ def test_best(
             f"{folder / 'checkpoints' / BEST} is of epoch {best['epoch']}, but the best one in {folder / METRICS} is "
             f"{recorded}: one of them is of another run, and nothing was tested. Restore it, or train again."
         )
+    return best
+
+
+def test_best(
+    trainer: L.Trainer, module: ResNet50Classifier, datamodule: CIFAR10DataModule, folder: Path
+) -> dict[str, Any]:
+    """Measure the best epoch's weights on the test set, the run's one look at it, and say what came out."""
+    trainer.strategy.barrier("best.ckpt")  # the first process has written it, and the others read it
+    try:
+        best = best_checkpoint(folder)
+    except UserError:
+        if is_first_process() and (folder / METRICS).is_file():
+            metrics = read_metrics(folder)
+            if metrics["status"] == "running":  # else another start's result stands
+                write_metrics(folder, {**metrics, "status": "failed"})
+        raise
     module.load_state_dict(best["state_dict"])
     module.backbone.upscale = best["hyper_parameters"]["upscale"]
     trainer.test(module, datamodule=datamodule, verbose=False)
@@ -379,15 +406,15 @@ def draw_report(folder: Path) -> None:
     """Draw the run's page and say where it is; a run with its result written is worth more than the page."""
     if not is_first_process():
         return
+    again = f"python -m cifar_tl.reports {shlex.quote(str(folder))}"
     try:
         log.info("  report      %s", write_run_report(folder))
+    except KeyboardInterrupt as stop:
+        raise Interrupted(
+            f"Interrupted while the report was drawn; the result is saved. Draw it by\n  {again}"
+        ) from stop
     except Exception as error:
-        log.warning(
-            "The report was not drawn (%s: %s). Again: python -m cifar_tl.reports %s",
-            type(error).__name__,
-            error,
-            shlex.quote(str(folder)),
-        )
+        log.warning("The report was not drawn (%s: %s). Again: %s", type(error).__name__, error, again)
 
 
 def plan_text(cfg: DictConfig, datamodule: CIFAR10DataModule, facts: dict[str, Any], folder: Path) -> str:
@@ -417,10 +444,13 @@ def plan_text(cfg: DictConfig, datamodule: CIFAR10DataModule, facts: dict[str, A
     return "\n".join(lines)
 
 
-def interrupted_text(folder: Path, last: Path) -> str:
+def interrupted_text(cfg: DictConfig, folder: Path) -> str:
     """Return what Ctrl-C left and how to go on."""
+    last = folder / "checkpoints" / LAST
     if not last.is_file():
-        return "Interrupted before the first epoch was over: nothing to resume. Start the run again."
-    metrics = read_metrics(folder)
-    done, of = len(metrics.get("epoch", [])), metrics["plan"][-1]["end"]
-    return f"Interrupted. {done} of {of} epochs are saved in {last}. Continue with\n  {resume_command(folder)}"
+        return "Interrupted before the first epoch was saved: nothing to resume. Start the run again."
+    done = read_checkpoint(last)["epoch"] + 1  # of which metrics.json may be ahead
+    return (
+        f"Interrupted. {done} of {cfg.trainer.max_epochs} epochs are saved in {last}. Continue with\n"
+        f"  {resume_command(folder, unsaved_overrides(folder))}"
+    )

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.nn.functional import cross_entropy, pad
 
 from cifar_tl import cli
-from cifar_tl.build import build_datamodule
+from cifar_tl.build import build_datamodule, plain
 from cifar_tl.checkpoints import load_trained
 from cifar_tl.data import robustness
 from cifar_tl.data.cifar10 import Cifar10
@@ -78,6 +78,18 @@ def test_ctrl_c_in_the_test_is_an_interruption(compose, tiny_checkpoint, monkeyp
     monkeypatch.setattr(ResNet50Classifier, "test_step", interrupted)
     with pytest.raises(Interrupted):
         evaluate(compose(f"checkpoint='{tiny_checkpoint}'", "trainer.accelerator=cpu", config_name="evaluate"))
+
+
+def test_data_of_a_run_from_another_folder_is_not_fetched_into_this_one(
+    compose, tiny_checkpoint, tmp_path, monkeypatch
+):
+    content = torch.load(tiny_checkpoint, weights_only=True)
+    content["cifar_tl"]["config"]["data"] = plain(compose())["data"]
+    torch.save(content, tmp_path / "best.ckpt")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"the run's data is not at data \(.*data\): data\.root= says where"):
+        evaluate(compose("checkpoint=best.ckpt", "trainer.accelerator=cpu", config_name="evaluate"))
+    assert not (tmp_path / "data").exists()
 
 
 def test_precision_is_the_runs(compose, tiny_checkpoint, tmp_path):

@@ -144,6 +144,10 @@ def test_the_last_run_is_not_another_one_where_the_newest_saved_nothing(tmp_path
     leave_run(tmp_path / "newer", checkpoint=False)
     with pytest.raises(UserError, match=r"newer is newer than .*older and has no.*resume=.*older goes on"):
         with_overrides_of_resumed_run(["resume=last"], tmp_path)
+    (tmp_path / "older" / "metrics.json").write_text('{"status": "finished"}')
+    with pytest.raises(UserError, match=r"newer is newer than .*older and has no.* The older one is finished\.$"):
+        with_overrides_of_resumed_run(["resume=last"], tmp_path)
+    (tmp_path / "older" / "metrics.json").write_text('{"status": "interrupted"}')
     leave_run(tmp_path / "before", checkpoint=False, log=(999, 999))
     leave_run(tmp_path / "refused", checkpoint=False, text="")
     (tmp_path / "newer" / "metrics.json").write_text('{"status": "finished"}')  # somebody needed its space

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import SGD, TINY
 from lightning.pytorch import loggers
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
@@ -21,6 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from cifar_tl import hardware
 from cifar_tl.build import build_loggers, build_schedule
+from cifar_tl.callbacks.early_stopping import EarlyStopping
 from cifar_tl.checkpoints import load_trained
 from cifar_tl.errors import UserError
 from cifar_tl.evaluate import evaluate
@@ -242,6 +244,16 @@ def test_early_stopping_waits_for_the_unfreeze(compose, tmp_path):
     still = ("finetune.batchnorm=frozen", "finetune.head_lr=0", "finetune.head_lr_unfrozen=0", "finetune.backbone_lr=0")
     metrics = train(compose(*TINY, *patience, *still, "trainer.max_epochs=9"), tmp_path, "demo")
     assert metrics["epoch"] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("max_epochs", "promises"), [(6, False), (7, True)])
+def test_an_early_stop_in_the_last_epoch_promises_nothing(caplog, max_epochs, promises):
+    stopping = EarlyStopping("val/acc", patience=2)
+    stopping.stopping_reason, stopping.wait_count, stopping.stopped_epoch = EarlyStoppingReason.PATIENCE_EXHAUSTED, 2, 5
+    caplog.set_level(logging.INFO)
+    stopping.on_fit_start(SimpleNamespace(max_epochs=max_epochs, is_global_zero=True), None)
+    assert "stopped    early, before it was resumed" in caplog.text
+    assert ("goes on" in caplog.text) is promises
 
 
 @pytest.mark.slow

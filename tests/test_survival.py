@@ -26,7 +26,7 @@ from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.reports.run_page import write_run_report
 from cifar_tl.runs.resume import resume_command, run_lock, with_overrides_of_resumed_run
 from cifar_tl.schedule import FinetuneSchedule
-from cifar_tl.train import train
+from cifar_tl.train import draw_report, train
 
 FAST = (*TINY, "data.train_size=40", "trainer.max_epochs=3", "finetune.features_folder=null")
 
@@ -182,8 +182,12 @@ def test_another_runs_best_checkpoint_is_not_tested_as_this_ones(compose, tmp_pa
     train(compose(*FAST), tmp_path, "demo")
     path = tmp_path / "checkpoints" / "best.ckpt"
     torch.save({**torch.load(path, weights_only=True), "epoch": 7}, path)
-    with pytest.raises(UserError, match=r"is of epoch 7, but the best one .* nothing was tested"):
-        train(compose(*FAST, f"resume={tmp_path}"), tmp_path, "demo")
+    for status, after in (("finished", "finished"), ("running", "failed")):
+        metrics = json.loads((tmp_path / "metrics.json").read_text())
+        (tmp_path / "metrics.json").write_text(json.dumps({**metrics, "status": status}))
+        with pytest.raises(UserError, match=r"is of epoch 7, but the best one .* nothing was tested"):
+            train(compose(*FAST, f"resume={tmp_path}"), tmp_path, "demo")
+        assert json.loads((tmp_path / "metrics.json").read_text())["status"] == after
 
 
 def test_the_checkpoint_to_resume_from_is_never_older_than_the_best_one(tmp_path):
@@ -200,6 +204,40 @@ def test_the_checkpoint_to_resume_from_is_never_older_than_the_best_one(tmp_path
     assert [torch.load(path)["epoch"] for path in (best, last)] == [0, 0]
     writer.teardown()
     assert [torch.load(path)["epoch"] for path in (best, last)] == [1, 1]
+
+
+def test_the_best_checkpoint_of_an_epoch_that_was_not_saved_is_not_written(tmp_path):
+    writer = PacedCheckpointIO()
+    best, last = tmp_path / "best.ckpt", tmp_path / "last.ckpt"
+    writer.save_checkpoint({"epoch": 0}, best)
+    writer.save_checkpoint({"epoch": 0}, last)
+    writer.save_checkpoint({"epoch": 1}, best)
+    writer.teardown()  # after Ctrl-C between the two
+    assert [torch.load(path)["epoch"] for path in (best, last)] == [0, 0]
+
+
+@pytest.mark.parametrize(("epoch", "said"), [(1, "1 of 3 epochs are saved"), (0, "before the first epoch was saved")])
+def test_only_epochs_that_are_saved_are_said_to_be(compose, tmp_path, monkeypatch, epoch, said):
+    saves = BestCheckpoint.on_train_epoch_end
+
+    def interrupted(self, trainer, pl_module):
+        if trainer.current_epoch == epoch:
+            raise KeyboardInterrupt
+        saves(self, trainer, pl_module)
+
+    monkeypatch.setattr(BestCheckpoint, "on_train_epoch_end", interrupted)
+    with pytest.raises(Interrupted, match=said):
+        train(compose(*FAST), tmp_path, "demo")
+    assert json.loads((tmp_path / "metrics.json").read_text())["epoch"] == list(range(epoch + 1))
+
+
+def test_ctrl_c_while_the_page_is_drawn_says_that_the_result_is_saved(half, monkeypatch):
+    def interrupted(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cifar_tl.train.write_run_report", interrupted)
+    with pytest.raises(Interrupted, match=r"the result is saved. Draw it by\n  python -m cifar_tl.reports "):
+        draw_report(half)
 
 
 @pytest.mark.parametrize(("takes", "due"), [(30.0, 90.0), (0.5, 25.5)])
@@ -378,6 +416,8 @@ def resumable(half, tmp_path):
         ),
         ("model.dropout=0.2", "a resumed run cannot change model.dropout=0.2 (the run has 0.0)"),
         ("+logger.mine._target_=nowhere.Logger", "logger.mine: nowhere.Logger cannot be built"),
+        ("callbacks=early_stopping", "nothing left to train, so that callbacks.early_stopping._target_="),
+        ("hydra.run.dir=new", "resume=run goes on in the run's own folder, and hydra.run.dir=new is for a run that"),
         ("finetune.cache_features=perhaps", "finetune.cache_features=perhaps is not allowed"),
     ],
 )
@@ -390,6 +430,17 @@ def test_a_resume_that_is_refused_leaves_the_run_as_it_was(command, resumable, m
         code, _, err = command("resume=run", "data.eval_batch_size=7")
         assert (code, "trains there now" in err) == (1, True)
     assert {path.name: path.read_text() for path in resumable.iterdir()} == before
+
+
+def test_the_command_to_go_on_repeats_what_the_run_does_not_have_yet(command, resumable, monkeypatch):
+    def interrupted(*arguments, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunRecorder, "setup", interrupted)
+    code, _, err = command("resume=run", "trainer.max_epochs=5", "seed=0", "hydra.run.dir=run")
+    assert code == 130
+    assert "3 of 5 epochs are saved" in err
+    assert err.rstrip().endswith("/run trainer.max_epochs=5 seed=0")
 
 
 @pytest.mark.slow
@@ -409,6 +460,13 @@ def test_a_resume_that_is_accepted_is_what_the_next_one_goes_on_with(command, re
     assert [start["epoch"] for start in metrics["starts"]] == [0, 3, 4, 5]
     assert metrics["starts"][-1]["changed"] == {"data.eval_batch_size": 7}
     assert "eval_batch_size: 7" in (resumable / "config.yaml").read_text()
+
+
+def test_data_of_a_run_from_another_folder_is_not_fetched_into_this_one(compose, half, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"the run's data is not at data \(.*data\): data\.root= says where"):
+        train(compose(f"resume={half}", "model.weights=null"), half, "demo")
+    assert not (tmp_path / "data").exists()
 
 
 def test_epochs_that_are_trained_cannot_be_taken_back(compose, half, tmp_path):

@@ -42,7 +42,9 @@ class EarlyStopping(early_stopping.EarlyStopping):
             if trainer.is_global_zero:
                 longer = "more patience or " if self.stopping_reason is reasons.PATIENCE_EXHAUSTED else ""
                 said = (self.stopping_reason_message or "").rstrip(".")
-                log.info("stopped    early, before it was resumed: %s. With %scallbacks=none it goes on.", said, longer)
+                left = trainer.max_epochs is not None and self.stopped_epoch + 1 < trainer.max_epochs
+                way_on = f" With {longer}callbacks=none it goes on." if left else ""
+                log.info("stopped    early, before it was resumed: %s.%s", said, way_on)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look at the epoch, if it counts."""

@@ -33,7 +33,8 @@ def main(arguments: list[str]) -> int:
     )
     given = parser.parse_args(arguments)
     try:
-        for path in report(given.folders, given.output):
+        written, undrawn = report(given.folders, given.output)
+        for path in written:
             print(path, flush=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -43,10 +44,10 @@ def main(arguments: list[str]) -> int:
             f"error: {error.filename or 'report'}: {error.strerror}. Make room there, or use --output.", file=sys.stderr
         )
         return 1
-    return 0
+    return 1 if undrawn and given.output is None else 0  # of protected runs, a comparison elsewhere is all there can be
 
 
-def report(folders: list[Path], output: Path | None = None) -> list[Path]:
+def report(folders: list[Path], output: Path | None = None) -> tuple[list[Path], list[Path]]:
     """Write the page of every run, and their comparison where there are several or the folder is a sweep's.
 
     A run's page in a sweep is drawn anew only if its metrics.json is newer.
@@ -57,17 +58,17 @@ def report(folders: list[Path], output: Path | None = None) -> list[Path]:
             the one that all runs have in common.
 
     Returns:
-        What was written.
+        What was written, and the pages of several runs that could not be.
 
     Raises:
         UserError: A folder that is no run and holds none; `output` is missing where the comparison would replace that
             of a whole sweep.
     """
-    found = {folder: find_runs(folder) for folder in folders}
-    runs = list(dict.fromkeys(run for those in found.values() for run in those))
+    folders = _each_once(folders)
+    runs = _each_once([run for folder in folders for run in find_runs(folder)])
     from cifar_tl.reports.run_page import REPORT, write_run_report  # late: `--help` should not wait for matplotlib
 
-    written = []
+    written, undrawn = [], []
     comparing = runs != folders or len(runs) > 1
     sweep = folders[0] if len(folders) == 1 and comparing else None
     together = sweep or Path(os.path.commonpath([folder.resolve() for folder in folders]))
@@ -85,11 +86,20 @@ def report(folders: list[Path], output: Path | None = None) -> list[Path]:
                 if not comparing:
                     raise
                 print(f"{page} was not drawn: {error.strerror or error}", file=sys.stderr)
+                undrawn.append(page)
     if comparing:
         from cifar_tl.reports.comparison_page import write_sweep_report
 
         written += write_sweep_report(runs, output or together, sweep)
-    return written
+    return written, undrawn
+
+
+def _each_once(folders: list[Path]) -> list[Path]:
+    """Return folders as they were given first: the same one may be given in several ways."""
+    once: dict[Path, Path] = {}
+    for folder in folders:
+        once.setdefault(folder.resolve(), folder)
+    return list(once.values())
 
 
 if __name__ == "__main__":

@@ -125,6 +125,6 @@ class SweepTable(SweepCallback):
         from cifar_tl.reports.__main__ import report  # late: every command imports this file, also `--help`
 
         try:
-            print(f"report  {next(path for path in report([self._folder]) if path.parent == self._folder)}")
+            print(f"report  {next(path for path in report([self._folder])[0] if path.parent == self._folder)}")
         except Exception as error:
             print(f"The report was not drawn ({error}). Again: python -m cifar_tl.reports {self._folder}")

@@ -5,7 +5,7 @@ import os
 import re
 import shlex
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,11 @@ def is_first_process() -> bool:
     return all(os.environ.get(variable, "0") == "0" for variable in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
-def resume_command(folder: Path) -> str:
+def resume_command(folder: Path, overrides: Sequence[str] = ()) -> str:
     """Return the command that continues a run, as a shell takes it."""
     plain = re.fullmatch(r"[A-Za-z0-9/._-]+", str(folder))
-    return f"python -m cifar_tl.train {shlex.quote(f'resume={folder if plain else quoted(folder)}')}"
+    arguments = [f"resume={folder if plain else quoted(folder)}", *overrides]
+    return f"python -m cifar_tl.train {' '.join(map(shlex.quote, arguments))}"
 
 
 def with_folder_of_slurm_job(arguments: list[str]) -> list[str]:
@@ -91,10 +92,25 @@ def with_overrides_of_resumed_run(arguments: list[str], outputs: Path = Path("ou
         raise UserError(
             f"resume={given[-1]}: {folder} has no {LAST}: the run ended before its first epoch did. Start it anew."
         )
+    for other in (a for a in ours if a.startswith("hydra.run.dir=")):
+        if _unquoted("hydra.run.dir", other.partition("=")[2]).resolve() != folder.resolve():
+            raise UserError(
+                f"resume={given[-1]} goes on in the run's own folder, and {other} is for a run that starts. Leave it "
+                f"out; to keep the run as it is, copy its folder and resume the copy."
+            )
     theirs = [a for a in yaml.safe_load(saved.read_text(encoding="utf-8")) if not a.startswith("resume=")]
     # Hydra would save its config and overrides before anything is checked: see save_overrides
     how = ["hydra.output_subdir=null", f"hydra.run.dir={quoted(folder)}"]
     return [*theirs, *ours, f"resume={quoted(folder)}", *how]
+
+
+def unsaved_overrides(folder: Path) -> list[str]:
+    """Return what this start of a run was given that its folder does not have yet: see save_overrides."""
+    saved = folder / ".hydra" / "overrides.yaml"
+    if not HydraConfig.initialized() or not saved.is_file():
+        return []
+    known = yaml.safe_load(saved.read_text(encoding="utf-8"))
+    return [a for a in HydraConfig.get().overrides.task if a not in known and not a.startswith("resume=")]
 
 
 def save_overrides(cfg: DictConfig, folder: Path) -> None:
@@ -252,14 +268,16 @@ def _newest_run(outputs: Path, changed: bool) -> Path:
     if not checkpoints:
         raise UserError(f"resume=last: no run under {outputs.resolve()} has a {LAST}.")
     folder, saved = checkpoints[-1].parents[1], checkpoints[-1].stat().st_mtime
+    finished = _metrics(folder).get("status") == "finished"
     logs = ((log, log.stat()) for log in outputs.glob("**/train.log"))
     begun = [log.parent for log, stat in logs if stat.st_size and stat.st_mtime > saved]  # empty: refused at the start
     if unsaved := [run for run in begun if not (run / LAST).is_file() and _metrics(run).get("status") != "finished"]:
+        older = "The older one is finished." if finished else f"{resume_command(folder)} goes on with the older one."
         raise UserError(
             f"resume=last: {unsaved[0]} is newer than {folder} and has no {LAST}: it ended before its first epoch did, "
-            f"or trains now. {resume_command(folder)} goes on with the older one."
+            f"or trains now. {older}"
         )
-    if not changed and _metrics(folder).get("status") == "finished":
+    if finished and not changed:
         raise UserError(
             f"resume=last: {folder}, the newest run, is finished, and there is nothing to go on with. "
             f"trainer.max_epochs= trains it longer; python -m cifar_tl.evaluate checkpoint={folder} measures it again."

@@ -37,6 +37,16 @@ def accuracies(strength):
     return [scored(seed, 400, strength).accuracy for seed in (1, 2, 10)]
 
 
+def test_a_run_that_is_given_in_two_ways_counts_once(sweep, tmp_path):
+    (tmp_path / "link").symlink_to(sweep)
+    out = tmp_path / "out"
+    assert main([str(sweep), str(tmp_path / "link" / "0"), str(sweep / ".." / "sweep"), "--output", str(out)]) == 0
+    with (out / "sweep_report.csv").open() as file:
+        assert [row["n"] for row in csv.DictReader(file)] == ["3", "3"]
+    assert main([str(sweep / "0"), str(tmp_path / "link" / "0"), "--output", str(tmp_path / "one")]) == 0
+    assert not (tmp_path / "one" / "sweep_report.csv").exists(), "one run is compared with nothing"
+
+
 def test_means_ranges_and_n(sweep):
     assert main([str(sweep)]) == 0
     rows = {row["setting"]: row for row in csv.DictReader((sweep / "sweep_report.csv").read_text().splitlines())}
@@ -276,6 +286,8 @@ def test_runs_whose_pages_cannot_be_written_are_compared_elsewhere(tmp_path, mon
     assert f"{runs[0] / 'report.html'} was not drawn: Permission denied" in capsys.readouterr().err
     assert (tmp_path / "mine" / "sweep_report.html").is_file()
     assert main([str(runs[0])]) == 1
+    assert main([*map(str, runs)]) == 1, "their pages were asked for"
+    assert (tmp_path / "sweep_report.html").is_file()
 
 
 @pytest.mark.slow
