@@ -103,9 +103,10 @@ def check_root(data: DictConfig) -> None:
         UserError: It is not there.
     """
     if "root" in data and not (root := check_path("data.root", data.root)).exists() and not root.is_absolute():
+        fetch = f"; `python -m cifar_tl.data fetch --root {root}` fetches it" if data.name == "cifar10" else ""
         raise UserError(
-            f"the run's data is not at {root} ({root.absolute()}): data.root= says where it is. A relative one is from "
-            f"the folder in which the command is given."
+            f"the run's data is not at {root} ({root.absolute()}): data.root= says where it is, relative to the folder "
+            f"in which the command is given{fetch}."
         )
 
 

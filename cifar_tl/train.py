@@ -57,7 +57,7 @@ from cifar_tl.hardware import (
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.model.optim import optimizer_text
 from cifar_tl.model.weights import load_weights
-from cifar_tl.reports.run_page import write_run_report
+from cifar_tl.reports.run_page import REPORT, write_run_report
 from cifar_tl.runs.formatting import duration_text, percent, result_text
 from cifar_tl.runs.record import METRICS, flat, read_metrics, write_metrics
 from cifar_tl.runs.resume import (
@@ -109,6 +109,8 @@ def main(cfg: DictConfig) -> float:
     if sweep_goes_on or (slurm.restarted() and cfg.resume is None):
         if (result := kept_result(folder)) is not None:
             log.info("%s is finished: kept", folder)
+            if not (folder / REPORT).is_file():  # stopped when all but the page was there
+                draw_report(folder)
             return result
         cfg.resume = str(folder) if (folder / "checkpoints" / LAST).is_file() else None
     several = hydra.mode is RunMode.MULTIRUN and hydra.launcher._target_.endswith(".JoblibLauncher")
@@ -411,7 +413,7 @@ def draw_report(folder: Path) -> None:
         log.info("  report      %s", write_run_report(folder))
     except KeyboardInterrupt as stop:
         raise Interrupted(
-            f"Interrupted while the report was drawn; the result is saved. Draw it by\n  {again}"
+            f"Interrupted while the report was drawn; the result is saved.\nDraw it by\n  {again}"
         ) from stop
     except Exception as error:
         log.warning("The report was not drawn (%s: %s). Again: %s", type(error).__name__, error, again)
@@ -451,6 +453,6 @@ def interrupted_text(cfg: DictConfig, folder: Path) -> str:
         return "Interrupted before the first epoch was saved: nothing to resume. Start the run again."
     done = read_checkpoint(last)["epoch"] + 1  # of which metrics.json may be ahead
     return (
-        f"Interrupted. {done} of {cfg.trainer.max_epochs} epochs are saved in {last}. Continue with\n"
-        f"  {resume_command(folder, unsaved_overrides(folder))}"
+        f"Interrupted. {done} of {cfg.trainer.max_epochs} epochs are saved in {last}.\n"
+        f"Continue with\n  {resume_command(folder, unsaved_overrides(folder))}"
     )

@@ -236,7 +236,7 @@ def test_ctrl_c_while_the_page_is_drawn_says_that_the_result_is_saved(half, monk
         raise KeyboardInterrupt
 
     monkeypatch.setattr("cifar_tl.train.write_run_report", interrupted)
-    with pytest.raises(Interrupted, match=r"the result is saved. Draw it by\n  python -m cifar_tl.reports "):
+    with pytest.raises(Interrupted, match=r"the result is saved\.\nDraw it by\n  python -m cifar_tl.reports "):
         draw_report(half)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -43,6 +44,9 @@ class BackboneUnfreeze(L.Callback):
         compiled: The backbone is compiled by torch.compile, and has to be compiled anew for every phase.
         progressive_resizing: Values of the backbone's `upscale`, each for the same share of fine-tuning; None leaves it
             alone.
+
+    Attributes:
+        kept: Names of the parameters that stay fixed in every phase.
 
     Raises:
         UserError: A value that cannot be, or an unfreeze that is never reached; without `max_epochs`, when fit starts.
@@ -81,7 +85,7 @@ class BackboneUnfreeze(L.Callback):
             "progressive_resizing": progressive_resizing,
         }
         self._max_epochs = max_epochs
-        self._kept: set[str] = set()
+        self.kept: set[str] = set()
         self._prepared = False
         self._adapting: list[RemovableHandle] = []
         if max_epochs is not None:
@@ -106,18 +110,20 @@ class BackboneUnfreeze(L.Callback):
         if self._max_epochs is None:
             self.schedule = FinetuneSchedule(run_epochs(trainer), **self._schedule)  # type: ignore[arg-type]  # there
         self._check_backbone(pl_module.get_submodule("backbone"))
-        self._kept = set().union(*(freezing.parameters_to_keep(pl_module, part) for part in ("backbone", "head")))
+        trains = any(phase.stages for phase in self.schedule.phases)
+        backbone = freezing.parameters_to_keep(pl_module, "backbone", trains)
+        self.kept = backbone | freezing.parameters_to_keep(pl_module, "head", True)
+        if self.kept and trains:
+            names = f"{', '.join(sorted(self.kept)[:3])}{', ...' if len(self.kept) > 3 else ''}"
+            rank_zero_info(f"{len(self.kept)} parameters came without gradients and stay fixed: {names}")
         self._prepared = True
         self._turn_gradients_on(pl_module)
 
     def _turn_gradients_on(self, module: nn.Module) -> None:
         for part in ("backbone", "head"):
-            module.get_submodule(part).requires_grad_(True)
-        self._keep(module)
-
-    def _keep(self, module: nn.Module) -> None:
-        for name in self._kept:
-            module.get_parameter(name).requires_grad_(False)
+            for name, parameter in module.get_submodule(part).named_parameters(part, remove_duplicate=False):
+                if name not in self.kept:
+                    parameter.requires_grad_(True)
 
     def _check_backbone(self, backbone: nn.Module) -> None:
         """Raise a UserError, before anything trains, if a later phase asks for what the backbone does not have."""
@@ -141,11 +147,10 @@ class BackboneUnfreeze(L.Callback):
         self._stop_adapting()
         backbone, head = module.get_submodule("backbone"), module.get_submodule("head")
         freezing.freeze(backbone)
-        head.requires_grad_(True)
-        head.train()
+        kept = [module.get_parameter(name) for name in self.kept]
+        freezing.unfreeze([head], "train", kept)
         training = freezing.training_modules(backbone, phase.stages)
-        freezing.unfreeze(training, self.batchnorm)
-        self._keep(module)
+        freezing.unfreeze(training, self.batchnorm, kept)
         self._adapting = freezing.adapt_statistics(training) if self.batchnorm == "adapt" else []
         if phase.upscale is not None:
             backbone.upscale = phase.upscale  # type: ignore[assignment]  # no module, whatever nn.Module promises

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cifar_tl.callbacks.backbone_unfreeze import run_epochs
-from cifar_tl.callbacks.freezing import batchnorms, parameters_to_keep, training_modules
+from cifar_tl.callbacks.backbone_unfreeze import BackboneUnfreeze, run_epochs
+from cifar_tl.callbacks.freezing import batchnorms, training_modules
 from cifar_tl.errors import UserError
 from cifar_tl.schedule import Phases
 
@@ -38,8 +38,9 @@ class FreezeGuard(L.Callback):
     What should train must have had gradients and have changed. It is enough if another parameter of the same layer has
     changed, for the bias in front of a BatchNorm layer that trains cannot. What of the backbone should not train must
     be bit-identical, BatchNorm's running statistics included. What else there is, a head's BatchNorm for one, or other
-    buffers of a backbone that trains, may move as it likes. The expectation comes from the epoch alone, never from the
-    flags that the freezing code sets. A resumed run is checked where it resumes, too.
+    buffers of a backbone that trains, may move as it likes. The expectation comes from the epoch, never from the flags
+    that the freezing code sets; what BackboneUnfreeze keeps fixed, and says so, must stay as it is, too. A resumed run
+    is checked where it resumes, too.
 
     The comparison is made after CHECKED_STEPS, and ends the run where something frozen has moved, or where the whole
     head or backbone has no gradient. Less than that, such as a warm-up's first steps that are too small for float32, or
@@ -82,11 +83,10 @@ class FreezeGuard(L.Callback):
         self._due: float = CHECKED_STEPS
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Work out the phases, and what never trains."""
+        """Work out the phases."""
         if stage == "fit":
             epochs = run_epochs(trainer) if self._max_epochs is None else self._max_epochs
             self.phases = Phases(epochs, self.unfreeze_at_epoch, self.stage_epochs, self.progressive_resizing)
-            self._kept = set().union(*(parameters_to_keep(pl_module, part) for part in ("backbone", "head")))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Watch the optimizers' steps, and copy the model: a resumed run is checked, too."""
@@ -96,6 +96,8 @@ class FreezeGuard(L.Callback):
             # a GradScaler calls fused optimizers even for a step that they have to skip, and tells them so
             self._steps[id(optimizer)] += not getattr(optimizer, "found_inf", None)
 
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning adds it
+        self._kept = set().union(*(c.kept for c in callbacks if isinstance(c, BackboneUnfreeze)))
         for optimizer in trainer.optimizers:
             optimizer.register_step_post_hook(count)
         self._copy(pl_module)

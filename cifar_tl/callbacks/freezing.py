@@ -41,18 +41,19 @@ def batchnorms(modules: Iterable[nn.Module]) -> Iterator[_BatchNorm]:
         yield from (m for m in module.modules() if isinstance(m, _BatchNorm))
 
 
-def parameters_to_keep(module: nn.Module, part: str) -> set[str]:
-    """Return the names of parameters that a part's author has fixed: others of it have gradients, and they have none.
+def parameters_to_keep(module: nn.Module, part: str, trains: bool) -> set[str]:
+    """Return the names of parameters that stay fixed: they come without gradients, and others of the part have them.
 
-    A part without any gradients was frozen as a whole, as many backbones are, and is to be unfrozen.
+    A part without any gradients was frozen as a whole, as many backbones are: it is unfrozen if it is to train.
 
     Args:
         module: What the names are relative to.
         part: The name of one of its modules.
+        trains: The part is to train.
     """
     parameters = dict(module.get_submodule(part).named_parameters(part, remove_duplicate=False))
     fixed = {name for name, parameter in parameters.items() if not parameter.requires_grad}
-    return fixed if len(fixed) < len(parameters) else set()
+    return set() if trains and len(fixed) == len(parameters) else fixed
 
 
 def freeze(module: nn.Module) -> None:
@@ -61,11 +62,13 @@ def freeze(module: nn.Module) -> None:
     module.eval()  # requires_grad=False alone still updates BatchNorm's running statistics
 
 
-def unfreeze(modules: Iterable[nn.Module], batchnorm: str) -> None:
-    """Let modules train, with one of the BATCHNORM_POLICIES for their BatchNorm layers."""
-    modules = list(modules)
+def unfreeze(modules: Iterable[nn.Module], batchnorm: str, kept: Iterable[nn.Parameter] = ()) -> None:
+    """Let modules train, with one of the BATCHNORM_POLICIES for their BatchNorm layers, but for parameters to keep."""
+    modules, fixed = list(modules), set(map(id, kept))
     for module in modules:
-        module.requires_grad_(True)
+        for parameter in module.parameters():
+            if id(parameter) not in fixed:  # which may be integers, that have no gradients
+                parameter.requires_grad_(True)
         module.train()
     if batchnorm != "train":
         for layer in batchnorms(modules):

@@ -55,7 +55,7 @@ def train_with_bug(compose, tmp_path):
 
 
 def test_guard_catches_a_backbone_that_is_never_thawed(compose, tmp_path, monkeypatch):
-    monkeypatch.setattr(freezing, "unfreeze", lambda modules, batchnorm: None)
+    monkeypatch.setattr(freezing, "unfreeze", lambda modules, batchnorm, kept: None)
     with pytest.raises(FreezeViolationError, match=r"epoch 1.*no gradient.*never unfrozen"):
         train_with_bug(compose, tmp_path)
 
@@ -199,7 +199,9 @@ def test_a_precision_that_may_be_the_reason_is_named(precision):
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     guard = FreezeGuard(unfreeze_at_epoch=1, max_epochs=1)
     guard.phases = Phases(1, None)
-    trainer = SimpleNamespace(current_epoch=0, optimizers=[optimizer], is_last_batch=True, precision=precision)
+    trainer = SimpleNamespace(
+        callbacks=[], current_epoch=0, optimizers=[optimizer], is_last_batch=True, precision=precision
+    )
     guard.on_train_start(trainer, module)
     guard.on_train_epoch_start(trainer, module)
     guard.on_before_optimizer_step(trainer, module, optimizer)
@@ -212,7 +214,7 @@ def test_a_step_that_a_fused_optimizer_skips_does_not_count():
     module = nn.ModuleDict({"backbone": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, fused=True)
     guard = FreezeGuard(1)
-    guard.on_train_start(SimpleNamespace(optimizers=[optimizer]), module)
+    guard.on_train_start(SimpleNamespace(callbacks=[], optimizers=[optimizer]), module)
     for found in (1.0, 0.0):
         optimizer.found_inf = torch.tensor(found)
         optimizer.step()

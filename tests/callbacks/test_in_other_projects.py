@@ -341,7 +341,7 @@ def test_statistics_do_not_adapt_after_the_fit(tmp_path, killed):
 
 
 class Adapted(TheirModule):
-    """A backbone whose author has fixed a part of it, as adapters do, and the whole of it, as many do who freeze it."""
+    """A backbone of which a part is fixed, as adapters do it, or the whole, as many do who freeze it themselves."""
 
     def __init__(self, fixed, rest_trains, in_the_optimizer):
         super().__init__()
@@ -393,11 +393,47 @@ def test_a_backbone_that_comes_frozen_is_unfrozen_and_has_gradients_before_optim
 
 
 def test_a_second_fit_trains_what_the_first_has_frozen(tmp_path):
-    module = TheirModule()
+    module = Adapted(["0.weight"], rest_trains=True, in_the_optimizer=True)
     fit(module, [BackboneUnfreeze(None, head_lr=0.1, backbone_lr=0.1), FreezeGuard(None)], 2, tmp_path)
     before = clone(module)
     fit(module, ours(), 4, tmp_path)
-    assert moved(module, before) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    assert moved(module, before) == {"0.bias", "1.weight", "1.bias"}
+
+
+def test_a_backbone_that_comes_frozen_and_never_trains_is_left_as_it_came(tmp_path):
+    module = Adapted([], rest_trains=False, in_the_optimizer=True)
+    seen = []
+
+    class Looks(L.Callback):
+        def on_fit_start(self, trainer, pl_module):
+            seen.append(with_gradients(pl_module))
+
+    fit(module, [BackboneUnfreeze(None, head_lr=0.1, backbone_lr=0.1), FreezeGuard(None), Looks()], 2, tmp_path)
+    assert seen == [set()], "several processes would wait for its gradients"
+    assert with_gradients(module) == set()
+
+
+def test_parameters_that_are_integers_stay_fixed(tmp_path):
+    module = Adapted([], rest_trains=True, in_the_optimizer=False)
+    module.backbone.register_parameter("quantized", nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False))
+    fit(module, ours(), 4, tmp_path)
+    assert module.backbone.quantized.tolist() == [1, 1, 1]
+
+
+def test_the_guard_alone_needs_the_modules_when_training_starts(tmp_path):
+    class Late(TheirModule):
+        def __init__(self):
+            super().__init__()
+            del self.backbone, self.head
+
+        def configure_model(self):
+            fresh = TheirModule()
+            self.backbone, self.head = fresh.backbone, fresh.head
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    fit(Late(), [FreezeGuard(0, batchnorm="train")], 2, tmp_path)
 
 
 class Momentum(TheirModule):
