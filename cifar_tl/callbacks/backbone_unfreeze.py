@@ -52,8 +52,8 @@ class BackboneUnfreeze(L.Callback):
         UserError: A value that cannot be, or an unfreeze that is never reached; without `max_epochs`, when fit starts.
             Then, too: no `backbone` or `head`, a backbone without the stages or the `upscale` that are asked for, a
             parameter group of both or of neither, an optimizer without the parameters of one, a learning rate
-            scheduler, StochasticWeightAveraging, training data without a length, or a max_steps that ends the run
-            before the last phase.
+            scheduler, StochasticWeightAveraging, training data without a length, or, without `max_epochs`, a max_steps
+            that ends the run before the last phase.
     """
 
     schedule: FinetuneSchedule
@@ -208,7 +208,7 @@ class BackboneUnfreeze(L.Callback):
         last = self.schedule.phases[-1]
         before = last.start * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         fast = trainer.fast_dev_run  # type: ignore[attr-defined]  # Lightning adds it
-        if not fast and before and 0 <= trainer.max_steps <= before:
+        if self._max_epochs is None and not fast and before and 0 <= trainer.max_steps <= before:
             raise UserError(
                 f"max_steps={trainer.max_steps} ends the run before the phase '{last.name}', which starts at epoch "
                 f"{last.start}, after {before} steps: raise it, or lower unfreeze_at_epoch."

@@ -462,6 +462,8 @@ def test_steps_that_end_before_the_unfreeze_are_refused(tmp_path, keys):
     with pytest.raises(UserError, match=rf"max_steps={keys['max_steps']} ends the run before the phase 'fine-tune'"):
         fit(TheirModule(), ours(), 4, tmp_path, **keys)
     fit(TheirModule(), ours(), 4, tmp_path, **keys | {"max_steps": keys["max_steps"] + 1})
+    part = [BackboneUnfreeze(2, head_lr=0.1, backbone_lr=0.1, max_epochs=4), FreezeGuard(2, max_epochs=4)]
+    assert fit(TheirModule(), part, 4, tmp_path, **keys).global_step == keys["max_steps"], "a part of a whole run"
 
 
 def test_a_fast_dev_run_goes_through_a_step_of_the_frozen_phase(tmp_path):
