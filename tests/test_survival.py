@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import TINY
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 
 from cifar_tl import cli
 from cifar_tl.callbacks.run_recorder import RunRecorder
@@ -26,7 +27,7 @@ from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.reports.run_page import write_run_report
 from cifar_tl.runs.resume import resume_command, run_lock, with_overrides_of_resumed_run
 from cifar_tl.schedule import FinetuneSchedule
-from cifar_tl.train import draw_report, train
+from cifar_tl.train import draw_report, main, train
 
 FAST = (*TINY, "data.train_size=40", "trainer.max_epochs=3", "finetune.features_folder=null")
 
@@ -238,6 +239,16 @@ def test_ctrl_c_while_the_page_is_drawn_says_that_the_result_is_saved(half, monk
     monkeypatch.setattr("cifar_tl.train.write_run_report", interrupted)
     with pytest.raises(Interrupted, match=r"the result is saved\.\nDraw it by\n  python -m cifar_tl.reports "):
         draw_report(half)
+
+
+def test_a_finished_job_without_a_page_gets_one_where_its_sweep_goes_on(compose, half, monkeypatch):
+    drawn = []
+    hydra = SimpleNamespace(runtime=SimpleNamespace(output_dir=str(half)), mode=RunMode.MULTIRUN)
+    monkeypatch.setattr("cifar_tl.train.HydraConfig.get", lambda: hydra)
+    monkeypatch.setattr("cifar_tl.train.draw_report", drawn.append)
+    result = main(compose(*FAST, f"resume={half}"))
+    assert result == json.loads((half / "metrics.json").read_text())["best/val/acc"]
+    assert drawn == [half]
 
 
 @pytest.mark.parametrize(("takes", "due"), [(30.0, 90.0), (0.5, 25.5)])

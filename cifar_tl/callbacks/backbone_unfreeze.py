@@ -108,7 +108,8 @@ class BackboneUnfreeze(L.Callback):
                 "statistics, which batchnorm=frozen keeps: give EMAWeightAveraging."
             )
         if self._max_epochs is None:
-            self.schedule = FinetuneSchedule(run_epochs(trainer), **self._schedule)  # type: ignore[arg-type]  # there
+            epochs = run_epochs(trainer)
+            self.schedule = FinetuneSchedule(epochs, **self._schedule)  # type: ignore[arg-type]  # checked there
         self._check_backbone(pl_module.get_submodule("backbone"))
         trains = any(phase.stages for phase in self.schedule.phases)
         backbone = freezing.parameters_to_keep(pl_module, "backbone", trains)

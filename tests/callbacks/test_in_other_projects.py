@@ -433,7 +433,9 @@ def test_the_guard_alone_needs_the_modules_when_training_starts(tmp_path):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    fit(Late(), [FreezeGuard(0, batchnorm="train")], 2, tmp_path)
+    guard = FreezeGuard(0, batchnorm="train")
+    fit(Late(), [guard], 2, tmp_path)
+    assert not guard._before, "the comparison is still to come"
 
 
 class Momentum(TheirModule):
