@@ -1,6 +1,7 @@
 import argparse
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -162,3 +163,26 @@ def test_a_checkpoint_holds_the_values_from_before_the_next_step(tmp_path):
     torch.cuda.synchronize()
     assert torch.equal(copy, torch.zeros(64, 32, 3, 3))
     assert copy.stride() == weight.stride()
+
+
+def test_best_is_written_after_the_last_of_its_epoch(tmp_path, monkeypatch):
+    order, move = [], Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, target: (order.append(Path(target).name), move(self, target))[1])
+    io = PacedCheckpointIO()
+    for name in ("best.ckpt", "last.ckpt"):
+        io.save_checkpoint({"epoch": 0}, tmp_path / name)
+    assert order == ["last.ckpt", "best.ckpt"]
+
+
+def test_what_is_held_does_not_change_with_the_training(tmp_path):
+    io = PacedCheckpointIO()
+    io._due = float("inf")
+    moment = torch.zeros(2)
+    io.save_checkpoint({"optimizer_states": [{"state": {0: {"exp_avg": moment}}}]}, tmp_path / "last.ckpt")
+    moment.add_(1)
+    io.teardown()
+    assert torch.load(tmp_path / "last.ckpt")["optimizer_states"][0]["state"][0]["exp_avg"].tolist() == [0, 0]
+
+
+def test_the_best_checkpoint_carries_no_optimizer(tiny_checkpoint):
+    assert "optimizer_states" not in torch.load(tiny_checkpoint, weights_only=True)

@@ -389,3 +389,9 @@ def test_metrics_are_left_as_json(command, root, cifar_checkpoint):
     assert {"test/acc", "temperature", "test/calibrated/ece", "cifar10.1_v6/acc", "cifar10_c/acc"} <= result.keys()
     assert "fitted on 20 validation images" in out
     assert "evaluation.json" in out
+
+
+def test_the_loss_does_not_depend_on_the_size_of_batches(compose, tiny_checkpoint, tiny_run):
+    keys = (f"checkpoint='{tiny_checkpoint}'", "trainer.accelerator=cpu", "data.eval_batch_size=7")
+    whole = json.loads((tiny_run / "metrics.json").read_text())["test/loss"]
+    assert evaluate(compose(*keys, config_name="evaluate"))["test/loss"] == pytest.approx(whole, rel=1e-5)

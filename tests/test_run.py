@@ -24,12 +24,14 @@ from cifar_tl import hardware
 from cifar_tl.build import build_loggers, build_schedule
 from cifar_tl.callbacks.early_stopping import EarlyStopping
 from cifar_tl.checkpoints import load_trained
+from cifar_tl.data.synthetic import Synthetic
 from cifar_tl.errors import UserError
 from cifar_tl.evaluate import evaluate
 from cifar_tl.files import lock
 from cifar_tl.loggers import MLFlowLogger, spelled_out
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.runs.metrics import wilson_interval
+from cifar_tl.runs.predictions import read_images
 from cifar_tl.runs.record import collapse_warnings
 from cifar_tl.schedule import FinetuneSchedule
 from cifar_tl.train import train
@@ -458,3 +460,28 @@ def test_a_run_names_the_figures_that_it_has(compose, tmp_path, caplog, logger):
     caplog.set_level(logging.INFO)
     train(compose(*TINY[:-1], f"logger={logger}", "trainer.max_epochs=3"), tmp_path, "demo")
     assert (f"figures     tensorboard --logdir {tmp_path}" in caplog.text) == (logger == "tensorboard")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["augment.mixup=0.3", "data.one_hot=true"])
+def test_targets_of_any_kind_are_counted(compose, tmp_path, key):
+    metrics = train(compose(*TINY, key, "trainer.max_epochs=2", "finetune.unfreeze_at_epoch=1"), tmp_path, "demo")
+    assert all(0 <= accuracy <= 1 for accuracy in metrics["train/acc"] + metrics["val/acc"])
+
+
+@pytest.mark.slow
+def test_images_of_mistakes_are_those_of_the_test_set_whatever_the_limit(compose, tmp_path):
+    few = ("data.limit=12", "trainer.max_epochs=1", "finetune.unfreeze_at_epoch=null")
+    train(compose(*TINY, *few), tmp_path, "demo")
+    images, _ = Synthetic(60, 20).test()
+    shown = read_images(tmp_path)
+    assert max(shown) >= 12, "else a position in the limited set would do"
+    for index, image in shown.items():
+        np.testing.assert_array_equal(image, images[index].permute(1, 2, 0).numpy())
+
+
+@pytest.mark.slow
+def test_learning_rates_are_logged_as_the_schedule_has_them(compose, tmp_path):
+    cfg = compose(*TINY, "trainer.log_every_n_steps=2")
+    expected = [build_schedule(cfg).learning_rates(epoch, 2, 3)["head"] for epoch in range(4)]
+    assert train(cfg, tmp_path, "demo")["lr/head"] == pytest.approx(expected, rel=1e-5)

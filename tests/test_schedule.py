@@ -130,3 +130,8 @@ def test_impossible_plans_are_refused(changes, key):
 def test_the_unfrozen_heads_rate_is_the_frozen_ones_unless_given():
     assert plan(head_lr_unfrozen=None).learning_rates(10, 0, 100)["head"] == plan().learning_rates(0, 0, 100)["head"]
     assert plan(head_lr_unfrozen=0).learning_rates(10, 0, 100)["head"] == 0
+
+
+def test_a_stage_that_would_unfreeze_after_the_last_epoch_is_refused():
+    with pytest.raises(UserError, match="stem would unfreeze at epoch 18"):
+        FinetuneSchedule(18, 10, 1e-3, 1e-3, stage_epochs=2)

@@ -6,9 +6,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
+import torch
 from conftest import TINY
 from handmade import make_run
 from hydra.core.hydra_config import HydraConfig
@@ -17,6 +19,7 @@ from omegaconf import OmegaConf
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from cifar_tl import cli
+from cifar_tl.callbacks.pruning import Pruning
 from cifar_tl.errors import UserError
 from cifar_tl.reports.__main__ import main as report
 from cifar_tl.reports.sweep_table import SweepTable
@@ -344,3 +347,18 @@ def test_a_searchs_page_has_its_history_and_what_the_best_trial_has(tmp_path):
     assert "could not be drawn" not in page
     assert "<script" not in page
     assert "there is no test result. Pruned after epoch 0." in (tmp_path / "2" / "report.html").read_text()
+
+
+def test_an_epoch_without_validation_reports_nothing_to_optuna():
+    reported = {}
+    study = SimpleNamespace(trials=[SimpleNamespace(intermediate_values=reported, number=0)])
+    pruning = Pruning(None)
+    pruning._trial = SimpleNamespace(
+        number=0, study=study, report=lambda value, epoch: reported.update({epoch: value}), should_prune=lambda: False
+    )
+    for epoch in range(4):
+        trainer = SimpleNamespace(current_epoch=epoch, callback_metrics={"val/acc": torch.tensor(epoch / 10)})
+        if epoch % 2:
+            pruning.on_validation_end(trainer, None)
+        pruning.on_train_epoch_end(trainer, None)
+    assert list(reported) == [1, 3]

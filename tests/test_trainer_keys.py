@@ -23,6 +23,7 @@ from cifar_tl.errors import Interrupted, UserError
 from cifar_tl.model.backbone import Backbone
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.reports.run_page import write_run_report
+from cifar_tl.runs.predictions import read_predictions
 from cifar_tl.schedule import FinetuneSchedule
 from cifar_tl.train import train
 
@@ -381,3 +382,24 @@ def test_an_evaluation_has_a_progress_bar_at_a_terminal(monkeypatch, terminal):
     monkeypatch.setattr("cifar_tl.build.progress_bar", lambda: [RichProgressBar()] if terminal else [])
     trainer = build_trainer(CPU, logger=False)  # without callbacks, as cifar_tl.evaluate builds it
     assert (trainer.progress_bar_callback is not None) == terminal
+
+
+@pytest.mark.slow
+def test_early_stopping_counts_validations_rather_than_epochs(compose, tmp_path):
+    keys = ("callbacks=early_stopping", "callbacks.early_stopping.patience=1", "finetune.unfreeze_at_epoch=3")
+    still = ("finetune.batchnorm=frozen", "finetune.head_lr=0", "finetune.head_lr_unfrozen=0", "finetune.backbone_lr=0")
+    sparse = ("trainer.max_epochs=6", "+trainer.check_val_every_n_epoch=2")
+    assert train(compose(*TINY, *keys, *still, *sparse), tmp_path, "demo")["epoch"] == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.slow
+def test_predictions_of_the_frozen_phase_are_of_its_last_epoch_or_of_none(compose, tmp_path):
+    train(compose(*TINY, "+trainer.check_val_every_n_epoch=2", "finetune.unfreeze_at_epoch=3"), tmp_path, "demo")
+    assert read_predictions(tmp_path).frozen is None
+
+
+def test_images_of_all_processes_count():
+    timer, trainer = EpochTimer(), SimpleNamespace(world_size=2, is_last_batch=True)
+    timer.on_train_batch_start(trainer, None, (torch.zeros(5), None), 0)
+    timer.on_train_batch_end(trainer, None, None, (torch.zeros(5), None), 0)
+    assert timer.images == 10

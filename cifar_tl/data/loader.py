@@ -145,7 +145,7 @@ def _mix(augment: Augment, classes: int) -> v2.Transform | None:
     """Return what mixes images and targets of a batch; its draws come from torch's generator."""
     choices: list[v2.Transform] = []
     if augment.mixup:
-        choices.append(v2.MixUp(alpha=augment.mixup, num_classes=classes))
+        choices.append(v2.MixUp(alpha=float(augment.mixup), num_classes=classes))
     if augment.cutmix:
-        choices.append(v2.CutMix(alpha=augment.cutmix, num_classes=classes))
+        choices.append(v2.CutMix(alpha=float(augment.cutmix), num_classes=classes))
     return v2.RandomChoice(choices) if choices else None

@@ -170,7 +170,7 @@ def ladder(groups: dict[str, list[Group]]) -> Table:
 
 
 def equal_images(groups: Sequence[Group]) -> Table:
-    """Return accuracy and speed of recipes that saw equally many images."""
+    """Return the accuracy of recipes that saw equally many images."""
     rows = [
         [
             group.label,
@@ -178,14 +178,11 @@ def equal_images(groups: Sequence[Group]) -> Table:
             distinct(f"{run.metrics['images']['train']:,} x {len(run.metrics['epoch'])}" for run in group.runs),
             _mean(group.values("best/val/acc")),
             _mean(group.values("test/acc")),
-            f"{_images_per_s(group.runs):,.0f}",
         ]
         for group in groups
     ]
-    head = ["recipe", "n", "images x epochs", "val acc", "test acc", "images/s"]
-    return Table(
-        "Scale", head, rows, "Accuracies in %, means over n seeds. Images/s of fine-tuning, over all its phases."
-    )
+    head = ["recipe", "n", "images x epochs", "val acc", "test acc"]
+    return Table("Scale", head, rows, "Accuracies in %, means over n seeds.")
 
 
 def with_provenance(table: Table, groups: dict[str, list[Group]]) -> Table:

@@ -189,3 +189,28 @@ def test_what_killed_runs_left_of_features_goes_when_it_is_old(tmp_path):
         os.utime(path, (time.time() - age,) * 2)
     assert feature_cache._write(tmp_path / "key.pt", {"train": torch.zeros(1)})
     assert {path.name for path in tmp_path.iterdir()} == {".key.new.partial.pt", "key.pt"}
+
+
+def test_features_take_half_of_the_free_memory_at_most(monkeypatch):
+    monkeypatch.setattr(feature_cache, "host_memory", lambda: 1000)
+    assert feature_cache.memory_for_features(torch.device("cpu")) == 500
+
+
+def test_the_name_of_features_depends_on_the_images_of_every_split(compose):
+    data = build_datamodule(compose(*TINY))
+    data.setup("fit")
+    backbone = build_module(compose(*TINY), data.classes).backbone
+    cache = FeatureCache(data, 2, "auto", None)
+    trainer = SimpleNamespace(precision="32-true", strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    keys = {cache._key(trainer, backbone)}
+    for split in ("train", "val"):
+        images, targets = data.splits[split]
+        data.splits[split] = 255 - images, targets
+        keys.add(cache._key(trainer, backbone))
+    assert len(keys) == 3
+
+
+def test_the_end_of_training_frees_the_features():
+    data = SimpleNamespace(features={"train": torch.zeros(1)})
+    FeatureCache(data, 2, "auto", None).on_fit_end(None, None)
+    assert data.features == {}

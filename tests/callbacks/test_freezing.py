@@ -97,3 +97,11 @@ def test_a_phase_that_is_entered_again_adapts_once():
     for epoch in (0, 0, 1):
         unfreeze.apply(module, unfreeze.schedule.phase(epoch))
     assert len(module["backbone"][1]._forward_pre_hooks) == 1
+
+
+def test_modes_come_back_after_an_error():
+    module = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout())
+    module[0].eval()
+    with pytest.raises(RuntimeError), freezing.evaluating(module):
+        raise RuntimeError
+    assert [part.training for part in module.modules()] == [True, False, True]

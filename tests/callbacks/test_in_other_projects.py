@@ -544,3 +544,33 @@ def test_training_data_without_a_length_is_refused(tmp_path):
     limited = trainer(limit_train_batches=3)
     limited.fit(TheirModule(), DataLoader(Endless(), batch_size=4))
     assert limited.global_step == 6
+
+
+def test_a_test_alone_turns_no_gradients_on(tmp_path):
+    class Tested(TheirModule):
+        def test_step(self, batch, batch_idx):
+            self.head(self.backbone(batch[0]))
+
+    module = Tested()
+    module.backbone.requires_grad_(False)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = L.Trainer(
+        callbacks=[BackboneUnfreeze(2, 0.1, 0.1)],
+        accelerator="cpu",
+        enable_checkpointing=False,
+        default_root_dir=tmp_path,
+        **quiet,
+    )
+    trainer.test(module, loader(8), verbose=False)
+    assert with_gradients(module) == set()
+
+
+def test_a_backbone_that_never_trains_may_be_left_out_of_the_optimizer(tmp_path):
+    callbacks = [BackboneUnfreeze(None, head_lr=0.1, backbone_lr=0.01), FreezeGuard(None)]
+    assert fit(WithoutTheBackbone(), callbacks, 2, tmp_path).current_epoch == 2
+
+
+def test_steps_of_accumulated_batches_are_rounded_up(tmp_path):
+    steps = {"batch_size": 12, "accumulate_grad_batches": 2, "max_steps": 4}
+    with pytest.raises(UserError, match="max_steps=4 ends the run before"):
+        fit(TheirModule(), [BackboneUnfreeze(2, 0.1, 0.1)], 4, tmp_path, **steps)

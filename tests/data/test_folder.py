@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cifar_tl.data import folder as class_folders
 from cifar_tl.data.augment import Augment
 from cifar_tl.data.batch import IMAGENET_MEAN, IMAGENET_STD
 from cifar_tl.data.folder import ImageFolders
@@ -241,3 +242,23 @@ def test_worker_processes_give_the_same_batches_as_memory(root):
     assert len(subset) == 2
     assert torch.equal(next(subset.read([torch.tensor([1])]))[0], stored[1])
     assert torch.equal(torch.get_rng_state(), before)  # a resumed run reads at other times, and draws the same numbers
+
+
+def test_an_image_that_memory_has_no_room_for_is_named_as_such(monkeypatch, tmp_path):
+    def full(file):
+        raise MemoryError
+
+    monkeypatch.setattr(class_folders, "decode", full)
+    (tmp_path / "x.png").touch()
+    assert class_folders.read(tmp_path / "x.png").problem == "too large for the memory of this machine"
+
+
+def test_files_of_several_rounds_of_checks_are_each_read_once(monkeypatch, tmp_path):
+    for name, count in (("a", 5), ("b", 2)):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (32, 32), (i, 0, 0)).save(tmp_path / "train" / name / f"{i}.png")
+    monkeypatch.setattr(class_folders, "CHECKED_AT_ONCE", 2)
+    images, targets = ImageFolders(tmp_path, workers=1).read(["train"])["train"]
+    assert targets.tolist() == [0] * 5 + [1] * 2
+    assert len(set(images.digests)) == 5

@@ -128,3 +128,20 @@ def test_an_epoch_takes_the_augmentation_of_its_phase():
 def test_each_way_of_mixing_has_its_own_alpha():
     augment = Augment("none", 0, 0, 0, 0, 0, 0.2, 0.5)
     assert [mix.alpha for mix in _mix(augment, 10).transforms] == [0.2, 0.5]
+
+
+@pytest.mark.parametrize("alpha", ["mixup", "cutmix"])
+def test_alpha_may_be_an_integer(alpha):
+    augment = replace(NOTHING, **{alpha: 1})
+    assert all(targets.ndim == 2 for _, targets in loader(augment=lambda epoch: augment, classes=50))
+
+
+def test_mixup_has_a_share_of_its_own_for_each_batch_of_each_epoch():
+    images, targets = torch.zeros(64, 3, 32, 32, dtype=torch.uint8), torch.arange(64)
+
+    def shares(epoch):
+        mixing = {"augment": lambda epoch: replace(NOTHING, mixup=1.0), "epoch": lambda: epoch}
+        batches = ArrayLoader(images, targets, 16, (0.5,) * 3, (0.2,) * 3, classes=64, **mixing)
+        return [round(mixed[0].max().item(), 4) for _, mixed in batches]
+
+    assert len({*shares(0), *shares(1)}) == 8
