@@ -57,7 +57,7 @@ class FreezeGuard(L.Callback):
 
     Raises:
         FreezeViolationError: From `on_train_batch_end`, with what is wrong, the tensors and the likely reason.
-        UserError: As BackboneUnfreeze, for the same values, when fit starts.
+        UserError: As BackboneUnfreeze, for the same values, when fit starts; values that are not BackboneUnfreeze's.
     """
 
     phases: Phases
@@ -97,7 +97,13 @@ class FreezeGuard(L.Callback):
             self._steps[id(optimizer)] += not getattr(optimizer, "found_inf", None)
 
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning adds it
-        self._kept = set().union(*(c.kept for c in callbacks if isinstance(c, BackboneUnfreeze)))
+        unfreezing = [callback for callback in callbacks if isinstance(callback, BackboneUnfreeze)]
+        if any((its.schedule.phases, its.batchnorm) != (self.phases, self.batchnorm) for its in unfreezing):
+            raise UserError(
+                "FreezeGuard expects other phases, or another BatchNorm, than BackboneUnfreeze makes: give both the "
+                "same unfreeze_at_epoch, stage_epochs, progressive_resizing, batchnorm and max_epochs."
+            )
+        self._kept = set().union(*(its.kept for its in unfreezing))
         for optimizer in trainer.optimizers:
             optimizer.register_step_post_hook(count)
         self._copy(pl_module)

@@ -574,3 +574,11 @@ def test_steps_of_accumulated_batches_are_rounded_up(tmp_path):
     steps = {"batch_size": 12, "accumulate_grad_batches": 2, "max_steps": 4}
     with pytest.raises(UserError, match="max_steps=4 ends the run before"):
         fit(TheirModule(), [BackboneUnfreeze(2, 0.1, 0.1)], 4, tmp_path, **steps)
+
+
+@pytest.mark.parametrize(
+    "guard", [FreezeGuard(None), FreezeGuard(3), FreezeGuard(2, stage_epochs=1), FreezeGuard(2, batchnorm="train")]
+)
+def test_a_guard_of_other_phases_than_the_unfreezes_is_refused(tmp_path, guard):
+    with pytest.raises(UserError, match="give both the same unfreeze_at_epoch"):
+        fit(TheirModule(), [BackboneUnfreeze(2, 0.1, 0.1), guard], 8, tmp_path)
