@@ -265,6 +265,8 @@ def _instantiated(group: str, name: Any, node: DictConfig, defaults: Mapping[str
         return make(**{key: value for key, value in given.items() if _takes(make.func, key)})
     except Exception as error:  # whatever somebody's class raises
         cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ else error
+        if isinstance(cause, UserError):
+            raise cause from error
         package = cause.name if isinstance(cause, ModuleNotFoundError) else None
         missing = f" `pip install {package}` may help." if package else ""
         raise UserError(f"{group}.{name}: {node._target_} cannot be built: {cause}.{missing}") from error

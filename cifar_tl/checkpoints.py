@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cifar_tl.cli import compose
 from cifar_tl.errors import UserError, first_line
-from cifar_tl.files import replacing
+from cifar_tl.files import check_intact, replacing
 from cifar_tl.model.classifier import ImageClassifier
 from cifar_tl.model.module import ResNet50Classifier
 
@@ -184,20 +184,24 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint of this program with weights_only=True, which runs no code from the file.
 
     Raises:
-        UserError: No such file, a truncated one, somebody else's, or one of another format.
+        UserError: No such file, a damaged one, somebody else's, or one of another format.
     """
     path = find_checkpoint(path)
     not_ours = f"checkpoint {path} was not written by cifar_tl.train. Plain weights go into model.weights=."
     try:
         with warnings.catch_warnings(action="ignore"):  # of pickle protocols, for instance
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        check_intact(path)
     except Exception as error:  # about anything, for a file that is no checkpoint
         # torch's own text advises weights_only=False, which runs code from the file
         if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
             raise UserError(f"{not_ours} It holds more than tensors and plain values and is not loaded.") from error
+        advice = f"Take a copy, or {LAST} in its folder."
+        if path.name == LAST:
+            advice = f"Take a copy; {BEST} in its folder can be measured and exported, but no run resumes from it."
         raise UserError(
-            f"checkpoint {path} cannot be read: it is truncated or no checkpoint ({path.stat().st_size:,} bytes). Take "
-            f"the other one in its folder ({BEST}, {LAST}), or a copy."
+            f"checkpoint {path} cannot be read: it is damaged or no checkpoint ({path.stat().st_size:,} bytes). "
+            f"{advice}"
         ) from error
     if not isinstance(checkpoint, dict) or "cifar_tl" not in checkpoint:
         raise UserError(not_ours)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import hydra
+import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -40,6 +41,12 @@ RECIPES = ("experiment", "ablate", "sweep")
 DISK_ERRORS = (errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST, errno.EDQUOT)
 READING_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE)
 """What reading meets, too."""
+FLAGS_WITH_VALUE = {
+    *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
+    "--experimental-rerun",
+}
+"""Of Hydra's; that of `--info` may be left out."""
+INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 PATH_KEYS = {
     *("checkpoint", "input", "output", "data.root", "model.weights", "finetune.features_folder", "resume"),
     *("hydra.run.dir", "hydra.sweep.dir"),
@@ -90,6 +97,10 @@ class SweepCallback(Callback):
 
     def finish(self) -> None:
         """Leave what there is to see of the jobs so far."""
+        raise NotImplementedError
+
+    def withdraw(self) -> None:
+        """Take back what a sweep has left that was refused before its first job."""
         raise NotImplementedError
 
     def failures(self) -> tuple[list[str], int]:
@@ -185,6 +196,7 @@ def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: li
                 raise UserError(f"{alone[0]}= is for several runs, and without -m this would be one: put -m before it.")
             _refuse_dashed_keys(arguments, config_name)
             _refuse_added_keys(arguments, config_name)
+            _refuse_several_choices(arguments)
             arguments = [_set_or_add(argument) for argument in arguments]
             if config_name == "train":
                 arguments = with_folder_of_slurm_job(arguments)
@@ -209,6 +221,8 @@ def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: li
             failures.append(message)
             if isinstance(error, BrokenExecutor | GpuLostError) or type(error).__module__.startswith("submitit"):
                 _end_interrupted_sweep()
+            elif not jobs and SweepCallback.current is not None:
+                SweepCallback.current.withdraw()
         finally:
             sys.argv = before
     for message in failures:
@@ -310,9 +324,18 @@ def _end_interrupted_sweep() -> None:
 
 
 def _flags_first(arguments: list[str]) -> list[str]:
-    """Return the arguments with flags that take no value before the overrides, where alone argparse expects them."""
-    flags = ("-m", "--multirun", "--resolve", "--info", "--help", "-h", "--hydra-help", "--version")
-    return [a for a in arguments if a in flags] + [a for a in arguments if a not in flags]
+    """Return the arguments with Hydra's flags and their values before the overrides, which argparse wants together."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    left = list(arguments)
+    while left:
+        argument = left.pop(0)
+        if argument in ("--info", "-i"):
+            argument = f"--info={left.pop(0) if left and left[0] in INFO else 'all'}"
+        (flags if argument.startswith("-") else overrides).append(argument)
+        if argument in FLAGS_WITH_VALUE and left:
+            flags.append(left.pop(0))
+    return flags + overrides
 
 
 def _set_or_add(argument: str) -> str:
@@ -326,6 +349,9 @@ def _explained(error: BaseException, config_name: str) -> str | None:
         return str(error)
     if isinstance(error, HydraException | OmegaConfBaseException):
         return explain(error, config_name)
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}: no valid YAML: {error.problem}."
     if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
         groups = ", ".join(sorted(_groups()))
         return (
@@ -404,6 +430,14 @@ def _refuse_added_keys(arguments: list[str], config_name: str) -> None:
             )
 
 
+def _refuse_several_choices(arguments: list[str]) -> None:
+    """Refuse `group=[a,b]`, which Hydra would merge, where the record of a run names one choice."""
+    for argument in arguments:
+        group, _, value = argument.partition("=")
+        if group in {*_groups()} - {"logger", "callbacks"} and value.startswith("["):
+            raise UserError(f"{argument}: {group} takes one choice. With -m, {group}={value.strip('[]')} runs each.")
+
+
 def _refuse_dashed_keys(arguments: list[str], config_name: str) -> None:
     """Refuse `--key`, which Hydra may take for an abbreviation of a flag: --experiment for --experimental-rerun."""
     known = {*_groups(), *map(str, OmegaConf.load(conf_folder() / f"{config_name}.yaml"))}
@@ -422,12 +456,20 @@ def _known_keys(data: str, conf: Path) -> list[str]:
 def _refuse_unread_keys(cfg: DictConfig) -> None:
     """Refuse keys that a file of `conf` has brought, most likely mistyped: Hydra merges them without a word."""
     choices = HydraConfig.get().runtime.choices
+    for group in _groups():
+        if cfg.get(group) is not None and not OmegaConf.is_dict(cfg[group]):
+            raise UserError(
+                f"{group}: {cfg[group]} in a file of conf would put a value in the place of a group's keys. Choose "
+                f"from a group in the file's defaults: '- override /{group}: {cfg[group]}'."
+            )
     named = (conf_folder() / "data" / f"{cfg.data.get('name')}.yaml").is_file()
     known = _known_keys(cfg.data.name if named else choices["data"], conf_folder())
     unread = [key for key in _keys(cfg) if key not in known and not key.startswith(OPEN)]
     if not unread:
         return
     recipe = unread[0].partition(".")[0]
+    if recipe in RECIPES and not cfg[recipe]:
+        raise UserError(f"{recipe}={choices[recipe]}: its file is empty.")
     if recipe in RECIPES:
         raise UserError(
             f"{recipe}={choices[recipe]}: nothing reads the keys of its file, {', '.join(cfg[recipe])}, as long as its "
@@ -457,6 +499,17 @@ def explain(error: HydraException | OmegaConfBaseException, config_name: str) ->
     ):
         group, given, choices = missing[1], missing[2], missing[3].split()
         return f"{group}={given}: there is no such choice. Choose {', '.join(choices)}.{suggest(given, choices)}"
+    if missing := re.search(r"Could not load '(?!hydra/)(\w+)/([^']+)'", text):
+        choices = sorted(path.stem for path in (conf_folder() / missing[1]).glob("*.yaml"))
+        return (
+            f"{missing[1]}={missing[2]}: there is no such choice. Choose {', '.join(choices)}."
+            f"{suggest(missing[2], choices)}"
+        )
+    if missing := re.search(r"In '([^']+)': Could not find '(?!hydra/)\w+/(\w+)/([^']+)'", text):
+        return (
+            f"conf/{missing[1]}.yaml: {missing[2]}: {missing[3]} in its defaults is looked for in its own folder. "
+            f"Choose from a group with '- override /{missing[2]}: {missing[3]}'."
+        )
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key}= is missing: give it."
     if missing := re.search(r"Could not find 'hydra/(launcher|sweeper)/([^']+)'", text):

@@ -69,14 +69,16 @@ class Phases(list[Phase]):
             self.extend(self._gradual(stage_epochs))
 
     def _gradual(self, stage_epochs: int) -> list[Phase]:
+        end = self.unfreeze_at_epoch + (len(STAGES) - 1) * stage_epochs
+        if end >= self.max_epochs:
+            raise UserError(
+                f"finetune.stage_epochs={stage_epochs} is too long: the last stage, {STAGES[-1]}, would unfreeze at "
+                f"epoch {end}, after the run's {self.max_epochs} epochs. Lower it, or raise trainer.max_epochs to "
+                f"{end + 1} or more."
+            )
         phases = []
         for count, stage in enumerate(STAGES, start=1):
             start = self.unfreeze_at_epoch + (count - 1) * stage_epochs
-            if start >= self.max_epochs:
-                raise UserError(
-                    f"finetune.stage_epochs={stage_epochs} is too long: {stage} would unfreeze at epoch {start}, after "
-                    f"the run's {self.max_epochs} epochs. Lower it, or raise trainer.max_epochs to {start + 1} or more."
-                )
             last = stage == STAGES[-1]
             name = "fine-tune" if last else f"fine-tune from {stage}"
             phases.append(Phase(name, start, self.max_epochs if last else start + stage_epochs, STAGES[:count]))
@@ -152,6 +154,12 @@ class FinetuneSchedule:
         self.head_lr_unfrozen = check_number("finetune.head_lr_unfrozen", unfrozen, 0)
         self.schedule = check_choice("finetune.schedule", schedule, SCHEDULES)
         self.warmup_epochs = check_number("finetune.warmup_epochs", warmup_epochs, 0)
+        shortest = min(end - start for start, end in map(self._segment, (0, self.max_epochs - 1)))
+        if self.warmup_epochs > shortest:
+            raise UserError(
+                f"finetune.warmup_epochs={warmup_epochs} is longer than the {shortest} epochs that it begins: the "
+                f"learning rate would never be reached. Lower it."
+            )
 
     def phase(self, epoch: int) -> Phase:
         """Return the phase that an epoch (from 0) belongs to; past the end, the last phase."""

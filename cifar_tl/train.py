@@ -298,6 +298,10 @@ def resumed_weights(cfg: DictConfig, last: Path) -> dict[str, Any]:
     """
     checkpoint = read_checkpoint(last)
     saved, done = checkpoint["cifar_tl"], checkpoint["epoch"] + 1
+    if "optimizer_states" not in checkpoint:
+        raise UserError(
+            f"{last} has weights alone, as {BEST} has: no run resumes from it. Restore the run's own {LAST}."
+        )
     if cfg.trainer.max_epochs < done:
         raise UserError(
             f"trainer.max_epochs={cfg.trainer.max_epochs} is less than the {done} epochs that the run has trained: "

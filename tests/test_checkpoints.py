@@ -116,9 +116,17 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_words(changed, change, sai
 @pytest.mark.parametrize("content", [b"", b"text, not a checkpoint", b"\x80\x02cposix\nsystem\n."])
 def test_what_is_no_checkpoint_is_refused_without_advice_to_run_its_code(tmp_path, content):
     (tmp_path / "best.ckpt").write_bytes(content)
-    with pytest.raises(UserError, match="cannot be read: it is truncated or no checkpoint") as raised:
+    with pytest.raises(UserError, match="cannot be read: it is damaged or no checkpoint") as raised:
         load_trained(tmp_path / "best.ckpt")
     assert "weights_only" not in str(raised.value)
+
+
+def test_a_checkpoint_with_a_few_bytes_changed_is_refused(tiny_checkpoint, tmp_path):
+    content = bytearray(tiny_checkpoint.read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "best.ckpt").write_bytes(content)
+    with pytest.raises(UserError, match="cannot be read: it is damaged or no checkpoint"):
+        load_trained(tmp_path / "best.ckpt")
 
 
 def test_a_runs_folder_means_its_best_checkpoint(tiny_run, tmp_path):

@@ -94,6 +94,8 @@ def test_lists_and_sweeps_of_paths_are_left_as_they_are():
         ([*TINY, "hydra.run.dir=~nobody_here/x"], "hydra.run.dir=~nobody_here/x: Could not determine home directory"),
         ([*TINY, "finetune.features_folder=[a]"], "finetune.features_folder=['a'] is not allowed: give one path."),
         ([*TINY, "data.root=5"], "data.root is no key of what is chosen for data: drop it"),
+        (["experiment=[best32,best64]"], "experiment takes one choice. With -m, experiment=best32,best64 runs each."),
+        (["logger=[csv,tensorbord]"], "logger=tensorbord: there is no such choice. Choose csv, mlflow, none, tensorb"),
         (["data.download=false", "model.weights=null"], "python -m cifar_tl.data fetch"),
         ([*TINY, "logger=null"], "logger=none"),
         ([*TINY, "+trainer.fast_dev_run=true"], "experiment=demo goes through everything in a minute"),
@@ -155,7 +157,7 @@ def test_a_truncated_checkpoint_is_named(command, tmp_path):
     (tmp_path / "c.ckpt").write_bytes((tmp_path / "c.ckpt").read_bytes()[:2000])
     code, _, err = command("checkpoint=c.ckpt", task="cifar_tl.evaluate:main", config_name="evaluate")
     assert code == 1
-    assert "c.ckpt cannot be read: it is truncated" in err
+    assert "c.ckpt cannot be read: it is damaged" in err
 
 
 def test_somebody_elses_checkpoint_is_refused(command, tmp_path):
@@ -266,6 +268,33 @@ def test_help_and_typos_do_not_wait_for_torch(tmp_path, program, arguments):
             ["finetune=mine"],
             "error: finetune.head_rate, finetune.headlr: nothing reads them. Did you mean",
         ),
+        (
+            "experiment/mine",
+            "# @package _global_\nfinetune: short\n",
+            ["experiment=mine"],
+            "error: finetune: short in a file of conf would put a value in the place of a group's keys. Choose from a "
+            "group in the file's defaults: '- override /finetune: short'.",
+        ),
+        (
+            "experiment/mine",
+            "# @package _global_\ndefaults: [finetune: short]\n",
+            ["experiment=mine"],
+            "error: conf/experiment/mine.yaml: finetune: short in its defaults is looked for in its own folder. Choose "
+            "from a group with '- override /finetune: short'.",
+        ),
+        (
+            "experiment/mine",
+            "# @package _global_\nfinetune:\n\thead_lr: 1\n",
+            ["experiment=mine"],
+            "conf/experiment/mine.yaml, line 3, column 1: no valid YAML: found character '\\t'",
+        ),
+        (
+            "experiment/mine",
+            "# @package _global_\nseed: 1\nseed: 2\n",
+            ["-m", "experiment=mine"],
+            "conf/experiment/mine.yaml, line 3, column 1: no valid YAML: found duplicate key seed",
+        ),
+        ("experiment/mine", "", ["experiment=mine"], "error: experiment=mine: its file is empty."),
         ("trainer/mine", "defaults: [cpu]\nmax_time: null\n", ["trainer=mine"], None),
         ("data/mine", "defaults: [folder]\nroot: here\n", ["data=mine"], None),
         (
@@ -289,6 +318,14 @@ def test_keys_of_files_that_nothing_reads_are_refused(tmp_path, monkeypatch, cap
     else:
         assert (code, len(begun)) == (1, 0)
         assert expected in err
+
+
+def test_hydras_flags_and_their_values_may_stand_anywhere():
+    given = ["seed=1", "--cfg", "job", "trainer=cpu", "--info", "data=folder", "-cd", "mine", "--package=model"]
+    first = ["--cfg", "job", "--info=all", "-cd", "mine", "--package=model"]
+    assert cli._flags_first(given) == [*first, "seed=1", "trainer=cpu", "data=folder"]
+    assert cli._flags_first(["seed=1", "--info", "defaults"]) == ["--info=defaults", "seed=1"]
+    assert cli._flags_first(["seed=1", "--cfg"]) == ["--cfg", "seed=1"]  # argparse says what is missing
 
 
 @pytest.mark.slow

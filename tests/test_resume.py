@@ -111,6 +111,9 @@ def test_keys_that_a_resumed_run_adds_or_takes_away_are_on_its_record(straight, 
     )
 
 
+BOTH = {"task": ["seed=1,2"], "hydra": []}
+
+
 def test_resume_repeats_the_runs_own_overrides_in_its_own_folder(tmp_path):
     run = tmp_path / "outputs" / "demo" / "now"
     (run / ".hydra").mkdir(parents=True)
@@ -125,6 +128,34 @@ def test_resume_repeats_the_runs_own_overrides_in_its_own_folder(tmp_path):
     arguments = with_overrides_of_resumed_run(["resume=last", "trainer.max_epochs=30"], tmp_path / "outputs")
     how = ["hydra.output_subdir=null", f"hydra.run.dir='{run}'"]
     assert arguments == ["seed=3", "trainer.max_epochs=30", f"resume='{run}'", *how]
+
+
+def test_a_run_of_somebodys_own_config_folder_goes_on_with_it(tmp_path):
+    leave_run(tmp_path / "run")
+    sources = [{"provider": provider, "path": f"/{provider}"} for provider in ("hydra", "main", "command-line")]
+    saved = {"hydra": {"runtime": {"config_sources": sources}}}
+    (tmp_path / "run" / ".hydra" / "hydra.yaml").write_text(json.dumps(saved))
+    resume = f"resume={tmp_path / 'run'}"
+    assert with_overrides_of_resumed_run([resume])[0] == "--config-dir=/command-line"
+    moved = with_overrides_of_resumed_run(["--config-dir", "/moved", resume])
+    assert (moved[:2], "--config-dir=/command-line" in moved) == (["--config-dir", "/moved"], False)
+    (tmp_path / "run" / "multirun.yaml").write_text(json.dumps({"hydra": {**saved["hydra"], "overrides": BOTH}}))
+    assert with_overrides_of_resumed_run(["-m", resume])[:2] == ["--config-dir=/command-line", "-m"]
+
+
+@pytest.mark.parametrize("content", [b"", b"task: {", b"a: 1", b"[1, 2]", b"\xff"])
+@pytest.mark.parametrize(("name", "flags"), [(".hydra/overrides.yaml", []), ("multirun.yaml", ["-m"])])
+def test_a_damaged_record_of_what_was_started_is_named(tmp_path, content, name, flags):
+    leave_run(tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        with_overrides_of_resumed_run([*flags, f"resume={tmp_path / 'run'}"])
+
+
+def test_a_checkpoint_in_the_place_of_its_run_is_told_apart(tmp_path):
+    leave_run(tmp_path / "run")
+    with pytest.raises(UserError, match=r"Give the run's folder, .*/run\.$"):
+        with_overrides_of_resumed_run([f"resume={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}"])
 
 
 def leave_run(folder, checkpoint=True, status="interrupted", log=(), text="device"):

@@ -120,6 +120,9 @@ def test_warmup_rises_linearly_and_never_starts_at_zero():
         ({"backbone_lr": "fast"}, "backbone_lr"),
         ({"schedule": "cosin"}, "Did you mean cosine"),
         ({"warmup_epochs": float("nan")}, "warmup_epochs"),
+        ({"warmup_epochs": 11}, "warmup_epochs=11 is longer than the 10 epochs"),
+        ({"warmup_epochs": 5, "unfreeze_at_epoch": 16}, "warmup_epochs=5 is longer than the 4 epochs"),
+        ({"warmup_epochs": 5, "unfreeze_at_epoch": 4}, "warmup_epochs=5 is longer than the 4 epochs"),
     ],
 )
 def test_impossible_plans_are_refused(changes, key):
@@ -132,6 +135,12 @@ def test_the_unfrozen_heads_rate_is_the_frozen_ones_unless_given():
     assert plan(head_lr_unfrozen=0).learning_rates(10, 0, 100)["head"] == 0
 
 
-def test_a_stage_that_would_unfreeze_after_the_last_epoch_is_refused():
-    with pytest.raises(UserError, match="stem would unfreeze at epoch 18"):
-        FinetuneSchedule(18, 10, 1e-3, 1e-3, stage_epochs=2)
+@pytest.mark.parametrize("max_epochs", [12, 18])
+def test_a_stage_that_would_unfreeze_after_the_last_epoch_is_refused_with_the_epochs_that_all_need(max_epochs):
+    with pytest.raises(UserError, match=r"stem, would unfreeze at epoch 18, .*raise trainer.max_epochs to 19 or more"):
+        FinetuneSchedule(max_epochs, 10, 1e-3, 1e-3, stage_epochs=2)
+
+
+def test_warmup_may_take_a_whole_segment():
+    assert plan(warmup_epochs=10).learning_rates(9, 99, 100)["head"] == 1e-3
+    assert plan(warmup_epochs=20, unfreeze_at_epoch=0).learning_rates(19, 99, 100)["backbone"] == 1e-4

@@ -454,6 +454,39 @@ def test_the_command_to_go_on_repeats_what_the_run_does_not_have_yet(command, re
     assert err.rstrip().endswith("/run trainer.max_epochs=5 seed=0")
 
 
+@pytest.mark.parametrize("content", [None, '{"status": "fin'])
+def test_a_lost_record_of_a_run_is_written_anew_from_its_checkpoint(command, resumable, content):
+    record = resumable.parent / "metrics.json"
+    before = json.loads(record.read_text())
+    record.unlink() if content is None else record.write_text(content)
+    code, _, err = command("resume=run")
+    assert code == 0, err
+    after = json.loads(record.read_text())
+    assert after["status"] == "finished"
+    for key in ("epoch", "val/acc", "train/loss", "best/epoch", "weights_sha256", "seed"):
+        assert after[key] == before[key]
+
+
+def test_weights_alone_are_nothing_to_resume_from(command, resumable):
+    checkpoints = resumable.parent / "checkpoints"
+    shutil.copy(checkpoints / "best.ckpt", checkpoints / "last.ckpt")
+    code, _, err = command("resume=run")
+    assert code == 1
+    assert "last.ckpt has weights alone, as best.ckpt has: no run resumes from it" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("last.ckpt", "best.ckpt in its folder can be"), ("best.ckpt", "last.ckpt")]
+)
+def test_what_a_damaged_checkpoint_leaves_is_said(command, resumable, name, said):
+    checkpoint = resumable.parent / "checkpoints" / name
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+    code, _, err = command("resume=run")
+    assert code == 1
+    assert f"{name} cannot be read: it is damaged or no checkpoint" in err
+    assert said in err.partition("bytes")[2]
+
+
 @pytest.mark.slow
 def test_a_resume_that_is_accepted_is_what_the_next_one_goes_on_with(command, resumable):
     features = json.loads((resumable.parent / "metrics.json").read_text())["features"]

@@ -274,6 +274,19 @@ def test_what_is_for_several_runs_is_not_one_run(command, choice):
     assert (code, "seed: 0" in out) == (0, True)
 
 
+def test_a_sweep_that_is_refused_leaves_its_folder_to_the_corrected_one(command, tmp_path):
+    sweep = ("-m", "seed=1,2", "hydra.sweep.dir=sweep")
+    code, _, err = command("cifar_tl.train:main", *sweep, "finetune.head_rl=1")
+    assert (code, "Did you mean finetune.head_lr" in err) == (1, True)
+    assert not (tmp_path / "sweep").exists()
+    code, _, err = command(lambda cfg: 1.0, *sweep)
+    assert (code, err) == (0, "")
+    assert (tmp_path / "sweep" / "multirun.yaml").is_file()
+    code, _, err = command("cifar_tl.train:main", "-m", "resume=sweep", "hydra.launcher.n_jbs=1")
+    assert code == 1
+    assert (tmp_path / "sweep" / "multirun.yaml").is_file()  # of jobs that there are
+
+
 def test_a_job_of_a_sweep_goes_on_and_is_repeated_alone(tmp_path):
     make_run(tmp_path / "0", ["sweep=seeds", "model.dropout=0.1"], seed=1)
     assert read_run(tmp_path / "0").command == "python -m cifar_tl.train model.dropout=0.1 seed=1"

@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import early_stopping
 
-from cifar_tl.errors import UserError, suggest
+from cifar_tl.errors import UserError, check_int, suggest
 
 log = logging.getLogger(__name__)
 
@@ -21,12 +21,17 @@ class EarlyStopping(early_stopping.EarlyStopping):
         monitor: A metric's name, as it is logged.
         start_epoch: Earlier epochs are not looked at: a head that has stopped improving says nothing about what
             fine-tuning will do. None for 0.
+        patience: Epochs that it waits for a better one.
         kwargs: Lightning's.
+
+    Raises:
+        UserError: No number of epochs.
     """
 
-    def __init__(self, monitor: str, start_epoch: int | None = None, **kwargs: Any) -> None:
-        super().__init__(monitor, **kwargs)
-        self.start_epoch = start_epoch or 0
+    def __init__(self, monitor: str, start_epoch: int | None = None, patience: int = 3, **kwargs: Any) -> None:
+        key = "callbacks.early_stopping"
+        super().__init__(monitor, patience=check_int(f"{key}.patience", patience, 0), **kwargs)
+        self.start_epoch = 0 if start_epoch is None else check_int(f"{key}.start_epoch", start_epoch, 0)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the state, but for the patience, which is the config's."""

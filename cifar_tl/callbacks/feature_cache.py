@@ -20,7 +20,7 @@ from cifar_tl.callbacks.freezing import evaluating
 from cifar_tl.data.augment import Augment
 from cifar_tl.data.datamodule import CIFAR10DataModule
 from cifar_tl.errors import UserError, check_choice, first_line
-from cifar_tl.files import remove_partial_files, replacing
+from cifar_tl.files import check_intact, remove_partial_files, replacing
 from cifar_tl.hardware import device_name, host_memory
 from cifar_tl.model import backbone as backbone_code
 from cifar_tl.model import cpu_kernels
@@ -245,6 +245,7 @@ def _read(path: Path, shapes: dict[str, tuple[int, int, int]]) -> dict[str, Tens
         # mapped, not read: pages come as batches need them, and several jobs share them
         features = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         intact = {split: tuple(values.shape) for split, values in features.items()} == shapes
+        check_intact(path)
     except Exception as error:  # torch.load raises about anything for a damaged file; a cache is made again
         intact, features = False, {}
         log.warning("%s is damaged (%s)", path, type(error).__name__)

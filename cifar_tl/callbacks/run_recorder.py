@@ -1,6 +1,7 @@
 """The callback that writes metrics.json: what a run did, with what, and on what."""
 
 import dataclasses
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,15 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from cifar_tl.callbacks.epoch_timer import EpochTimer
 from cifar_tl.errors import Pruned
 from cifar_tl.hardware import peak_memory
-from cifar_tl.runs.record import PER_EPOCH, START, best_epoch, collapse_warnings, metrics_of_test, write_metrics
+from cifar_tl.runs.record import (
+    PER_EPOCH,
+    START,
+    best_epoch,
+    collapse_warnings,
+    metrics_of_test,
+    read_metrics,
+    write_metrics,
+)
 from cifar_tl.schedule import FinetuneSchedule
 
 log = logging.getLogger(__name__)
@@ -97,6 +106,14 @@ class RunRecorder(EpochTimer):
             log.warning("warning: %s", self._early_end[0])
         if self._training:  # else it is only tested again, and its result stands until there is another one
             self.write(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the file anew if it is gone or damaged where nothing was left to train: the checkpoint has it all."""
+        try:
+            read_metrics(self.folder)
+        except (FileNotFoundError, json.JSONDecodeError):
+            if self.epochs:
+                self.write(trainer)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note a start and its end where a run was resumed with nothing left to train: Lightning starts none there."""

@@ -52,7 +52,7 @@ class Augment:
         check_int("augment.crop_padding", self.crop_padding, 0, SIZE - 1)  # reflected, which a whole image cannot be
         check_number("augment.rotation", self.rotation, 0)
         check_number("augment.scale", self.scale, 0, below=1)
-        check_int("augment.cutout", self.cutout, 0)
+        check_int("augment.cutout", self.cutout, 0, SIZE - 1)  # a larger one leaves nothing of some images
         check_number("augment.color_jitter", self.color_jitter, 0)
         check_number("augment.mixup", self.mixup, 0)
         check_number("augment.cutmix", self.cutmix, 0)

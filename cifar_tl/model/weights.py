@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchvision.models import ResNet50_Weights
 
 from cifar_tl.errors import UserError, check_number, check_path, first_line, suggest
+from cifar_tl.files import check_intact
 from cifar_tl.model.backbone import conv_batchnorm_pairs
 
 DEAD = 1e-3
@@ -42,11 +43,12 @@ def load_weights(backbone: nn.Module, weights: str, filter_rms: float | None) ->
     try:
         with warnings.catch_warnings(action="ignore"):  # of pickle protocols, for instance
             state = torch.load(path, map_location="cpu", weights_only=True)
+        check_intact(path)
     except Exception as error:  # about anything, for a file that is no state dict
         # torch's own text advises weights_only=False, which runs code from the file, or is a bare number
         raise UserError(
             f"model.weights={weights}: {path} ({path.stat().st_size:,} bytes) is not a readable state dict: it is "
-            f"truncated, or it is something else than torch.save(model.state_dict()). What holds more than tensors and "
+            f"damaged, or it is something else than torch.save(model.state_dict()). What holds more than tensors and "
             f"plain values is not loaded: that could run code."
         ) from error
     _check_layout(backbone, state, weights)
@@ -130,6 +132,11 @@ def _check_layout(backbone: nn.Module, state: object, weights: str) -> None:
     elif wrong := [k for k in known if k in state and known[k].shape != state[k].shape]:
         given, right = tuple(state[wrong[0]].shape), tuple(known[wrong[0]].shape)
         problem = f"{wrong[0]} has shape {given}, a ResNet-50's has {right}"
+    elif unusable := [k for k in known if k in state and not state[k].isfinite().all()]:
+        raise UserError(
+            f"model.weights={weights}: {len(unusable)} of its tensors hold NaN or infinite numbers, {unusable[0]} for "
+            f"one: nothing can be trained from them. Take the file from its source again."
+        )
     if problem:
         raise UserError(
             f"model.weights={weights} is not a ResNet-50 in torchvision's layout: {problem}. "

@@ -17,7 +17,7 @@ from cifar_tl.cli import Failure, SweepCallback
 from cifar_tl.files import lock
 from cifar_tl.runs.folder import read_overrides
 from cifar_tl.runs.record import faults, read_metrics
-from cifar_tl.runs.resume import JOURNAL, SWEEP_FOLDER, is_first_process, quoted, resume_command
+from cifar_tl.runs.resume import JOURNAL, MULTIRUN, SWEEP_FOLDER, is_first_process, quoted, resume_command
 from cifar_tl.runs.table import write_csv
 from cifar_tl.search import open_study
 
@@ -111,6 +111,12 @@ class SweepTable(SweepCallback):
             table.add_row(*(Text(line[name]) for name in COLUMNS))
         Console().print(table)
         self._draw_report()
+
+    def withdraw(self) -> None:
+        """Delete what Hydra has saved for a sweep none of whose jobs began: the corrected one may have its folder."""
+        if is_first_process() and {path.name for path in self._folder.glob("*")} == {MULTIRUN}:
+            (self._folder / MULTIRUN).unlink()
+            self._folder.rmdir()
 
     def _lines(self) -> list[dict[str, str]]:
         """Return the lines of the table as they are in the file."""

@@ -87,7 +87,8 @@ def with_overrides_of_resumed_run(arguments: list[str], outputs: Path = Path("ou
     if (folder / MULTIRUN).is_file():
         raise UserError(f"resume={given[-1]}: {folder} is a sweep's folder. Add -m to go on with all its jobs.")
     if not saved.is_file():
-        raise UserError(f"resume={given[-1]}: {folder} is no run's folder: it has no .hydra/overrides.yaml.")
+        inside = f" Give the run's folder, {folder.parents[1]}." if folder.parent.name == LAST.parent.name else ""
+        raise UserError(f"resume={given[-1]}: {folder} is no run's folder: it has no .hydra/overrides.yaml.{inside}")
     if not (folder / LAST).is_file():
         raise UserError(
             f"resume={given[-1]}: {folder} has no {LAST}: the run ended before its first epoch did. Start it anew."
@@ -98,10 +99,10 @@ def with_overrides_of_resumed_run(arguments: list[str], outputs: Path = Path("ou
                 f"resume={given[-1]} goes on in the run's own folder, and {other} is for a run that starts. Leave it "
                 f"out; to keep the run as it is, copy its folder and resume the copy."
             )
-    theirs = [a for a in yaml.safe_load(saved.read_text(encoding="utf-8")) if not a.startswith("resume=")]
+    theirs = [a for a in _saved_overrides(saved) if not a.startswith("resume=")]
     # Hydra would save its config and overrides before anything is checked: see save_overrides
     how = ["hydra.output_subdir=null", f"hydra.run.dir={quoted(folder)}"]
-    return [*theirs, *ours, f"resume={quoted(folder)}", *how]
+    return [*_config_dir(folder / ".hydra" / "hydra.yaml", ours), *theirs, *ours, f"resume={quoted(folder)}", *how]
 
 
 def unsaved_overrides(folder: Path) -> list[str]:
@@ -109,7 +110,7 @@ def unsaved_overrides(folder: Path) -> list[str]:
     saved = folder / ".hydra" / "overrides.yaml"
     if not HydraConfig.initialized() or not saved.is_file():
         return []
-    known = yaml.safe_load(saved.read_text(encoding="utf-8"))
+    known = _saved_overrides(saved)
     return [a for a in HydraConfig.get().overrides.task if a not in known and not a.startswith("resume=")]
 
 
@@ -144,6 +145,7 @@ def _sweep_arguments(arguments: list[str], folder: Path) -> list[str]:
         launcher = ("hydra/launcher=", "hydra.launcher.")
         theirs_of_hydra = [a for a in theirs_of_hydra if not _is_about(launcher, a)]
     return [
+        *_config_dir(folder / MULTIRUN, flags),
         *flags,
         *theirs,
         *theirs_of_hydra,
@@ -156,10 +158,38 @@ def _sweep_arguments(arguments: list[str], folder: Path) -> list[str]:
 
 def _sweep_overrides(folder: Path) -> tuple[list[str], list[str]]:
     """Return the overrides that a sweep was started with: those of its jobs, and Hydra's own but for the folder."""
-    saved = yaml.safe_load((folder / MULTIRUN).read_text(encoding="utf-8"))["hydra"]["overrides"]
-    task = [a for a in saved["task"] if not a.startswith("resume=")]
+    task = [a for a in _saved_overrides(folder / MULTIRUN, "hydra", "overrides", "task") if not a.startswith("resume=")]
     of_a_start = ("hydra.mode=", SWEEP_FOLDER, "hydra.run.", "hydra.output_subdir=")
-    return task, [a for a in saved.get("hydra", []) if not a.startswith(of_a_start)]
+    hydra = _saved_overrides(folder / MULTIRUN, "hydra", "overrides", "hydra")
+    return task, [a for a in hydra if not a.startswith(of_a_start)]
+
+
+def _config_dir(path: Path, arguments: Sequence[str]) -> list[str]:
+    """Return the `--config-dir` that Hydra has saved in a file, unless the arguments have one."""
+    if not path.is_file() or any(a.startswith(("--config-dir", "-cd")) for a in arguments):
+        return []
+    saved = OmegaConf.load(path)
+    sources = OmegaConf.select(saved, "hydra.runtime.config_sources") or []
+    return [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
+
+
+def _saved_overrides(path: Path, *keys: str) -> list[str]:
+    """Return the overrides that Hydra has saved in a file, there under some keys.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for key in keys:
+            found = found[key]
+        if not isinstance(found, list) or not all(isinstance(override, str) for override in found):
+            raise TypeError("no list of overrides")
+        return found
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged: what it was started with cannot be read. Restore the file, or start it anew."
+        ) from error
 
 
 def _is_about(keys: tuple[str, ...], override: str) -> bool:

@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import time
+import zipfile
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -133,7 +134,7 @@ def real_looking_weights(tmp_path):
 
 
 @pytest.mark.slow
-def test_features_are_kept_and_read_by_the_next_run(compose, tmp_path, monkeypatch, real_looking_weights):
+def test_features_are_kept_and_read_by_the_next_run(compose, tmp_path, monkeypatch, caplog, real_looking_weights):
     overrides = (*TINY, real_looking_weights, f"finetune.features_folder='{tmp_path / 'features'}'")
     first = command.train(compose(*overrides), tmp_path / "first", "demo")
     (kept,) = (tmp_path / "features").iterdir()
@@ -143,10 +144,15 @@ def test_features_are_kept_and_read_by_the_next_run(compose, tmp_path, monkeypat
         second = command.train(compose(*overrides), tmp_path / "second", "demo")
     assert first["train/loss"] == second["train/loss"]
 
-    kept.write_bytes(kept.read_bytes()[:1000])
-    third = command.train(compose(*overrides), tmp_path / "third", "demo")
-    assert third["train/loss"] == first["train/loss"]
-    assert kept.stat().st_size > 1000  # and made whole again
+    whole = kept.read_bytes()
+    zeroed = whole[: len(whole) // 2] + bytes(1000) + whole[len(whole) // 2 + 1000 :]
+    for name, damaged in (("third", whole[:1000]), ("fourth", zeroed)):
+        kept.write_bytes(damaged)
+        again = command.train(compose(*overrides), tmp_path / name, "demo")
+        assert again["train/loss"] == first["train/loss"]
+        assert caplog.text.count(f"{kept} is damaged") == 1
+        caplog.clear()
+        assert zipfile.ZipFile(kept).testzip() is None  # made whole again
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

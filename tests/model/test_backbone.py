@@ -106,7 +106,25 @@ def test_a_whole_checkpoint_is_no_state_dict(tmp_path):
 def test_truncated_weights_are_refused(tmp_path):
     torch.save(resnet18().state_dict(), tmp_path / "w.pth")
     (tmp_path / "w.pth").write_bytes((tmp_path / "w.pth").read_bytes()[:1000])
-    with pytest.raises(UserError, match="truncated"):
+    with pytest.raises(UserError, match="damaged"):
+        load_weights(Backbone(upscale=1), str(tmp_path / "w.pth"), filter_rms=None)
+
+
+def test_weights_with_a_few_bytes_changed_are_refused(tmp_path):
+    torch.save(Backbone(upscale=1).state_dict(), tmp_path / "w.pth")
+    content = bytearray((tmp_path / "w.pth").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        load_weights(Backbone(upscale=1), str(tmp_path / "w.pth"), filter_rms=None)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_finite_numbers_are_refused_by_name(tmp_path, value):
+    state = Backbone(upscale=1).state_dict()
+    state["layer2.0.bn1.running_var"][3] = value
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"1 of its tensors hold NaN or infinite .*layer2.0.bn1.running_var"):
         load_weights(Backbone(upscale=1), str(tmp_path / "w.pth"), filter_rms=None)
 
 
