@@ -426,9 +426,17 @@ def check_batch_size(cfg: DictConfig, processes: int) -> None:
         )
 
 
+class Bar(RichProgressBar):
+    """Lightning's, without the version of the first logger, which tells nothing here."""
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """Return what stands behind the bar."""
+        return {key: value for key, value in super().get_metrics(trainer, pl_module).items() if key != "v_num"}
+
+
 def progress_bar() -> list[L.Callback]:
     """Return a progress bar if stdout is a terminal, and this process has it for itself."""
-    return [RichProgressBar()] if sys.stdout.isatty() and multiprocessing.parent_process() is None else []
+    return [Bar()] if sys.stdout.isatty() and multiprocessing.parent_process() is None else []
 
 
 def run_facts(cfg: DictConfig, datamodule: CIFAR10DataModule, experiment: str) -> dict[str, Any]:

@@ -40,6 +40,9 @@ class PacedCheckpointIO(TorchCheckpointIO):
     after Ctrl-C. So a run with long epochs writes after each, one with epochs of a second writes every few seconds, and
     only a killed process, or a lost GPU, loses what came since the last write: the epoch it was in, or LONGEST seconds.
     The checkpoints of one epoch are written together: the one to resume from is never older than the best one.
+
+    Args:
+        folder: That of the run's own checkpoints, BEST and LAST; others may have any names elsewhere.
     """
 
     SHARE = 0.02
@@ -47,8 +50,9 @@ class PacedCheckpointIO(TorchCheckpointIO):
     LONGEST = 60.0
     """Seconds between two writes, at most, whatever they take."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         super().__init__()
+        self._path_of_best = (folder / BEST).resolve()
         self._pending: dict[str, dict[str, Any]] = {}
         self._best: dict[str, dict[str, Any]] = {}
         """Of an epoch whose last checkpoint is still to come: not written if the run ends before."""
@@ -57,7 +61,7 @@ class PacedCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Hold a copy of a checkpoint; with an epoch's last one, write whatever is held if that is due."""
         held = {str(path): _copy_to_host(checkpoint)}
-        if Path(path).name == BEST:
+        if Path(path).resolve() == self._path_of_best:
             self._best = held
             return
         self._pending |= self._best | held

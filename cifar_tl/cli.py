@@ -8,8 +8,10 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -169,9 +171,16 @@ def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: li
                 _refuse_unread_keys(cfg)
             # a launcher may have brought this to another process
             return function(cfg) if StopSignals.current is not None else _end_on_signals(function, cfg)
+        except Interrupted as stop:
+            _note_in_log(str(stop))
+            raise
         except Exception as error:
-            if (message := _explained(error, config_name)) is None:
+            message = _explained(error, config_name)
+            if message is not None:
+                _note_in_log(f"error: {message}")
+            else:
                 if not multirun:
+                    _note_in_log("".join(traceback.format_exception(error)))
                     raise
                 log.exception("Unexpected error")  # the other jobs and the table are still worth having
                 message = f"{type(error).__name__}: {error}"
@@ -314,6 +323,15 @@ def _end_on_signals(function: Callable[[DictConfig], Any], cfg: DictConfig) -> A
                 raise
             signals.end(error)
             sys.exit(130)  # with no result, so that submitit waits for one
+
+
+def _note_in_log(text: str) -> None:
+    """Write what stderr gets into the job's log, too, unless it is empty: it then is of a start that was refused."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            with suppress(OSError):
+                if Path(handler.baseFilename).stat().st_size:
+                    handler.handle(logging.makeLogRecord({"msg": text, "levelname": "ERROR", "levelno": logging.ERROR}))
 
 
 def _end_interrupted_sweep() -> None:

@@ -15,6 +15,7 @@ import shlex
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from omegaconf import DictConfig
 
 from cifar_tl import slurm
 from cifar_tl.build import (
+    build_augment,
     build_callbacks,
     build_datamodule,
     build_loggers,
@@ -42,6 +44,7 @@ from cifar_tl.build import (
     run_facts,
 )
 from cifar_tl.checkpoints import BEST, FORMAT, LAST, PacedCheckpointIO, completed, read_checkpoint
+from cifar_tl.cli import DISK_ERRORS
 from cifar_tl.data.datamodule import CIFAR10DataModule
 from cifar_tl.errors import Interrupted, Pruned, UserError, check_flag, check_int
 from cifar_tl.files import remove_partial_files
@@ -68,7 +71,7 @@ from cifar_tl.runs.resume import (
     save_overrides,
     unsaved_overrides,
 )
-from cifar_tl.schedule import epochs_text, stages_text
+from cifar_tl.schedule import FinetuneSchedule, epochs_text, stages_text
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +145,9 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
         UserError: A mistake in the config, the data, the weights or the checkpoint.
         Interrupted: Ctrl-C.
     """
+    last = folder / "checkpoints" / LAST
+    if cfg.resume is None and last.is_file() and is_first_process():
+        raise UserError(f"{folder} holds a run already. Choose another folder, go on with it by resume=, or delete it.")
     flush_denormals()
     quieten_lightning()
     L.seed_everything(check_int("seed", cfg.seed, 0, 2**32 - 1), workers=True, verbose=False)
@@ -157,7 +163,6 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     prepare_for(accelerator, module)
     if check_flag("model.compile", cfg.model.compile):
         module.backbone.compile()
-    last = folder / "checkpoints" / LAST
     weights = fill_backbone(cfg, module) if cfg.resume is None else resumed_weights(cfg, last)
     datamodule.prepare_data()
     datamodule.setup("fit")
@@ -172,7 +177,7 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
         logger=build_loggers(cfg, folder),
         # the first one, for the others write
         callbacks=[Accepted(cfg, folder, facts.get("changed", {})), *build_callbacks(cfg, datamodule, facts, folder)],
-        plugins=[PacedCheckpointIO()],
+        plugins=[PacedCheckpointIO(last.parent)],
         sync_batchnorm=cfg.finetune.batchnorm == "train",
         default_root_dir=folder,
     )
@@ -188,7 +193,11 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
             trainer.fit(module, datamodule=datamodule, ckpt_path=last if cfg.resume else None, weights_only=True)
             return test_best(trainer, module, datamodule, folder)
     except MisconfigurationException as error:  # of a key, that only the data make impossible
-        raise UserError(f"trainer: Lightning's Trainer refuses its keys: {error}") from error
+        raise UserError(f"Lightning refuses a key of trainer, or what a callback does: {error}") from error
+    except OSError as error:
+        if error.errno not in DISK_ERRORS or not last.is_file():
+            raise
+        raise UserError(f"{error.filename or folder}: {error.strerror}. {saved_text(cfg, folder)}") from error
     except Pruned as pruned:
         log.info("%s", pruned)
         return read_metrics(folder)
@@ -437,6 +446,7 @@ def plan_text(cfg: DictConfig, datamodule: CIFAR10DataModule, facts: dict[str, A
         f"device     {facts['device']}, {facts['precision']}, {facts['threads']} threads",
         f"folder     {folder}",
     ]
+    lines.append(f"augment    {augment_text(cfg, schedule)}")
     for phase in schedule.phases:
         learning_rates = schedule.peak_learning_rates(phase)
         backbone = f", backbone {learning_rates['backbone']:g}" if phase.stages else ""
@@ -450,13 +460,30 @@ def plan_text(cfg: DictConfig, datamodule: CIFAR10DataModule, facts: dict[str, A
     return "\n".join(lines)
 
 
+def augment_text(cfg: DictConfig, schedule: FinetuneSchedule) -> str:
+    """Return what happens to training images, `flip random while frozen, then flip random, crop_padding 4`."""
+    augment = build_augment(cfg)
+    texts = []
+    for phase in schedule.phases:
+        done = {key: value for key, value in asdict(augment(phase.start)).items() if value not in (0, "none")}
+        text = ", ".join(f"{key} {value}" for key, value in done.items()) or "nothing"
+        if (text := text if phase.stages else f"{text} while frozen") not in texts:
+            texts.append(text)
+    return ", then ".join(texts)
+
+
 def interrupted_text(cfg: DictConfig, folder: Path) -> str:
     """Return what Ctrl-C left and how to go on."""
-    last = folder / "checkpoints" / LAST
-    if not last.is_file():
+    if not (folder / "checkpoints" / LAST).is_file():
         return "Interrupted before the first epoch was saved: nothing to resume. Start the run again."
+    return f"Interrupted. {saved_text(cfg, folder)}"
+
+
+def saved_text(cfg: DictConfig, folder: Path) -> str:
+    """Return how many epochs a run has saved and how to go on after them."""
+    last = folder / "checkpoints" / LAST
     done = read_checkpoint(last)["epoch"] + 1  # of which metrics.json may be ahead
     return (
-        f"Interrupted. {done} of {cfg.trainer.max_epochs} epochs are saved in {last}.\n"
+        f"{done} of {cfg.trainer.max_epochs} epochs are saved in {last}.\n"
         f"Continue with\n  {resume_command(folder, unsaved_overrides(folder))}"
     )

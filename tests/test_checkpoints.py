@@ -13,9 +13,9 @@ from cifar_tl.evaluate import evaluate
 
 
 @pytest.fixture
-def slow_disk(monkeypatch):
+def slow_disk(tmp_path):
     """A writer for which writing takes long, so that the second checkpoint is not due for a long time."""
-    checkpoint_io = PacedCheckpointIO()
+    checkpoint_io = PacedCheckpointIO(tmp_path)
     checkpoint_io.SHARE = 1e-9
     return checkpoint_io
 
@@ -38,7 +38,7 @@ def test_the_first_checkpoint_is_written_at_once_and_later_ones_when_due(slow_di
 
 
 def test_every_checkpoint_is_written_at_once_where_that_costs_little(tmp_path):
-    checkpoint_io = PacedCheckpointIO()
+    checkpoint_io = PacedCheckpointIO(tmp_path)
     checkpoint_io.SHARE = float("inf")
     for i in range(3):
         checkpoint_io.save_checkpoint({"x": torch.tensor(i)}, tmp_path / "last.ckpt")
@@ -154,7 +154,7 @@ def test_copies_that_a_gpu_makes_are_awaited_before_they_are_written(tmp_path, m
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("waited"))
     monkeypatch.setattr(checkpoints, "_write", lambda *args: (order.append("wrote"), write(*args)))
-    io = PacedCheckpointIO()
+    io = PacedCheckpointIO(tmp_path)
     io._due = float("inf")
     io.save_checkpoint({"a": torch.ones(2)}, tmp_path / "last.ckpt")
     assert order == []
@@ -176,14 +176,25 @@ def test_a_checkpoint_holds_the_values_from_before_the_next_step(tmp_path):
 def test_best_is_written_after_the_last_of_its_epoch(tmp_path, monkeypatch):
     order, move = [], Path.replace
     monkeypatch.setattr(Path, "replace", lambda self, target: (order.append(Path(target).name), move(self, target))[1])
-    io = PacedCheckpointIO()
+    io = PacedCheckpointIO(tmp_path)
     for name in ("best.ckpt", "last.ckpt"):
         io.save_checkpoint({"epoch": 0}, tmp_path / name)
     assert order == ["last.ckpt", "best.ckpt"]
 
 
+def test_a_best_checkpoint_of_somebodys_own_waits_for_nothing(tmp_path):
+    io = PacedCheckpointIO(tmp_path / "run")
+    io.save_checkpoint({"epoch": 0}, tmp_path / "run" / "last.ckpt")
+    io._due = 0.0
+    io.save_checkpoint({"epoch": 0}, tmp_path / "mine" / "best.ckpt")
+    assert (tmp_path / "mine" / "best.ckpt").is_file()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    io.save_checkpoint({"epoch": 1}, tmp_path / "link" / "best.ckpt")  # the run's, by another name
+    assert not (tmp_path / "run" / "best.ckpt").exists()
+
+
 def test_what_is_held_does_not_change_with_the_training(tmp_path):
-    io = PacedCheckpointIO()
+    io = PacedCheckpointIO(tmp_path)
     io._due = float("inf")
     moment = torch.zeros(2)
     io.save_checkpoint({"optimizer_states": [{"state": {0: {"exp_avg": moment}}}]}, tmp_path / "last.ckpt")

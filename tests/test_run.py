@@ -34,7 +34,7 @@ from cifar_tl.runs.metrics import wilson_interval
 from cifar_tl.runs.predictions import read_images
 from cifar_tl.runs.record import collapse_warnings
 from cifar_tl.schedule import FinetuneSchedule
-from cifar_tl.train import train
+from cifar_tl.train import augment_text, train
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +208,24 @@ def test_logged_learning_rates_are_those_of_their_steps(compose, tmp_path):
     assert rates.keys() >= {1, 3, 5, 7, 9, 11}
     for step, rate in rates.items():
         assert rate == pytest.approx(schedule.learning_rates(step // 3, step % 3, 3)["head"], rel=1e-6), step
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([], "flip random while frozen, then flip random, crop_padding 4"),
+        (["experiment=long32", "augment=none"], "nothing while frozen, then mixup 0.3"),
+        (["augment=strong", "finetune.unfreeze_at_epoch=null"], "flip alternating while frozen"),
+        (
+            ["finetune.frozen_augment=none", "finetune=gradual"],
+            "nothing while frozen, then flip random, crop_padding 4",
+        ),
+        (["finetune.unfreeze_at_epoch=0"], "flip random, crop_padding 4"),
+    ],
+)
+def test_what_happens_to_training_images_is_said_by_phase(compose, overrides, said):
+    cfg = compose(*overrides)
+    assert augment_text(cfg, build_schedule(cfg)) == said
 
 
 @pytest.mark.slow

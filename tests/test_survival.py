@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,7 +109,7 @@ def test_an_interrupted_sweep_stops_at_once_and_goes_on_without_doing_anything_t
 
 
 def test_a_sweep_goes_on_as_it_was_started(tmp_path):
-    (tmp_path / "multirun.yaml").write_text("hydra: {overrides: {task: ['seed=0,1']}}")
+    (tmp_path / "multirun.yaml").write_text("hydra: {overrides: {task: ['seed=0,1'], hydra: []}}")
     arguments = with_overrides_of_resumed_run(["-m", f"resume={tmp_path}"])
     how = ["hydra.output_subdir=null", f"resume='{tmp_path}'", f"hydra.sweep.dir='{tmp_path}'"]
     assert arguments == ["-m", "seed=0,1", *how]
@@ -192,7 +193,7 @@ def test_another_runs_best_checkpoint_is_not_tested_as_this_ones(compose, tmp_pa
 
 
 def test_the_checkpoint_to_resume_from_is_never_older_than_the_best_one(tmp_path):
-    writer = PacedCheckpointIO()
+    writer = PacedCheckpointIO(tmp_path)
     best, last = tmp_path / "best.ckpt", tmp_path / "last.ckpt"
     writer.save_checkpoint({"epoch": 0}, best)
     assert not best.exists()
@@ -208,7 +209,7 @@ def test_the_checkpoint_to_resume_from_is_never_older_than_the_best_one(tmp_path
 
 
 def test_the_best_checkpoint_of_an_epoch_that_was_not_saved_is_not_written(tmp_path):
-    writer = PacedCheckpointIO()
+    writer = PacedCheckpointIO(tmp_path)
     best, last = tmp_path / "best.ckpt", tmp_path / "last.ckpt"
     writer.save_checkpoint({"epoch": 0}, best)
     writer.save_checkpoint({"epoch": 0}, last)
@@ -256,9 +257,55 @@ def test_writing_is_put_off_for_fifty_times_what_it_takes_and_a_minute_at_most(t
     now = [0.0]
     monkeypatch.setattr("cifar_tl.checkpoints.time.monotonic", lambda: now[0])
     monkeypatch.setattr("cifar_tl.checkpoints._write", lambda *_: now.__setitem__(0, now[0] + takes))
-    writer = PacedCheckpointIO()
+    writer = PacedCheckpointIO(tmp_path)
     writer.save_checkpoint({}, tmp_path / "last.ckpt")
     assert writer._due == due
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_what_is_saved_and_says_how_to_go_on(command, monkeypatch, tmp_path):
+    save = torch.save
+
+    def full(checkpoint, file):
+        if checkpoint["epoch"] == 2:
+            raise RuntimeError("PytorchStreamWriter failed writing file")
+        save(checkpoint, file)
+
+    monkeypatch.setattr(PacedCheckpointIO, "SHARE", float("inf"))
+    with monkeypatch.context() as patched:
+        patched.setattr("cifar_tl.checkpoints.torch.save", full)
+        code, _, err = command(*FAST, "hydra.run.dir=run")
+    assert code == 1
+    assert "disk is full" in err
+    assert "2 of 3 epochs are saved" in err
+    assert err.rstrip().endswith(f"resume={tmp_path / 'run'}")
+    assert err.strip() in (tmp_path / "run" / "train.log").read_text()
+    code, _, err = command("resume=run")
+    assert code == 0, err
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["epoch"] == [0, 1, 2]
+
+
+def test_a_program_of_ones_own_does_not_train_over_a_run(compose, half):
+    before = (half / "checkpoints" / "last.ckpt").read_bytes()
+    with pytest.raises(UserError, match="holds a run already"):
+        train(compose(*FAST), half, "demo")
+    assert (half / "checkpoints" / "last.ckpt").read_bytes() == before
+
+
+@pytest.mark.parametrize("unexpected", [False, True])
+def test_why_a_job_failed_is_in_its_log_where_it_had_begun(tmp_path, monkeypatch, unexpected):
+    def task(cfg):
+        if cfg.seed:
+            logging.getLogger("cifar_tl").info("begun")
+        raise ZeroDivisionError("by zero") if unexpected else UserError("not so")
+
+    monkeypatch.chdir(tmp_path)
+    for seed, folder in ((0, "refused"), (1, "failed")):
+        with suppress(ZeroDivisionError):
+            cli.run(task, "train", [f"seed={seed}", f"hydra.run.dir={folder}"])
+    assert (tmp_path / "refused" / "train.log").read_text() == ""  # it does not count as a run that began
+    said = "ZeroDivisionError: by zero" if unexpected else "ERROR error: not so"
+    assert said in (tmp_path / "failed" / "train.log").read_text()
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import RichProgressBar, Timer, TQDMProgressBar
 from torch import nn
 
 from cifar_tl import hardware
-from cifar_tl.build import build_callbacks, build_datamodule, build_trainer, check_strategy, check_trainer
+from cifar_tl.build import Bar, build_callbacks, build_datamodule, build_trainer, check_strategy, check_trainer
 from cifar_tl.callbacks.epoch_timer import EpochTimer
 from cifar_tl.errors import Interrupted, UserError
 from cifar_tl.model.backbone import Backbone
@@ -128,7 +128,7 @@ def test_no_time_at_all_is_said(compose, tmp_path, hours_from_step):
 
 @pytest.mark.slow
 def test_a_share_of_an_epoch_that_is_no_step_is_refused(compose, tmp_path):
-    with pytest.raises(UserError, match=r"Lightning's Trainer refuses its keys.*0\.01"):
+    with pytest.raises(UserError, match=r"Lightning refuses a key of trainer.*0\.01"):
         train(compose(*TINY, "+trainer.limit_train_batches=0.01"), tmp_path, "demo")
 
 
@@ -304,6 +304,11 @@ def test_a_deterministic_run_does_not_choose_algorithms_by_their_time(monkeypatc
     monkeypatch.setattr("cifar_tl.build.L.Trainer", lambda **keys: given.update(keys) or fake)
     build_trainer({**CPU, **key})
     assert given["benchmark"] == benchmark
+
+
+def test_the_progress_bar_has_no_version_of_a_logger(monkeypatch):
+    monkeypatch.setattr(RichProgressBar, "get_metrics", lambda *_: {"v_num": "rd_0", "mine": 1})
+    assert Bar().get_metrics(SimpleNamespace(), SimpleNamespace()) == {"mine": 1}
 
 
 def test_the_progress_bar_can_be_switched_off_at_a_terminal(compose, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 BATCHNORM_TEXT = dict(
     zip(
         BATCHNORM_POLICIES,
-        ("statistics stay ImageNet's", "statistics of each batch", "running statistics move to CIFAR-10's"),
+        ("statistics stay as they are", "statistics of each batch", "running statistics move to CIFAR-10's"),
         strict=True,
     )
 )
@@ -49,7 +49,7 @@ class PhaseLog(EpochTimer):
                     f"  {group['name']:<18} {count:>12,} parameters train   learning rate "
                     f"{learning_rates[group['module']]:<8g} weight decay {group['weight_decay']:g}"
                 )
-            statistics = BATCHNORM_TEXT[self.batchnorm] if phase.stages else "statistics stay ImageNet's"
+            statistics = BATCHNORM_TEXT[self.batchnorm] if phase.stages else "statistics stay as they are"
             lines.append(f"  BatchNorm          {self.batchnorm if phase.stages else 'frozen'}: {statistics}")
             lines.append(f"  memory             {memory_text(pl_module.device)}")
             log.info("\n%s", "\n".join(lines))

@@ -6,6 +6,7 @@ python -m cifar_tl.data verify [--root data]    one line per file; exit code 1 i
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -49,4 +50,6 @@ def _verify(root: str) -> int:
 
 
 if __name__ == "__main__":
+    if "verify" in sys.argv:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
     sys.exit(main())

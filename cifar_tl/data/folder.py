@@ -137,7 +137,14 @@ class ImageFolders:
         )
 
     def prepare(self) -> None:
-        """Do nothing: files are read when the splits are."""
+        """Name a folder of validation images, which is not read; the other files are read when the splits are."""
+        for path in (self.root / name for name in ("val", "valid", "validation")):
+            if is_folder(path):
+                log.warning(
+                    "warning: %s is not read: the images to validate on are a part of train, see data.val_size. Its "
+                    "images train, too, where they are moved there.",
+                    path,
+                )
 
     def read(self, splits: Sequence[str]) -> dict[str, tuple[Tensor | LazyImages, Tensor]]:
         """Decode every image of some splits and return them by split; one error names all that cannot be used.

@@ -161,8 +161,8 @@ def paired_difference(a: Group, b: Group) -> Difference | None:
     half = Z95 * float(difference.std(ddof=1)) / math.sqrt(n) if n > 1 else 1.0
     return Difference(
         mean,
-        mean - half,
-        mean + half,
+        max(-1.0, mean - half),
+        min(1.0, mean + half),
         only_a=float((right_a * (1 - right_b)).sum(axis=1).mean()),
         only_b=float((right_b * (1 - right_a)).sum(axis=1).mean()),
         seeds=[run.metrics["seed"] for run, _ in pairs],

@@ -227,7 +227,7 @@ def _changes(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> list[str]:
         f"{100 * before.mean():.1f}",
         f"{100 * after.mean():.1f}",
         points(mean, 1),
-        f"{points(mean - half, 1)} to {points(mean + half, 1)}",
+        f"{points(max(-1.0, mean - half), 1)} to {points(min(1.0, mean + half), 1)}",
         f"{int((after & ~before).sum()):,}",
         f"{int((before & ~after).sum()):,}",
     ]

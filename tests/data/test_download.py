@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import io
+import os
 import subprocess
 import sys
 import tarfile
@@ -15,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from handmade import make_run
 
 from cifar_tl.data import __main__ as command_line
 from cifar_tl.data import download
@@ -445,6 +447,29 @@ def test_interrupted_fetch_keeps_the_partial_file_and_the_next_one_resumes(
 
 
 @pytest.mark.slow
+def test_a_root_one_level_too_deep_is_said_to_be(tmp_path: Path, archive: bytes) -> None:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    for name in download.FILES:
+        (folder / name).write_bytes(content(name))
+    with pytest.raises(UserError, match=rf"data.root={folder} is one level too deep: give data.root={tmp_path}\."):
+        download.ensure(folder, download=True)
+    assert not list(folder.glob("*.lock"))
+
+
+@pytest.mark.parametrize("module", ["cifar_tl.data", "cifar_tl.reports"])
+def test_a_reader_that_has_seen_enough_of_a_list_gets_no_traceback(tmp_path: Path, module: str) -> None:
+    make_run(tmp_path / "run")
+    given = ["verify"] if module == "cifar_tl.data" else [str(tmp_path / "run")]
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", module, *given]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    os.close(writer)
+    assert done.stderr == ""
+    assert module == "cifar_tl.data" or (tmp_path / "run" / "report.html").is_file()
+
+
 def test_the_commands_do_not_import_torch() -> None:
     script = "import sys, cifar_tl.data.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -40,6 +40,15 @@ def test_folders_are_classes_and_pixels_are_kept(root):
     assert np.array_equal(images[0, :, 5, 5], [10, 20, 30])
 
 
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_a_folder_of_validation_images_is_said_not_to_be_read(root, caplog, name):
+    ImageFolders(root, workers=0).prepare()
+    assert caplog.text == ""
+    save(root / name / "cat" / "1.png")
+    ImageFolders(root, workers=0).prepare()
+    assert f"{root / name} is not read: the images to validate on are a part of train" in caplog.text
+
+
 def test_other_sizes_are_brought_to_32_and_counted(root, caplog):
     save(root / "train" / "cat" / "2.jpg", size=(100, 60))
     with caplog.at_level(logging.INFO):

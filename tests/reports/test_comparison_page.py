@@ -15,6 +15,7 @@ from cifar_tl.reports import figures
 from cifar_tl.reports.__main__ import main
 from cifar_tl.reports.ablation import ablation
 from cifar_tl.reports.comparison import Difference, effects, group_runs, paired_difference, reference
+from cifar_tl.reports.run_predictions import _changes
 from cifar_tl.runs.folder import find_runs, read_runs
 
 STRENGTHS = {"1e-3": 2.0, "3e-4": 1.0}
@@ -62,6 +63,13 @@ def test_means_ranges_and_n(sweep):
     assert 'href="3/report.html"' in page
     assert (sweep / "3" / "report.html").read_text() == "drawn when the job ended"
     assert "data.limit=400" in page
+
+
+def test_intervals_of_few_images_stay_within_what_there_can_be():
+    before, after = np.array([False] * 3), np.array([True, True, False])
+    assert _changes(before, after)[4] == "+1.3 to +100.0"
+    assert _changes(after, before)[4] == "-100.0 to -1.3"
+    assert _changes(before[:1], after[:1])[4] == "+0.0 to +100.0"
 
 
 def test_paired_difference_is_that_of_the_images(sweep):
