@@ -25,6 +25,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from omegaconf import DictConfig, OmegaConf
+from torch.nn.parallel import DistributedDataParallel
 
 from cifar_tl import slurm
 from cifar_tl.callbacks.backbone_unfreeze import BackboneUnfreeze
@@ -330,7 +331,9 @@ def build_trainer(trainer: Mapping[Any, Any], **extra: Any) -> L.Trainer:
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise UserError(f"trainer: Lightning's Trainer refuses its keys: {error}") from error
     if isinstance(built.strategy, DDPStrategy):  # buffers never differ between the processes: see `check_strategy`
-        built.strategy._ddp_kwargs.setdefault("broadcast_buffers", False)
+        known = signature(DistributedDataParallel).parameters
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its name before
+        built.strategy._ddp_kwargs.setdefault(sync, False)
     processes = built.num_devices * built.num_nodes
     if slurm.tasks() not in (1, processes) and not TorchElasticEnvironment.detect():  # torchrun starts its own
         raise UserError(

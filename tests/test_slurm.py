@@ -175,7 +175,7 @@ def test_sigusr1_saves_and_the_requeued_command_goes_on_and_a_finished_run_is_ke
 
 
 def test_a_requeued_sweep_goes_on_and_a_new_one_in_its_folder_is_refused(environ, tmp_path):
-    (tmp_path / "multirun.yaml").write_text("hydra: {overrides: {task: ['seed=0,1']}}")
+    (tmp_path / "multirun.yaml").write_text("hydra: {overrides: {task: ['seed=0,1'], hydra: []}}")
     arguments = ["-m", "seed=0,1", f"hydra.sweep.dir={tmp_path}"]
     with pytest.raises(UserError, match="holds a sweep already"):
         with_overrides_of_resumed_run(arguments)

@@ -194,8 +194,13 @@ class ResNet50Classifier(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make a checkpoint, a weights-only one too, sufficient by itself."""
-        checkpoint["cifar_tl"] = self.provenance
+        if self.provenance:  # else a Trainer used by hand writes it, of whose data nothing is known
+            checkpoint["cifar_tl"] = self.provenance
         checkpoint["hyper_parameters"]["upscale"] = self.backbone.upscale  # of this epoch, where images grow
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over where the weights come from, unless it is known better, as for a run that goes on."""
+        self.provenance = self.provenance or checkpoint.get("cifar_tl", {})
 
     def configure_optimizers(self) -> Optimizer:
         """Return one optimizer over all groups; it exists with both parts from step 0."""

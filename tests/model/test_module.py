@@ -5,6 +5,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from cifar_tl.build import build_module
+from cifar_tl.checkpoints import load_trained
 from cifar_tl.data.batch import class_indices, one_hot
 from cifar_tl.errors import UserError
 from cifar_tl.model.head import dense_head
@@ -58,6 +59,15 @@ def fit_on_features(module, folder, resume=None):
 def test_it_goes_on_from_a_checkpoint_in_mid_epoch(tmp_path):
     fit_on_features(make_module(), tmp_path)
     assert fit_on_features(make_module(), tmp_path, tmp_path / "c.ckpt").global_step == 8
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_checkpoint_of_a_trainer_used_by_hand_is_none_of_a_run_and_one_of_a_run_stays_one(tmp_path, tiny_checkpoint):
+    fit_on_features(make_module(), tmp_path)
+    with pytest.raises(UserError, match=r"c.ckpt was not written by cifar_tl.train\."):
+        load_trained(tmp_path / "c.ckpt")
+    module = ResNet50Classifier.load_from_checkpoint(tiny_checkpoint, weights_only=True)
+    assert module.provenance == torch.load(tiny_checkpoint, weights_only=True)["cifar_tl"]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
