@@ -60,7 +60,8 @@ def write_text(path: Path, text: str) -> None:
 def check_intact(path: Path) -> None:
     """Compare the checksums that torch.save has written into a file; torch.load does not, and reads damaged values.
 
-    A file in torch's format of before 1.6 has none.
+    A file in torch's format of before 1.6 has none; one that was written without them
+    (torch.serialization.set_crc32_options) counts as damaged.
 
     Raises:
         zipfile.BadZipFile: Values have changed since it was written.

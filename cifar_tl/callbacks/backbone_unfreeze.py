@@ -17,9 +17,19 @@ from cifar_tl.schedule import FinetuneSchedule, Phase
 
 
 def run_epochs(trainer: L.Trainer) -> int:
-    """Return a run's epochs, from 1; under `fast_dev_run`, which sets them to 1, enough for every schedule."""
-    fast = trainer.fast_dev_run  # type: ignore[attr-defined]  # Lightning adds it
-    return sys.maxsize if fast else trainer.max_epochs or 0
+    """Return a run's epochs, from 1; under `fast_dev_run`, which sets them to 1, enough for every schedule.
+
+    Raises:
+        UserError: The Trainer counts steps alone, or has no end.
+    """
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning adds it
+        return sys.maxsize
+    if trainer.max_epochs is None or trainer.max_epochs < 0:
+        raise UserError(
+            "The learning rates depend on the number of epochs: give Trainer(max_epochs=...), beside max_steps, too, "
+            "or max_epochs= to BackboneUnfreeze and FreezeGuard."
+        )
+    return trainer.max_epochs
 
 
 class BackboneUnfreeze(L.Callback):

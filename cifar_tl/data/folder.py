@@ -141,8 +141,8 @@ class ImageFolders:
         for path in (self.root / name for name in ("val", "valid", "validation")):
             if is_folder(path):
                 log.warning(
-                    "warning: %s is not read: the images to validate on are a part of train, see data.val_size. Its "
-                    "images train, too, where they are moved there.",
+                    "warning: %s is not read: images to validate on are taken from train (data.val_size). To use its "
+                    "images, move them into train.",
                     path,
                 )
 

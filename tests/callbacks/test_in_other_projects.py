@@ -459,6 +459,13 @@ def test_a_run_that_goes_on_from_the_last_step_of_the_frozen_phase_forgets_it_to
     assert torch.equal(whole.head[1].weight, resumed.head[1].weight)
 
 
+@pytest.mark.parametrize("keys", [{"max_epochs": None, "max_steps": 8}, {"max_epochs": -1}])
+@pytest.mark.parametrize("one", [0, 1])
+def test_a_trainer_without_a_number_of_epochs_is_refused(tmp_path, keys, one):
+    with pytest.raises(UserError, match=r"give Trainer\(max_epochs="):
+        fit(TheirModule(), [ours()[one]], 4, tmp_path, **keys)
+
+
 @pytest.mark.parametrize("keys", [{"max_steps": 8}, {"max_steps": 4, "accumulate_grad_batches": 2}])
 def test_steps_that_end_before_the_unfreeze_are_refused(tmp_path, keys):
     with pytest.raises(UserError, match=rf"max_steps={keys['max_steps']} ends the run before the phase 'fine-tune'"):

@@ -46,7 +46,7 @@ def test_a_folder_of_validation_images_is_said_not_to_be_read(root, caplog, name
     assert caplog.text == ""
     save(root / name / "cat" / "1.png")
     ImageFolders(root, workers=0).prepare()
-    assert f"{root / name} is not read: the images to validate on are a part of train" in caplog.text
+    assert f"{root / name} is not read: images to validate on are taken from train" in caplog.text
 
 
 def test_other_sizes_are_brought_to_32_and_counted(root, caplog):
