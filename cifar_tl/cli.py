@@ -43,12 +43,12 @@ RECIPES = ("experiment", "ablate", "sweep")
 DISK_ERRORS = (errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST, errno.EDQUOT)
 READING_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE)
 """What reading meets, too."""
-FLAGS_WITH_VALUE = {
-    *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
-    "--experimental-rerun",
-}
+SHORT_FLAGS = {"-c": "--cfg", "-p": "--package", "-cp": "--config-path", "-cn": "--config-name", "-cd": "--config-dir"}
+FLAGS_WITH_VALUE = (*SHORT_FLAGS.values(), "--experimental-rerun")
 """Of Hydra's; that of `--info` may be left out."""
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+PRINTING = ("--cfg", "--info", "--help", "-h", "--hydra-help", "--version", "--shell-completion", "-sc")
+"""Flags that print something instead of running."""
 PATH_KEYS = {
     *("checkpoint", "input", "output", "data.root", "model.weights", "finetune.features_folder", "resume"),
     *("hydra.run.dir", "hydra.sweep.dir"),
@@ -138,8 +138,8 @@ def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
 
 def _of_several(arguments: Sequence[str]) -> set[str]:
     """Return the groups for sweeps among some arguments that start a run, rather than print or resume something."""
-    if any(argument.startswith(("-", "resume=")) for argument in arguments):  # a sweep's job has the sweep's overrides
-        return set()
+    if any(a.startswith("resume=") or a.partition("=")[0] in PRINTING for a in arguments):
+        return set()  # a sweep's job has the sweep's overrides
     groups = ("sweep", "hydra/launcher", "hydra/sweeper")
     return {argument.lstrip("+").partition("=")[0] for argument in arguments}.intersection(groups)
 
@@ -158,6 +158,7 @@ def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: li
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, and what to print is decided here
     function = _imported_when_called(task) if isinstance(task, str) else task
+    arguments = flags_joined(arguments)
     multirun = bool({"-m", "--multirun"} & set(arguments))
     failures: list[str] = []
     jobs = 0
@@ -199,7 +200,7 @@ def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: li
     Plugins.instance().class_name_to_class["hydra_plugins.OptunaSweeper"] = OptunaSweeper
     with StopSignals() as signals:
         try:
-            if multirun and {"--cfg", "-c"} & {argument.partition("=")[0] for argument in arguments}:
+            if multirun and any(argument.startswith("--cfg") for argument in arguments):
                 raise UserError("--cfg prints the config of one run, and -m is for several: leave one of them out.")
             if not multirun and (alone := sorted(_of_several(arguments))):
                 raise UserError(f"{alone[0]}= is for several runs, and without -m this would be one: put -m before it.")
@@ -234,6 +235,7 @@ def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: li
                 SweepCallback.current.withdraw()
         finally:
             sys.argv = before
+            HydraConfig.instance().cfg = None  # whoever calls train() next in this process is no command
     for message in failures:
         print(f"error: {message}", file=sys.stderr)
     if failures and jobs > 1:
@@ -329,9 +331,12 @@ def _note_in_log(text: str) -> None:
     """Write what stderr gets into the job's log, too, unless it is empty: it then is of a start that was refused."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.FileHandler):
-            with suppress(OSError):
-                if Path(handler.baseFilename).stat().st_size:
-                    handler.handle(logging.makeLogRecord({"msg": text, "levelname": "ERROR", "levelno": logging.ERROR}))
+            record = logging.makeLogRecord({"msg": text, "levelname": "ERROR", "levelno": logging.ERROR})
+            path = Path(handler.baseFilename)
+            with suppress(OSError):  # the handler itself would print a traceback where the disk is full
+                if path.stat().st_size:
+                    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                        file.write(f"{handler.format(record)}\n")
 
 
 def _end_interrupted_sweep() -> None:
@@ -341,19 +346,24 @@ def _end_interrupted_sweep() -> None:
         print(f"Go on with the whole sweep: python -m cifar_tl.train -m {sweep.resume_argument()}", file=sys.stderr)
 
 
-def _flags_first(arguments: list[str]) -> list[str]:
-    """Return the arguments with Hydra's flags and their values before the overrides, which argparse wants together."""
-    flags: list[str] = []
-    overrides: list[str] = []
+def flags_joined(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with each of Hydra's flags and its value as one, `--cfg=job`; whatever else is as it was."""
+    joined: list[str] = []
     left = list(arguments)
     while left:
         argument = left.pop(0)
-        if argument in ("--info", "-i"):
+        flag = SHORT_FLAGS.get(argument, argument)
+        if flag in ("--info", "-i"):
             argument = f"--info={left.pop(0) if left and left[0] in INFO else 'all'}"
-        (flags if argument.startswith("-") else overrides).append(argument)
-        if argument in FLAGS_WITH_VALUE and left:
-            flags.append(left.pop(0))
-    return flags + overrides
+        elif flag in FLAGS_WITH_VALUE and left:
+            argument = f"{flag}={left.pop(0)}"
+        joined.append(argument)
+    return joined
+
+
+def _flags_first(arguments: list[str]) -> list[str]:
+    """Return the arguments with Hydra's flags before the overrides, which argparse wants together."""
+    return sorted(arguments, key=lambda argument: not argument.startswith("-"))
 
 
 def _set_or_add(argument: str) -> str:
@@ -453,7 +463,8 @@ def _refuse_several_choices(arguments: list[str]) -> None:
     for argument in arguments:
         group, _, value = argument.partition("=")
         if group in {*_groups()} - {"logger", "callbacks"} and value.startswith("["):
-            raise UserError(f"{argument}: {group} takes one choice. With -m, {group}={value.strip('[]')} runs each.")
+            several = f" With -m, {group}={value.strip('[]')} runs each." if group != "sweep" else ""
+            raise UserError(f"{argument}: {group} takes one choice.{several}")
 
 
 def _refuse_dashed_keys(arguments: list[str], config_name: str) -> None:
@@ -512,17 +523,11 @@ def explain(error: HydraException | OmegaConfBaseException, config_name: str) ->
             f"{given} is no key of what is chosen for {given.partition('.')[0]}: drop it, or choose another one. --cfg "
             f"job prints the keys that there are."
         )
-    if missing := re.search(
-        r"Could not find '(\w+)/([^']+)'.*Available options in '\w+':\n(.*?)\nConfig search", text, re.S
-    ):
-        group, given, choices = missing[1], missing[2], missing[3].split()
+    if missing := re.search(r"Could not (?:find|load) '(?!hydra/)(\w+)/([^'/]+)'", text):
+        group, given = missing[1], missing[2]
+        there = re.search(r"Available options in '\w+':\n(.*?)\nConfig search", text, re.S)  # none for lists of choices
+        choices = there[1].split() if there else sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
         return f"{group}={given}: there is no such choice. Choose {', '.join(choices)}.{suggest(given, choices)}"
-    if missing := re.search(r"Could not load '(?!hydra/)(\w+)/([^']+)'", text):
-        choices = sorted(path.stem for path in (conf_folder() / missing[1]).glob("*.yaml"))
-        return (
-            f"{missing[1]}={missing[2]}: there is no such choice. Choose {', '.join(choices)}."
-            f"{suggest(missing[2], choices)}"
-        )
     if missing := re.search(r"In '([^']+)': Could not find '(?!hydra/)\w+/(\w+)/([^']+)'", text):
         return (
             f"conf/{missing[1]}.yaml: {missing[2]}: {missing[3]} in its defaults is looked for in its own folder. "

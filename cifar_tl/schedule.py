@@ -154,12 +154,21 @@ class FinetuneSchedule:
         self.head_lr_unfrozen = check_number("finetune.head_lr_unfrozen", unfrozen, 0)
         self.schedule = check_choice("finetune.schedule", schedule, SCHEDULES)
         self.warmup_epochs = check_number("finetune.warmup_epochs", warmup_epochs, 0)
-        shortest = min(end - start for start, end in map(self._segment, (0, self.max_epochs - 1)))
-        if self.warmup_epochs > shortest:
-            raise UserError(
-                f"finetune.warmup_epochs={warmup_epochs} is longer than the {shortest} epochs that it begins: the "
-                f"learning rate would never be reached. Lower it."
-            )
+
+    def check_warmup(self) -> None:
+        """Refuse a warm-up that is longer than what it begins: the learning rates would never be reached.
+
+        Raises:
+            UserError: It is.
+        """
+        lengths = {"frozen epochs": self.unfreeze_at_epoch}
+        lengths["epochs of fine-tuning"] = self.max_epochs - self.unfreeze_at_epoch
+        for what, length in lengths.items():
+            if 0 < length < self.warmup_epochs:
+                raise UserError(
+                    f"finetune.warmup_epochs={self.warmup_epochs:g} is too long for {length} {what}: their learning "
+                    f"rate would never be reached. Lower it."
+                )
 
     def phase(self, epoch: int) -> Phase:
         """Return the phase that an epoch (from 0) belongs to; past the end, the last phase."""

@@ -5,6 +5,7 @@ these files, so that several processes share a search and a killed one loses not
 """
 
 import random
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from hydra.types import HydraContext, TaskFunction
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from cifar_tl.errors import UserError, check_int
+from cifar_tl.errors import UserError, check_int, first_line
 from cifar_tl.files import lock, write_text
 from cifar_tl.runs.record import METRICS, read_metrics
 from cifar_tl.runs.resume import JOURNAL, MULTIRUN
@@ -129,6 +130,7 @@ class OptunaSweeper(Sweeper):
         folder.mkdir(parents=True, exist_ok=True)
         space, fixed = self._space(arguments)
         study = open_study(folder)
+        _check_same_space(study, space, folder)
         write_text(folder / MULTIRUN, OmegaConf.to_yaml(self.config))
         replaced = {trial.number for trial in study.trials if trial.state.name == "FAIL"}
         while True:
@@ -166,6 +168,8 @@ class OptunaSweeper(Sweeper):
 
     def _claim(self, study: "optuna.Study", space: Any, replaced: set[int], held: ExitStack) -> list[Any]:
         """Return trials for this process: those whose process is gone, then new ones. None of another process."""
+        from optuna.trial import TrialState
+
         folder = Path(self.config.hydra.sweep.dir)
 
         def hold(number: int) -> None:
@@ -180,7 +184,10 @@ class OptunaSweeper(Sweeper):
                         hold(trial.number)
                     except BlockingIOError:
                         continue
-                    trials.append(trial)
+                    if trial.params.keys() == space.keys():
+                        trials.append(trial)
+                    else:  # killed while it was asked for, or of a space with other keys
+                        study.tell(trial.number, state=TrialState.FAIL)
             while len(trials) < self.n_jobs and len({t.number for t in study.trials} - replaced) < self.n_trials:
                 # a sampler draws the same values each time it is made: its seed is another one for every trial
                 seed = random.Random(f"{self.seed} {len(study.trials)}").getrandbits(32)
@@ -188,6 +195,25 @@ class OptunaSweeper(Sweeper):
                 trials.append(study.ask(space))
                 hold(trials[-1].number)
         return trials
+
+
+def _check_same_space(study: "optuna.Study", space: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a space that Optuna cannot add to a study, before there is a trial with a part of its values.
+
+    Raises:
+        UserError: A key is searched in another way.
+    """
+    from optuna.distributions import check_distribution_compatibility
+
+    for trial in study.trials:
+        for key, before in trial.distributions.items():
+            try:
+                check_distribution_compatibility(before, space.get(key, before))
+            except ValueError as error:
+                raise UserError(
+                    f"{folder} searches {key} in {before}, which now is to be {space[key]}: {first_line(error)} Choose "
+                    f"another hydra.sweep.dir=FOLDER."
+                ) from error
 
 
 def overrides(trial: Any, folder: Path) -> list[str]:

@@ -147,11 +147,13 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     """
     last = folder / "checkpoints" / LAST
     if cfg.resume is None and last.is_file() and is_first_process():
-        raise UserError(f"{folder} holds a run already. Choose another folder, go on with it by resume=, or delete it.")
+        raise UserError(f"{folder} holds a run already. Choose another folder, or delete it first.")
     flush_denormals()
     quieten_lightning()
     L.seed_everything(check_int("seed", cfg.seed, 0, 2**32 - 1), workers=True, verbose=False)
-    build_schedule(cfg)  # its mistakes before anything is read
+    schedule = build_schedule(cfg)  # its mistakes before anything is read
+    if cfg.resume is None:  # a run that goes on, or is measured, is what it was
+        schedule.check_warmup()
     check_trainer(cfg.trainer)
     accelerator = resolve_accelerator(cfg.trainer.accelerator)
     select_gpu(cfg.trainer.devices, accelerator)
@@ -182,7 +184,7 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
         default_root_dir=folder,
     )
     check_sweep(trainer)
-    check_strategy(trainer, build_schedule(cfg), cfg.finetune.batchnorm)
+    check_strategy(trainer, schedule, cfg.finetune.batchnorm)
     check_batch_size(cfg, trainer.world_size)
     for logger in trainer.loggers:
         logger.log_hyperparams(plain(cfg))
@@ -483,7 +485,7 @@ def saved_text(cfg: DictConfig, folder: Path) -> str:
     """Return how many epochs a run has saved and how to go on after them."""
     last = folder / "checkpoints" / LAST
     done = read_checkpoint(last)["epoch"] + 1  # of which metrics.json may be ahead
-    return (
-        f"{done} of {cfg.trainer.max_epochs} epochs are saved in {last}.\n"
-        f"Continue with\n  {resume_command(folder, unsaved_overrides(folder))}"
-    )
+    way_on = f"Continue with\n  {resume_command(folder, unsaved_overrides(folder))}"
+    if not HydraConfig.initialized():
+        way_on = f"Continue by the same call, with cfg.resume={str(folder)!r}."
+    return f"{done} of {cfg.trainer.max_epochs} epochs are saved in {last}.\n{way_on}"

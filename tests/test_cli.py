@@ -322,10 +322,11 @@ def test_keys_of_files_that_nothing_reads_are_refused(tmp_path, monkeypatch, cap
 
 def test_hydras_flags_and_their_values_may_stand_anywhere():
     given = ["seed=1", "--cfg", "job", "trainer=cpu", "--info", "data=folder", "-cd", "mine", "--package=model"]
-    first = ["--cfg", "job", "--info=all", "-cd", "mine", "--package=model"]
-    assert cli._flags_first(given) == [*first, "seed=1", "trainer=cpu", "data=folder"]
-    assert cli._flags_first(["seed=1", "--info", "defaults"]) == ["--info=defaults", "seed=1"]
-    assert cli._flags_first(["seed=1", "--cfg"]) == ["--cfg", "seed=1"]  # argparse says what is missing
+    first = ["--cfg=job", "--info=all", "--config-dir=mine", "--package=model"]
+    assert cli._flags_first(cli.flags_joined(given)) == [*first, "seed=1", "trainer=cpu", "data=folder"]
+    assert cli.flags_joined(["seed=1", "-i", "defaults"]) == ["seed=1", "--info=defaults"]
+    assert cli.flags_joined(["seed=1", "--cfg"]) == ["seed=1", "--cfg"]  # argparse says what is missing
+    assert cli.flags_joined(["--experiment", "best64"]) == ["--experiment", "best64"]  # no flag: see the refusal
 
 
 @pytest.mark.slow

@@ -324,6 +324,14 @@ def test_cifar10_c_by_severity_and_mean(compose, cifar_checkpoint, root):
 def test_all_corruptions_are_the_fifteen_of_the_benchmark():
     assert len(robustness.chosen_corruptions("all")) == 15
     assert not set(robustness.chosen_corruptions("all")) & set(robustness.EXTRA_CORRUPTIONS)
+    assert robustness.chosen_corruptions(["fog", "snow", "fog"]) == ["fog", "snow"]
+
+
+def test_an_archive_under_the_name_of_an_array_is_named(root):
+    np.savez(root / "x.npz", np.zeros(1))
+    (root / "x.npz").replace(root / "cifar10.1_v6_data.npy")
+    with pytest.raises(UserError, match=r"v6_data.npy is not a readable .npy file \(it is an archive\)"):
+        robustness.cifar10_1(root, "v6")
 
 
 @pytest.fixture
@@ -345,6 +353,8 @@ def command(cifar_checkpoint, root, monkeypatch, capsys):
         (["cifar10_1=v5"], None, "cifar10_1=v5 is not allowed: choose v4, v6"),
         (["cifar10_c=fogg"], None, "Did you mean fog?"),
         (["cifar10_c=true"], None, "cifar10_c=True is not allowed: choose all, "),
+        (["cifar10_c=[]"], None, "cifar10_c=[] is not allowed: choose all, "),
+        (["cifar10_1=v6"], ("cifar10.1_v6_data.npy", np.zeros((0, 32, 32, 3), np.uint8)), "v6_data.npy has no images"),
         (["cifar10_c=[all,fog]"], None, "a name in cifar10_c=all is not allowed: choose "),
         (["data.limit=al"], None, "data.limit=al is not allowed: give a whole number"),
         (["data.root=[a,b]"], None, "data.root=['a', 'b'] is not allowed: give one path."),

@@ -9,6 +9,7 @@ from conftest import TINY
 
 from cifar_tl.errors import UserError
 from cifar_tl.model.module import ResNet50Classifier
+from cifar_tl.runs.folder import read_run
 from cifar_tl.runs.resume import with_overrides_of_resumed_run
 from cifar_tl.train import resumed_weights, train
 
@@ -131,16 +132,31 @@ def test_resume_repeats_the_runs_own_overrides_in_its_own_folder(tmp_path):
 
 
 def test_a_run_of_somebodys_own_config_folder_goes_on_with_it(tmp_path):
+    (tmp_path / "conf").mkdir()
+    flag = f"--config-dir={tmp_path / 'conf'}"
+    providers = {"hydra": "pkg://hydra.conf", "main": "/main", "command-line": str(tmp_path / "conf")}
+    sources = [{"provider": provider, "path": path} for provider, path in providers.items()]
+    saved = {"runtime": {"config_sources": sources}, "overrides": BOTH}
     leave_run(tmp_path / "run")
-    sources = [{"provider": provider, "path": f"/{provider}"} for provider in ("hydra", "main", "command-line")]
-    saved = {"hydra": {"runtime": {"config_sources": sources}}}
-    (tmp_path / "run" / ".hydra" / "hydra.yaml").write_text(json.dumps(saved))
+    (tmp_path / "run" / ".hydra" / "hydra.yaml").write_text(json.dumps({"hydra": saved}))
     resume = f"resume={tmp_path / 'run'}"
-    assert with_overrides_of_resumed_run([resume])[0] == "--config-dir=/command-line"
-    moved = with_overrides_of_resumed_run(["--config-dir", "/moved", resume])
-    assert (moved[:2], "--config-dir=/command-line" in moved) == (["--config-dir", "/moved"], False)
-    (tmp_path / "run" / "multirun.yaml").write_text(json.dumps({"hydra": {**saved["hydra"], "overrides": BOTH}}))
-    assert with_overrides_of_resumed_run(["-m", resume])[:2] == ["--config-dir=/command-line", "-m"]
+    assert with_overrides_of_resumed_run([resume])[0] == flag
+    assert read_run(tmp_path / "run").command == f"python -m cifar_tl.train {flag}"
+    moved = with_overrides_of_resumed_run(["--config-dir=/moved", resume])
+    assert (moved[0], flag in moved) == ("--config-dir=/moved", False)
+
+    leave_run(tmp_path / "sweep" / "0")  # that began when the sweep went on has no hydra.yaml
+    (tmp_path / "sweep" / "multirun.yaml").write_text(json.dumps({"hydra": saved}))
+    assert with_overrides_of_resumed_run([f"resume={tmp_path / 'sweep' / '0'}"])[0] == flag
+    sweep = ["-m", f"resume={tmp_path / 'sweep'}"]
+    assert with_overrides_of_resumed_run(sweep)[:2] == [flag, "-m"]
+    assert flag not in with_overrides_of_resumed_run(["--config-dir=/moved", *sweep])
+
+    (tmp_path / "conf").rmdir()
+    with pytest.raises(UserError, match=r"not there any more. Give --config-dir=FOLDER"):
+        with_overrides_of_resumed_run([resume])
+    (tmp_path / "run" / ".hydra" / "hydra.yaml").write_bytes(b"\0\xff")  # damaged, and not needed
+    assert with_overrides_of_resumed_run([resume])[0] == f"resume='{tmp_path / 'run'}'"
 
 
 @pytest.mark.parametrize("content", [b"", b"task: {", b"a: 1", b"[1, 2]", b"\xff"])
@@ -154,8 +170,9 @@ def test_a_damaged_record_of_what_was_started_is_named(tmp_path, content, name, 
 
 def test_a_checkpoint_in_the_place_of_its_run_is_told_apart(tmp_path):
     leave_run(tmp_path / "run")
-    with pytest.raises(UserError, match=r"Give the run's folder, .*/run\.$"):
-        with_overrides_of_resumed_run([f"resume={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}"])
+    for given in ("checkpoints/last.ckpt", "checkpoints"):
+        with pytest.raises(UserError, match=r"Give the run's folder, .*/run\.$"):
+            with_overrides_of_resumed_run([f"resume={tmp_path / 'run' / given}"])
 
 
 def leave_run(folder, checkpoint=True, status="interrupted", log=(), text="device"):

@@ -120,9 +120,6 @@ def test_warmup_rises_linearly_and_never_starts_at_zero():
         ({"backbone_lr": "fast"}, "backbone_lr"),
         ({"schedule": "cosin"}, "Did you mean cosine"),
         ({"warmup_epochs": float("nan")}, "warmup_epochs"),
-        ({"warmup_epochs": 11}, "warmup_epochs=11 is longer than the 10 epochs"),
-        ({"warmup_epochs": 5, "unfreeze_at_epoch": 16}, "warmup_epochs=5 is longer than the 4 epochs"),
-        ({"warmup_epochs": 5, "unfreeze_at_epoch": 4}, "warmup_epochs=5 is longer than the 4 epochs"),
     ],
 )
 def test_impossible_plans_are_refused(changes, key):
@@ -141,6 +138,23 @@ def test_a_stage_that_would_unfreeze_after_the_last_epoch_is_refused_with_the_ep
         FinetuneSchedule(max_epochs, 10, 1e-3, 1e-3, stage_epochs=2)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"warmup_epochs": 11}, "warmup_epochs=11 is too long for 10 frozen epochs"),
+        ({"warmup_epochs": 5, "unfreeze_at_epoch": 16}, "warmup_epochs=5 is too long for 4 epochs of fine-tuning"),
+        ({"warmup_epochs": 5, "unfreeze_at_epoch": 4}, "warmup_epochs=5 is too long for 4 frozen epochs"),
+        ({"warmup_epochs": 21, "unfreeze_at_epoch": 0}, "warmup_epochs=21 is too long for 20 epochs of fine-tuning"),
+    ],
+)
+def test_a_warmup_whose_rate_is_never_reached_is_refused_of_a_run_that_starts(changes, said):
+    schedule = plan(**changes)  # of an older run, say, which can still be measured
+    with pytest.raises(UserError, match=said):
+        schedule.check_warmup()
+
+
 def test_warmup_may_take_a_whole_segment():
+    for changes in ({"warmup_epochs": 10}, {"warmup_epochs": 20, "unfreeze_at_epoch": 0}):
+        plan(**changes).check_warmup()
     assert plan(warmup_epochs=10).learning_rates(9, 99, 100)["head"] == 1e-3
     assert plan(warmup_epochs=20, unfreeze_at_epoch=0).learning_rates(19, 99, 100)["backbone"] == 1e-4

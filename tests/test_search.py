@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -204,6 +205,23 @@ def test_a_search_is_not_mixed_with_another_one(search):
     assert code == 1
     assert "search holds a sweep already" in err
     assert len(study.trials) == 1
+
+
+def test_a_search_is_not_continued_in_a_space_of_another_kind(search, tmp_path):
+    (tmp_path / "search").mkdir()
+    open_study(tmp_path / "search").ask({"model.dropout": CategoricalDistribution(["0.1", "0.2"])})
+    code, err, study = search(good, "hydra.sweeper.n_trials=2")
+    assert code == 1
+    assert re.search(r"searches model\.dropout in Categorical.*Choose another hydra\.sweep\.dir=FOLDER", err)
+    assert len(study.trials) == 1
+
+
+def test_a_trial_without_all_its_values_is_not_run(search, tmp_path):
+    (tmp_path / "search").mkdir()
+    open_study(tmp_path / "search").ask({})  # and killed there
+    code, err, study = search(good, "hydra.sweeper.n_trials=2")
+    assert code == 0, err
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE"]
 
 
 def test_a_key_given_a_value_is_not_searched(search):

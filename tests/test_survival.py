@@ -28,7 +28,7 @@ from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.reports.run_page import write_run_report
 from cifar_tl.runs.resume import resume_command, run_lock, with_overrides_of_resumed_run
 from cifar_tl.schedule import FinetuneSchedule
-from cifar_tl.train import draw_report, main, train
+from cifar_tl.train import draw_report, main, saved_text, train
 
 FAST = (*TINY, "data.train_size=40", "trainer.max_epochs=3", "finetune.features_folder=null")
 
@@ -285,6 +285,28 @@ def test_a_full_disk_leaves_what_is_saved_and_says_how_to_go_on(command, monkeyp
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["epoch"] == [0, 1, 2]
 
 
+def test_an_error_does_not_become_two_where_the_log_cannot_be_written(monkeypatch, capsys, tmp_path):
+    (tmp_path / "train.log").write_text("begun\n")
+    log = logging.FileHandler(tmp_path / "train.log")
+    monkeypatch.setattr(logging.getLogger(), "handlers", [log])
+    cli._note_in_log("error: one")
+    assert (tmp_path / "train.log").read_text() == "begun\nerror: one\n"
+
+    def full(*arguments, **keys):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    log.close()
+    log.setStream(SimpleNamespace(write=full, flush=lambda: None, close=lambda: None))
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", full)
+        cli._note_in_log("error: two")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_program_of_ones_own_is_told_how_it_goes_on(compose, half):
+    assert saved_text(compose(*FAST), half).endswith(f"Continue by the same call, with cfg.resume='{half}'.")
+
+
 def test_a_program_of_ones_own_does_not_train_over_a_run(compose, half):
     before = (half / "checkpoints" / "last.ckpt").read_bytes()
     with pytest.raises(UserError, match="holds a run already"):
@@ -501,11 +523,11 @@ def test_the_command_to_go_on_repeats_what_the_run_does_not_have_yet(command, re
     assert err.rstrip().endswith("/run trainer.max_epochs=5 seed=0")
 
 
-@pytest.mark.parametrize("content", [None, '{"status": "fin'])
+@pytest.mark.parametrize("content", [None, b'{"status": "fin', b"null", b"\xff"])
 def test_a_lost_record_of_a_run_is_written_anew_from_its_checkpoint(command, resumable, content):
     record = resumable.parent / "metrics.json"
     before = json.loads(record.read_text())
-    record.unlink() if content is None else record.write_text(content)
+    record.unlink() if content is None else record.write_bytes(content)
     code, _, err = command("resume=run")
     assert code == 0, err
     after = json.loads(record.read_text())

@@ -270,6 +270,8 @@ def test_what_is_for_several_runs_is_not_one_run(command, choice):
     assert code == 1
     assert f"error: {choice.lstrip('+').partition('=')[0]}= is for several runs" in err
     assert "put -m before it" in err
+    code, _, err = command("cifar_tl.train:main", "--config-dir", ".", choice.lstrip("+"))
+    assert (code, "put -m before it" in err) == (1, True)
     code, out, _ = command("cifar_tl.train:main", choice.lstrip("+"), "--cfg", "job")
     assert (code, "seed: 0" in out) == (0, True)
 
@@ -282,8 +284,9 @@ def test_a_sweep_that_is_refused_leaves_its_folder_to_the_corrected_one(command,
     code, _, err = command(lambda cfg: 1.0, *sweep)
     assert (code, err) == (0, "")
     assert (tmp_path / "sweep" / "multirun.yaml").is_file()
-    code, _, err = command("cifar_tl.train:main", "-m", "resume=sweep", "hydra.launcher.n_jbs=1")
-    assert code == 1
+    table = SweepTable()
+    table._folder = tmp_path / "sweep"
+    table.withdraw()
     assert (tmp_path / "sweep" / "multirun.yaml").is_file()  # of jobs that there are
 
 

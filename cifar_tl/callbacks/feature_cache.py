@@ -242,7 +242,7 @@ def _read(path: Path, shapes: dict[str, tuple[int, int, int]]) -> dict[str, Tens
     if not path.is_file():
         return None
     try:
-        # mapped, not read: pages come as batches need them, and several jobs share them
+        # mapped: several jobs share the pages
         features = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         intact = {split: tuple(values.shape) for split, values in features.items()} == shapes
         check_intact(path)

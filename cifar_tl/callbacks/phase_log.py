@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 BATCHNORM_TEXT = dict(
     zip(
         BATCHNORM_POLICIES,
-        ("statistics stay as they are", "statistics of each batch", "running statistics move to CIFAR-10's"),
+        ("statistics stay as they are", "statistics of each batch", "running statistics move to the training images'"),
         strict=True,
     )
 )

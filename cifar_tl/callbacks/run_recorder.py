@@ -111,7 +111,7 @@ class RunRecorder(EpochTimer):
         """Write the file anew if it is gone or damaged where nothing was left to train: the checkpoint has it all."""
         try:
             read_metrics(self.folder)
-        except (FileNotFoundError, json.JSONDecodeError):
+        except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
             if self.epochs:
                 self.write(trainer)
 

@@ -174,6 +174,8 @@ def _rgb(image: Image.Image) -> tuple[Image.Image, list[str], int]:
         return Image.fromarray(grey).convert("RGB"), [*notes, how], guessed_bits
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
+        if image.format == "BMP" and not np.asarray(rgba)[..., 3].any():  # a fourth byte that is not used, no alpha
+            return rgba.convert("RGB"), notes, 0
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB"), [*notes, "transparency over white"], 0
     if image.mode == "CMYK":

@@ -95,8 +95,8 @@ def ensure(root: str | Path, download: bool, urls: Sequence[str] | None = None) 
             read-only. The message says which file and what to do.
     """
     root = _full(root)
-    if not (root / FOLDER).exists() and all((root / name).is_file() for name in FILES):
-        raise UserError(f"data.root={root} is one level too deep: give data.root={root.parent}.")
+    if root.name == FOLDER and any((root / name).is_file() for name in FILES):
+        raise UserError(f"{root} is one level too deep: the data set's folder is the one above, {root.parent}.")
     files = verify(root)
     if all(file.state == "ok" for file in files):
         return

@@ -92,7 +92,8 @@ def open_inputs(source: Path) -> Iterator[Inputs]:
     if not os.path.lexists(source):
         if not str(source).startswith("@"):
             raise UserError(f"input={source}: no such file or folder.")
-        files = [file for path in _listed(source) for file in _path_files(path, skipped)]
+        named = [file for path in dict.fromkeys(_listed(source)) for file in _path_files(path, skipped)]
+        files = list({file.path: file for file in named}.values())  # a folder and a file in it may be named
         _refuse_empty(source, len(files), skipped)
         yield Inputs(len(files), iter(files), skipped)
     elif name.endswith(ZIP_ENDINGS) and not source.is_dir():
@@ -119,11 +120,16 @@ def _listed(source: Path) -> list[Path]:
     """Return the paths of a list: one per line, or separated by NUL bytes, as `find -print0` writes them."""
     path = str(source)[1:]
     try:
+        if path == "-" and sys.stdin is None:
+            raise OSError("it is closed")
         content = sys.stdin.buffer.read() if path == "-" else Path(path).expanduser().read_bytes()
-    except OSError as error:
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # of PowerShell
+            content = content.decode("utf-16").encode()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or error
         raise UserError(
-            f"input={source}: the list {path} cannot be read: {error.strerror or error}. It should be a text file with "
-            f"a path per line, or - for standard input."
+            f"input={source}: the list {path} cannot be read: {reason}. It should be a text file with a path per line, "
+            f"or - for standard input."
         ) from error
     content = content.removeprefix(codecs.BOM_UTF8)  # of editors on Windows
     lines = content.split(b"\0") if b"\0" in content else content.splitlines()
@@ -224,7 +230,7 @@ def _tar_files(source: Path, archive: tarfile.TarFile, skipped: Counter[str]) ->
                 yield InputFile(path, lambda data=data: data)  # type: ignore[misc]  # mypy cannot infer it
         assert archive.fileobj is not None
         archive.fileobj.read(MAX_TAR_HEADER_BYTES)  # padding, then the checksum of a gzip
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+    except (tarfile.TarError, ValueError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         number += 1
         yield InputFile(str(source), _failing(f"the archive is broken from here on: {first_line(error)}"))
     _refuse_empty(source, number, skipped)

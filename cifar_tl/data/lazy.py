@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from cifar_tl.data.splits import image_digest
 from cifar_tl.errors import UserError
 
 
@@ -47,23 +48,31 @@ class LazyImages:
             pin: Into page-locked memory, from which a GPU copies while it computes; this takes some of the GPU's own.
 
         Raises:
-            UserError: A file cannot be decoded any more.
+            UserError: A file cannot be decoded any more, or is another image.
         """
-        for images in in_workers(self._stack, self.files, [indices.tolist() for indices in batches], self.workers, pin):
+        files = list(zip(self.files, self.digests, strict=True))
+        for images in in_workers(self._stack, files, [indices.tolist() for indices in batches], self.workers, pin):
             if isinstance(images, str):
                 raise UserError(images)
             yield images
 
-    def _stack(self, files: Sequence[Path]) -> Tensor | str:
+    def _stack(self, files: Sequence[tuple[Path, bytes]]) -> Tensor | str:
         try:
-            return torch.from_numpy(np.stack([self.decode(file) for file in files]))
+            images = [self.decode(file) for file, _ in files]
+            for image, (file, digest) in zip(images, files, strict=True):
+                if image_digest(image) != digest:
+                    raise UserError(
+                        f"{file} is another image than when the run began, which is on record as trained on that one. "
+                        f"Put it back, and go on with resume=last, or start a new run."
+                    )
+            return torch.from_numpy(np.stack(images))
         except UserError as error:  # as a value: an exception would come out of a worker with two tracebacks
             return str(error)
 
 
 def in_workers(
-    task: Callable[[Sequence[Path]], Any],
-    files: Sequence[Path],
+    task: Callable[[Sequence[Any]], Any],
+    files: Sequence[Any],
     batches: Sequence[list[int]],
     workers: int,
     pin: bool = False,

@@ -48,7 +48,9 @@ def cifar10_1(root: Path, version: str) -> tuple[Tensor, Tensor]:
     """
     check_choice("cifar10_1", version, VERSIONS)
     key = "cifar10_1"
-    images = _images(key, root / f"cifar10.1_{version}_data.npy")
+    images = _images(key, path := root / f"cifar10.1_{version}_data.npy")
+    if len(images) == 0:
+        raise UserError(f"{key}: {path} has no images. {_advice(key)}")
     return as_tensor(images), _targets(key, root / f"cifar10.1_{version}_labels.npy", len(images))
 
 
@@ -60,9 +62,10 @@ def chosen_corruptions(choice: str | Sequence[str]) -> list[str]:
     """
     if choice == "all":
         return list(CORRUPTIONS)
-    if isinstance(choice, str) or not isinstance(choice, Sequence):
+    if isinstance(choice, str) or not isinstance(choice, Sequence) or not choice:
         return [check_choice("cifar10_c", choice, ("all", *CORRUPTIONS, *EXTRA_CORRUPTIONS))]
-    return [check_choice("a name in cifar10_c", name, (*CORRUPTIONS, *EXTRA_CORRUPTIONS)) for name in choice]
+    names = [check_choice("a name in cifar10_c", name, (*CORRUPTIONS, *EXTRA_CORRUPTIONS)) for name in choice]
+    return list(dict.fromkeys(names))
 
 
 def cifar10_c(root: Path, corruption: str) -> tuple[NDArray[np.generic], Tensor]:
@@ -90,6 +93,8 @@ def _load(key: str, path: Path) -> NDArray[np.generic]:
         raise UserError(f"{key}: {path} is missing. {_advice(key)}")
     try:
         array: NDArray[np.generic] = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it is an archive")
     except (ValueError, OSError, EOFError) as error:
         raise UserError(f"{key}: {path} is not a readable .npy file ({error}). {_advice(key)}") from error
     return array

@@ -14,7 +14,8 @@ from cifar_tl.files import check_intact
 from cifar_tl.model.backbone import conv_batchnorm_pairs
 
 DEAD = 1e-3
-"""Root mean square of a filter, as a share of its layer's median, below which it computes nothing."""
+"""Root mean square of a filter, as a share of the median of its layer's that are not zero, up to which it computes
+nothing."""
 
 
 def load_weights(backbone: nn.Module, weights: str, filter_rms: float | None) -> str:
@@ -83,7 +84,9 @@ def rescale_filters(backbone: nn.Module, rms: float) -> None:
         assert bn.running_var is not None
         kernel, variance, mean = conv.weight.double(), bn.running_var.double(), bn.running_mean.double()
         size = kernel.square().mean(dim=(1, 2, 3)).sqrt()
-        dead = size < DEAD * size.median()
+        if not size.any():
+            continue  # pruned as a whole
+        dead = size <= DEAD * size[size > 0].median()
         factor = torch.where(dead, 1.0, rms / size)
         rescaled = variance * factor**2
         rescaled = torch.where(dead, rescaled[~dead].median(), rescaled)
@@ -132,7 +135,7 @@ def _check_layout(backbone: nn.Module, state: object, weights: str) -> None:
     elif wrong := [k for k in known if k in state and known[k].shape != state[k].shape]:
         given, right = tuple(state[wrong[0]].shape), tuple(known[wrong[0]].shape)
         problem = f"{wrong[0]} has shape {given}, a ResNet-50's has {right}"
-    elif unusable := [k for k in known if k in state and not state[k].isfinite().all()]:
+    elif unusable := [k for k in known if k in state and not state[k].float().isfinite().all()]:
         raise UserError(
             f"model.weights={weights}: {len(unusable)} of its tensors hold NaN or infinite numbers, {unusable[0]} for "
             f"one: nothing can be trained from them. Take the file from its source again."

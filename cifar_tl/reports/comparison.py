@@ -243,4 +243,6 @@ def _edited(runs: Sequence[Run], same: Sequence[int]) -> list[str]:
 
 
 def _by_key(overrides: Sequence[str]) -> dict[str, str]:
-    return {key.lstrip("+"): value for key, _, value in (override.partition("=") for override in overrides)}
+    """Return overrides by key, without those that change no result."""
+    pairs = ((key.lstrip("+"), value) for key, _, value in (override.partition("=") for override in overrides))
+    return {key: value for key, value in pairs if matters(key) and key != "sweep"}  # what that sets has its own key

@@ -163,6 +163,8 @@ def _warnings(groups: Sequence[Group]) -> list[str]:
     ):
         if len({str(run.metrics.get(key)) for run in runs}) > 1:
             warnings.append(f"The runs are of different {what}.")
+    if len({run.metrics["test_sha256"] for run in runs if "test_sha256" in run.metrics}) > 1:  # older ones have none
+        warnings.append("The runs are of different test sets.")
     if len({str(start.get("git_commit")) for run in runs for start in run.starts}) > 1:
         warnings.append("The runs are of different commits.")
     if dirty := sum(any(start.get("git_dirty") for start in run.starts) for run in runs):

@@ -27,6 +27,7 @@ RESERVED_KEYS = ("seed", "experiment", "ablate", "sweep", "resume")
 def main(arguments: list[str]) -> int:
     """Run the command; return the exit code."""
     known = [*yaml.safe_load((cli.conf_folder() / "reproduce.yaml").read_text()), "hydra/"]
+    arguments = cli.flags_joined(arguments)
     keys = {a: a.lstrip("+~").partition("=")[0].partition(".")[0] for a in arguments}
     own = [a for a in arguments if a.startswith("-") or keys[a] in known or a.startswith("hydra/")]
     passed = [a for a in arguments if a not in own]

@@ -175,8 +175,8 @@ def state(job: Job) -> tuple[str, str]:
     precision = resolve_precision(trainer.precision, resolve_accelerator(trainer.accelerator))
     if run.metrics and run.metrics.get("precision") != precision:
         different.append(f"{run.metrics.get('precision')}, now {precision}")
-    weights, sha256 = job.config.model.weights, run.metrics.get("weights_sha256")
-    if weights is not None and sha256 and Path(weights).is_file() and (now := file_sha256(Path(weights))) != sha256:
+    weights, sha256 = Path(str(job.config.model.weights)).expanduser(), run.metrics.get("weights_sha256")
+    if sha256 and weights.is_file() and (now := file_sha256(weights)) != sha256:
         different.append(f"weights of SHA-256 {sha256[:12]}, now {now[:12]}")
     if different:
         return "replace", f"was run with {'; '.join(different)}"

@@ -21,6 +21,7 @@ from cifar_tl.runs.predictions import (
     read_predictions,
 )
 from cifar_tl.runs.record import METRICS, TEST, faults, flat, metrics_of_test, read_metrics
+from cifar_tl.runs.resume import config_flags
 
 OVERRIDES = Path(".hydra") / "overrides.yaml"
 CONFIG = Path(".hydra") / "config.yaml"
@@ -99,7 +100,7 @@ class Run:
         if self.overrides is None:
             return None
         its_own = [override for override in self.overrides if not override.startswith("sweep=")]
-        return " ".join(["python -m cifar_tl.train", *map(shlex.quote, its_own)])
+        return " ".join(["python -m cifar_tl.train", *map(shlex.quote, [*config_flags(self.folder), *its_own])])
 
 
 def is_run(folder: Path) -> bool:

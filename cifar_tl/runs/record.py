@@ -57,9 +57,10 @@ def read_metrics(folder: Path) -> dict[str, Any]:
         FileNotFoundError: There is none.
         ValueError: It is damaged, or of a later version of this program.
     """
-    metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    text = (folder / METRICS).read_text(encoding="utf-8")
+    metrics = json.loads(text)
     if not isinstance(metrics, dict):
-        raise ValueError("it holds no object")
+        raise json.JSONDecodeError("it holds no object", text, 0)
     written = metrics.get("format", FORMAT)
     if not isinstance(written, int) or written > FORMAT:
         raise ValueError(f"format {written}, this version reads up to {FORMAT}")

@@ -22,6 +22,7 @@ from cifar_tl.runs.record import read_metrics
 LAST = Path("checkpoints") / "last.ckpt"
 LOCK = ".lock"
 SWEEP_FOLDER = "hydra.sweep.dir="
+CONFIG_DIR = "--config-dir="
 MULTIRUN = "multirun.yaml"
 """Of a sweep, in its folder: what Hydra was given."""
 JOURNAL = "study.journal"
@@ -87,7 +88,8 @@ def with_overrides_of_resumed_run(arguments: list[str], outputs: Path = Path("ou
     if (folder / MULTIRUN).is_file():
         raise UserError(f"resume={given[-1]}: {folder} is a sweep's folder. Add -m to go on with all its jobs.")
     if not saved.is_file():
-        inside = f" Give the run's folder, {folder.parents[1]}." if folder.parent.name == LAST.parent.name else ""
+        run = next((path.parent for path in (folder, folder.parent) if path.name == LAST.parent.name), None)
+        inside = f" Give the run's folder, {run}." if run else ""
         raise UserError(f"resume={given[-1]}: {folder} is no run's folder: it has no .hydra/overrides.yaml.{inside}")
     if not (folder / LAST).is_file():
         raise UserError(
@@ -102,7 +104,7 @@ def with_overrides_of_resumed_run(arguments: list[str], outputs: Path = Path("ou
     theirs = [a for a in _saved_overrides(saved) if not a.startswith("resume=")]
     # Hydra would save its config and overrides before anything is checked: see save_overrides
     how = ["hydra.output_subdir=null", f"hydra.run.dir={quoted(folder)}"]
-    return [*_config_dir(folder / ".hydra" / "hydra.yaml", ours), *theirs, *ours, f"resume={quoted(folder)}", *how]
+    return [*_config_folder(folder, ours), *theirs, *ours, f"resume={quoted(folder)}", *how]
 
 
 def unsaved_overrides(folder: Path) -> list[str]:
@@ -145,7 +147,7 @@ def _sweep_arguments(arguments: list[str], folder: Path) -> list[str]:
         launcher = ("hydra/launcher=", "hydra.launcher.")
         theirs_of_hydra = [a for a in theirs_of_hydra if not _is_about(launcher, a)]
     return [
-        *_config_dir(folder / MULTIRUN, flags),
+        *_config_folder(folder, flags),
         *flags,
         *theirs,
         *theirs_of_hydra,
@@ -164,13 +166,32 @@ def _sweep_overrides(folder: Path) -> tuple[list[str], list[str]]:
     return task, [a for a in hydra if not a.startswith(of_a_start)]
 
 
-def _config_dir(path: Path, arguments: Sequence[str]) -> list[str]:
-    """Return the `--config-dir` that Hydra has saved in a file, unless the arguments have one."""
-    if not path.is_file() or any(a.startswith(("--config-dir", "-cd")) for a in arguments):
+def config_flags(folder: Path) -> list[str]:
+    """Return the `--config-dir` that a run, a sweep or its job was started with; none if that is not recorded."""
+    for path in (folder / ".hydra" / "hydra.yaml", folder / MULTIRUN, folder.parent / MULTIRUN):
+        try:
+            sources = yaml.safe_load(path.read_text(encoding="utf-8"))["hydra"]["runtime"]["config_sources"]
+            return [f"{CONFIG_DIR}{source['path']}" for source in sources if source["provider"] == "command-line"]
+        except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+            continue  # not there, or damaged
+    return []
+
+
+def _config_folder(folder: Path, arguments: Sequence[str]) -> list[str]:
+    """Return what `config_flags` returns, unless the arguments have another one.
+
+    Raises:
+        UserError: It is not there any more.
+    """
+    if any(a.startswith(CONFIG_DIR) for a in arguments):
         return []
-    saved = OmegaConf.load(path)
-    sources = OmegaConf.select(saved, "hydra.runtime.config_sources") or []
-    return [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
+    flags = config_flags(folder)
+    for flag in flags:
+        if not Path(flag.removeprefix(CONFIG_DIR)).is_dir():
+            raise UserError(
+                f"{folder} was started with {flag}, which is not there any more. Give {CONFIG_DIR}FOLDER, where it is."
+            )
+    return flags
 
 
 def _saved_overrides(path: Path, *keys: str) -> list[str]:

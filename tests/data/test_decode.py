@@ -183,6 +183,20 @@ def test_what_is_transparent_is_white():
     assert abs(pixels[..., :16] - 127).max() <= 1
 
 
+def test_a_fourth_byte_of_a_bmp_that_is_not_used_hides_nothing():
+    header = struct.pack("<IiiHHIIiiII", 108, 2, 1, 1, 32, 3, 8, 0, 0, 0, 0)
+    masks = struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) + b"BGRs" + bytes(48)
+
+    def bmp(alpha):
+        pixels = bytes([0, 0, 200, 0]) + bytes([0, 0, 200, alpha])
+        head = struct.pack("<2sIHHI", b"BM", 122 + len(pixels), 0, 0, 122)
+        return io.BytesIO(head + header + masks + pixels)
+
+    assert Image.open(bmp(0)).mode == "RGBA"
+    assert (decode(bmp(0)).pixels == np.array([200, 0, 0])[:, None, None]).all()
+    assert decode(bmp(255)).pixels[:, 0, 0].tolist() == [255, 255, 255]  # which has a transparent pixel, for once
+
+
 def test_resizing_is_bicubic_as_torch_has_it():
     noise = np.random.default_rng(0).integers(64, 192, (60, 100, 3), dtype=np.uint8)
     images = torch.from_numpy(noise).permute(2, 0, 1)[None].float()

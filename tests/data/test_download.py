@@ -446,17 +446,18 @@ def test_interrupted_fetch_keeps_the_partial_file_and_the_next_one_resumes(
     assert server.asked[-1] == ("crawls", f"bytes={size}-")
 
 
-@pytest.mark.slow
-def test_a_root_one_level_too_deep_is_said_to_be(tmp_path: Path, archive: bytes) -> None:
-    folder = tmp_path / "elsewhere"
+@pytest.mark.parametrize("name", [download.FOLDER, "elsewhere"])
+def test_a_root_one_level_too_deep_is_said_to_be(tmp_path: Path, archive: bytes, name: str) -> None:
+    folder = tmp_path / name
     folder.mkdir()
-    for name in download.FILES:
-        (folder / name).write_bytes(content(name))
-    with pytest.raises(UserError, match=rf"data.root={folder} is one level too deep: give data.root={tmp_path}\."):
-        download.ensure(folder, download=True)
-    assert not list(folder.glob("*.lock"))
+    for file in download.FILES:
+        (folder / file).write_bytes(content(file))
+    deep = rf"{folder} is one level too deep: the data set's folder is the one above, {tmp_path}\."
+    with pytest.raises(UserError, match=deep if name == download.FOLDER else "incomplete"):
+        download.ensure(folder, download=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["cifar_tl.data", "cifar_tl.reports"])
 def test_a_reader_that_has_seen_enough_of_a_list_gets_no_traceback(tmp_path: Path, module: str) -> None:
     make_run(tmp_path / "run")
@@ -470,6 +471,7 @@ def test_a_reader_that_has_seen_enough_of_a_list_gets_no_traceback(tmp_path: Pat
     assert module == "cifar_tl.data" or (tmp_path / "run" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_the_commands_do_not_import_torch() -> None:
     script = "import sys, cifar_tl.data.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

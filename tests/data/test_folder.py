@@ -49,6 +49,14 @@ def test_a_folder_of_validation_images_is_said_not_to_be_read(root, caplog, name
     assert f"{root / name} is not read: images to validate on are taken from train" in caplog.text
 
 
+def test_an_image_that_is_replaced_while_a_run_goes_on_ends_it(root):
+    images, _ = ImageFolders(root, workers=1).read(["train"])["train"]
+    assert len(next(images.read([torch.tensor([0, 1])]))) == 2
+    save(root / "train" / "dog" / "1.png", color=(0, 200, 0))
+    with pytest.raises(UserError, match=r"dog/1.png is another image than when the run began"):
+        next(images.read([torch.tensor([0, 1])]))
+
+
 def test_other_sizes_are_brought_to_32_and_counted(root, caplog):
     save(root / "train" / "cat" / "2.jpg", size=(100, 60))
     with caplog.at_level(logging.INFO):

@@ -7,6 +7,7 @@ import lzma
 import random
 import tarfile
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -101,3 +102,36 @@ def test_a_zip_that_python_cannot_list_is_named(tmp_path):
     (tmp_path / "photos.zip").write_bytes(content.replace("é".encode(), b"\xff\xff"))
     with pytest.raises(UserError, match="cannot be opened as an archive"):
         read(tmp_path / "photos.zip")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "utf-8"])
+def test_a_list_of_windows_names_its_files_once(tmp_path, encoding):
+    for name in ("ä.png", "b.png"):
+        (tmp_path / name).write_bytes(name.encode())
+    lines = [tmp_path / "b.png", tmp_path / "ä.png", tmp_path / "b.png", tmp_path]
+    (tmp_path / "list.txt").write_text("\r\n".join(map(str, lines)), encoding=encoding)
+    contents, errors = read(Path(f"@{tmp_path / 'list.txt'}"))
+    assert contents == [b"b.png", "ä.png".encode(), (tmp_path / "list.txt").read_bytes()]
+    assert errors == []
+
+
+def test_a_list_that_cannot_be_decoded_or_is_closed_is_named(tmp_path, monkeypatch):
+    (tmp_path / "list.txt").write_bytes(b"\xff\xfea")
+    with pytest.raises(UserError, match=r"the list .*list.txt cannot be read: .*truncated"):
+        read(Path(f"@{tmp_path / 'list.txt'}"))
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(UserError, match="the list - cannot be read: it is closed"):
+        read(Path("@-"))
+
+
+def test_a_broken_sparse_header_ends_a_tar_with_a_word(tmp_path):
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for name, headers in (("a.png", {}), ("b.png", {"GNU.sparse.map": "x,y", "GNU.sparse.size": "z"})):
+            info = tarfile.TarInfo(name)
+            info.size, info.pax_headers = 4, headers
+            archive.addfile(info, io.BytesIO(b"1234"))
+    (tmp_path / "a.tar").write_bytes(stream.getvalue())
+    contents, errors = read(tmp_path / "a.tar")
+    assert contents == [b"1234"]
+    assert [error.partition(":")[0] for error in errors] == ["the archive is broken from here on"]

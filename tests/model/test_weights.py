@@ -94,6 +94,18 @@ def test_a_dead_filter_stays_dead_and_cannot_wake_up_as_noise():
     assert (backbone(images) - features).abs().max() < 0.1 * features.abs().max()
 
 
+@pytest.mark.parametrize("zero", [40, 64])
+def test_a_layer_most_of_which_is_pruned_keeps_its_function(zero):
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    backbone = pretrained()
+    with torch.no_grad():
+        backbone.conv1.weight[:zero] = 0.0
+    features = backbone(images)
+    rescale_filters(backbone, 0.4)
+    torch.testing.assert_close(backbone(images), features, rtol=1e-6, atol=1e-8)
+    assert backbone.conv1.weight[:zero].count_nonzero() == 0
+
+
 def test_filter_rms_null_keeps_the_files_scale_and_nonsense_is_refused(tmp_path):
     backbone = pretrained()
     torch.save(backbone.float().state_dict(), tmp_path / "w.pth")

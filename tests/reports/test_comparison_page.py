@@ -179,8 +179,18 @@ def test_runs_of_an_edited_config_file_are_no_seeds_of_one_setting(tmp_path, no_
     }
 
 
+def test_what_changes_no_result_makes_no_setting_of_its_own(tmp_path):
+    given = (["sweep=seeds", "seed=1"], ["seed=2", "logger=csv"], ["seed=3", "data.root=/x"], ["seed=4", "+resume=x"])
+    runs = [make_run(tmp_path / str(seed), overrides, seed=seed) for seed, overrides in enumerate(given, 1)]
+    (group,) = group_runs(read_runs(runs))
+    assert (len(group.runs), group.overrides) == (4, {})
+
+
 def test_unfair_comparisons_are_named(tmp_path):
-    facts = ({"git_dirty": True, "device": "a"}, {"git_dirty": True, "device": "b", "precision": "16-mixed"})
+    facts = (
+        {"git_dirty": True, "device": "a", "test_sha256": "0"},
+        {"git_dirty": True, "device": "b", "test_sha256": "1", "precision": "16-mixed"},
+    )
     runs = [
         str(make_run(tmp_path / str(i), ["x=1"], seed=3, status="failed", split_sha256=str(i), **those))
         for i, those in enumerate(facts)
@@ -188,6 +198,7 @@ def test_unfair_comparisons_are_named(tmp_path):
     assert main(runs) == 0
     page = (tmp_path / "sweep_report.html").read_text()
     assert "The runs are of different train/validation splits." in page
+    assert "The runs are of different test sets." in page
     assert "has a seed twice" in page
     assert "2 of 2 runs are of a checkout with changes" in page
     assert "The runs are of different devices." in page
