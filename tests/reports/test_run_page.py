@@ -368,16 +368,16 @@ def test_files_are_utf_8_whatever_the_locale(tmp_path):
     runs = tmp_path / "Läufe"
     for seed in (0, 1):
         make_run(
-            runs / f"größer {seed}", ["data.root=été"], seed, classes=["ä", "ö", "ü", "猫", "ß"], experiment="Übung"
+            runs / f"größer {seed}", ["model.weights=été"], seed, classes=["ä", "ö", "ü", "猫", "ß"], experiment="Übung"
         )
-    (runs / "größer 1" / ".hydra" / "overrides.yaml").write_bytes("- data.root=été\n".encode())
+    (runs / "größer 1" / ".hydra" / "overrides.yaml").write_bytes("- model.weights=été\n".encode())
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, "-m", "cifar_tl.reports", str(runs)]
     subprocess.run(command, check=True, env={**os.environ, **locale}, capture_output=True)
     for seed in (0, 1):
         page = (runs / f"größer {seed}" / "report.html").read_bytes().decode("utf-8")
         assert "Übung" in page
-        assert "data.root=été" in page
+        assert "model.weights=été" in page
     for ending in ("html", "md", "csv"):
         assert "été" in (runs / f"sweep_report.{ending}").read_bytes().decode("utf-8")
     comparison = (runs / "sweep_report.html").read_bytes().decode("utf-8")
