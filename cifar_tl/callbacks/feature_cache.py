@@ -89,7 +89,8 @@ def decide(
         obstacle = f"{frozen} frozen epoch does not pay for {views} views"
     if obstacle:
         return CacheDecision(0, 0, f"not cached: {obstacle}")
-    return CacheDecision(views, size, f"cached once for {VIEW_NAMES[views]}, {gigabytes(size)}, instead of in {frozen}")
+    instead = f", instead of in each of {frozen} epochs" if frozen > 1 else ""
+    return CacheDecision(views, size, f"computed once for {VIEW_NAMES[views]}, {gigabytes(size)}{instead}")
 
 
 def gigabytes(size: int) -> str:
