@@ -31,7 +31,12 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from cifar_tl import slurm
 from cifar_tl.errors import GpuLostError, Interrupted, UserError, check_path, suggest
-from cifar_tl.runs.resume import is_first_process, with_folder_of_slurm_job, with_overrides_of_resumed_run
+from cifar_tl.runs.resume import (
+    is_first_process,
+    refuse_used_folder,
+    with_folder_of_slurm_job,
+    with_overrides_of_resumed_run,
+)
 from cifar_tl.search import OptunaSweeper
 
 log = logging.getLogger(__name__)
@@ -88,14 +93,38 @@ class Failure:
     message: str
 
 
+class Refused(BaseException):
+    """A UserError, its cause, on the way out of a callback, whose exceptions are mere warnings to Hydra."""
+
+
 class SweepCallback(Callback):
-    """What the command line asks of a sweep's callback, which Hydra does not call after an interrupt."""
+    """What the command line asks of a sweep's callback, which Hydra does not call after an interrupt.
+
+    Before Hydra writes anything, it refuses a folder that another run or sweep has, wherever the config has it from.
+    """
 
     current: ClassVar["SweepCallback | None"] = None
     """The one of this process."""
 
     def __init__(self) -> None:
         SweepCallback.current = self
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Refuse a run's folder."""
+        HydraConfig.instance().set_config(config)  # as Hydra does next; `${hydra:...}` may be in the folder's name
+        self._refuse_used_folder(config, "run")
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Refuse a sweep's folder."""
+        self._refuse_used_folder(config, "sweep")
+
+    def _refuse_used_folder(self, config: DictConfig, kind: str) -> None:
+        if config.get("resume") is not None:
+            return
+        try:
+            refuse_used_folder(Path(config.hydra[kind].dir), config.hydra.overrides.task, multirun=kind == "sweep")
+        except UserError as error:
+            raise Refused from error
 
     def finish(self) -> None:
         """Leave what there is to see of the jobs so far."""
@@ -221,7 +250,8 @@ def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: li
             # `--help | head`: who reads has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the exit
             return 1
-        except BaseException as error:
+        except BaseException as caught:
+            error = caught.__cause__ if isinstance(caught, Refused) and caught.__cause__ is not None else caught
             if signals.stopped(error):
                 if not signals.end(error) and multirun:
                     _end_interrupted_sweep()

@@ -330,16 +330,37 @@ def test_why_a_job_failed_is_in_its_log_where_it_had_begun(tmp_path, monkeypatch
     assert said in (tmp_path / "failed" / "train.log").read_text()
 
 
+def contents(folder):
+    """All files of a folder but locks, in which the process is noted that holds them."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
 @pytest.mark.slow
 def test_a_folder_that_holds_a_run_is_refused_before_anything_is_written(command, tmp_path):
     assert command(*FAST, "hydra.run.dir=run")[0] == 0
     assert "Test accuracy" in (tmp_path / "run" / "train.log").read_text()
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    before = contents(tmp_path / "run")
     code, _, err = command(*FAST, "seed=5", "hydra.run.dir=run")
     assert code == 1
     assert "run holds a run already" in err
     assert "resume=run" in err
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("multirun", [False, True])
+def test_a_used_folder_is_refused_whatever_its_name_is_made_of(command, tmp_path, multirun):
+    name = "${hydra.job.name}_${seed}" if multirun else "${hydra:job.name}_${seed}"
+    arguments = [*FAST, "seed=5", f"hydra.{'sweep' if multirun else 'run'}.dir={name}", *["-m"] * multirun]
+    code, out, err = command(*arguments)
+    assert code == 0, err
+    assert "warning" not in (out + err).lower()
+    before = contents(tmp_path / "train_5")
+    code, _, err = command(*arguments, "model.dropout=0.5")
+    assert code == 1
+    assert f"train_5 holds a {'sweep' if multirun else 'run'} already" in err
+    assert f"go on with it by {'-m ' * multirun}resume=" in err
+    assert contents(tmp_path / "train_5") == before
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path):

@@ -42,6 +42,7 @@ class SweepTable(SweepCallback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Note the sweep's folder, on the command line, too, which Lightning repeats for the other GPUs of a job."""
+        super().on_multirun_start(config, **kwargs)
         # as Hydra makes those of its jobs, links not followed
         self._folder = Path(os.path.abspath(config.hydra.sweep.dir))  # noqa: PTH100
         if not any(argument.startswith(SWEEP_FOLDER) for argument in sys.argv):

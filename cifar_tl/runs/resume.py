@@ -233,32 +233,56 @@ def _metrics(folder: Path) -> dict[str, Any]:
 
 
 def _unless_used_folder(arguments: list[str], multirun: bool) -> list[str]:
-    """Refuse to start a run where another one is, before Hydra writes its config there.
+    """Refuse to start a run where another one is; a job that SLURM starts again goes on there instead.
 
-    A job that SLURM starts again goes on there instead: see cifar_tl.train.main for a run, and here for a sweep.
+    For a run, see cifar_tl.train.main. Folders that are not written out are known when the config is composed.
     """
     key = SWEEP_FOLDER if multirun else "hydra.run.dir="
     given = [a.removeprefix(key) for a in arguments if a.startswith(key)]
-    if not given or "${" in given[-1] or not is_first_process():
-        return arguments  # the processes of a run share its folder
+    if not given or "${" in given[-1]:
+        return arguments
     folder = _unquoted(key.removesuffix("="), given[-1])
+    ours = [a for a in arguments if not a.startswith("-") and not _is_about(("hydra.", "hydra/"), a)]
+    if multirun and slurm.restarted() and _holds_another(folder, ours, multirun):
+        return [*arguments, f"resume={quoted(folder)}"]
+    refuse_used_folder(folder, ours, multirun)
+    return arguments
+
+
+def refuse_used_folder(folder: Path, overrides: Sequence[str], multirun: bool) -> None:
+    """Refuse to start a run where another one is, before Hydra writes its config there.
+
+    Args:
+        folder: The run's or the sweep's.
+        overrides: Without Hydra's own.
+        multirun: Whether it is a sweep's.
+
+    Raises:
+        UserError: Another one is there, or trains there now.
+    """
+    if not _holds_another(folder, overrides, multirun) or slurm.restarted():
+        return
+    key, what, flag = (SWEEP_FOLDER, "a sweep", "-m ") if multirun else ("hydra.run.dir=", "a run", "")
+    argument = resume_command(folder).rpartition("cifar_tl.train ")[2]
+    raise UserError(
+        f"{folder} holds {what} already. Choose another folder ({key}FOLDER), go on with it by {flag}{argument}, or "
+        f"delete it first."
+    )
+
+
+def _holds_another(folder: Path, overrides: Sequence[str], multirun: bool) -> bool:
+    """Return whether a run that starts would find another one, finished or begun, in its folder."""
+    if not is_first_process():
+        return False  # the processes of a run share its folder
     if multirun and (folder / JOURNAL).is_file() and (folder / MULTIRUN).is_file():
-        ours = [a for a in arguments if not a.startswith("-") and not _is_about(("hydra.", "hydra/"), a)]
         theirs, _ = _sweep_overrides(folder)
-        if sorted(a.replace("'", "") for a in ours) == sorted(a.replace("'", "") for a in theirs):
-            return arguments  # a search goes on, or is shared, by the same command
+        if sorted(a.replace("'", "") for a in overrides) == sorted(a.replace("'", "") for a in theirs):
+            return False  # a search goes on, or is shared, by the same command
     if (folder / LOCK).is_file():
         with run_lock(folder):  # nobody trains there
             pass
-    if not any((folder / name).is_file() for name in (LAST, "multirun.yaml")) and kept_result(folder) is None:
-        return arguments  # nothing, or what was killed before it could save
-    if slurm.restarted():
-        return [*arguments, f"resume={quoted(folder)}"] if multirun else arguments
-    what = "a sweep" if multirun else "a run"
-    raise UserError(
-        f"{key}{given[-1]}: {folder} holds {what} already. Choose another folder, go on with it by "
-        f"{'-m ' if multirun else ''}resume={given[-1]}, or delete it first."
-    )
+    # else nothing, or what was killed before it could save
+    return any((folder / name).is_file() for name in (LAST, MULTIRUN)) or kept_result(folder) is not None
 
 
 @contextmanager
