@@ -23,5 +23,6 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
     exec(parts, names)
     assert names["trainer"].current_epoch == 4
     assert not names["guard"]._before  # it has compared the model in both phases
+    assert sum(map(len, names["probabilities"])) == len(names["datamodule"].targets("test"))
     (checkpoint,) = tmp_path.glob("lightning_logs/*/checkpoints/*.ckpt")
     assert ResNet50Classifier.load_from_checkpoint(checkpoint, weights_only=True).classes == names["module"].classes

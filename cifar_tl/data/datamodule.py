@@ -150,7 +150,7 @@ class CIFAR10DataModule(L.LightningDataModule):
             self.source.prepare()
 
     def setup(self, stage: str) -> None:
-        """Load what a stage needs: `fit` both sets, `validate` the training set, `test` the test set.
+        """Load what a stage needs: `fit` both sets, `validate` the training set, `test` and `predict` the test set.
 
         Raises:
             UserError: What is wrong with the files, or a class would have nothing to train on.
@@ -175,7 +175,7 @@ class CIFAR10DataModule(L.LightningDataModule):
             if fitting:
                 self._test = sets["test"]
                 self._compare_with_test(digests["train"], digests["val"])
-        if stage == "test" and "test" not in self.splits:
+        if stage in ("test", "predict") and "test" not in self.splits:
             images, targets = self._test or self.source.read(["test"])["test"]
             self._test = None
             chosen = self._chosen_for_test(targets)
@@ -255,6 +255,10 @@ class CIFAR10DataModule(L.LightningDataModule):
         return self.in_order("val")
 
     def test_dataloader(self) -> ArrayLoader:
+        """Return the test images in order."""
+        return self.in_order("test")
+
+    def predict_dataloader(self) -> ArrayLoader:
         """Return the test images in order."""
         return self.in_order("test")
 
