@@ -233,7 +233,7 @@ class Evaluation:
         return np.asarray(torch.cat([part.cpu() for part in parts if isinstance(part, Tensor)]).numpy())
 
     def fit_temperature(self, images: Tensor, targets: Ints) -> None:
-        """Fit the temperature on validation images; every set measured later is reported with it, too."""
+        """Fit the temperature on validation images; sets measured later, but CIFAR-10-C, are reported with it, too."""
         logits = self.logits(images)
         self.temperature = self.result["temperature"] = fit_temperature(logits, targets)
         log.info("\nTemperature %.4f, fitted on %s validation images", self.temperature, f"{len(targets):,}")

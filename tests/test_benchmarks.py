@@ -1,9 +1,10 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 from conftest import SMALL
 
-from cifar_tl.benchmarks import whole
+from cifar_tl.benchmarks import step, whole
 from cifar_tl.benchmarks.__main__ import main, table
 from cifar_tl.benchmarks.setting import summary, take_turns
 from cifar_tl.benchmarks.step import peak_bf16
@@ -100,3 +101,12 @@ def test_a_gpu_that_is_not_there_is_a_readable_error(capsys, monkeypatch, tmp_pa
 def test_a_devices_peak_is_that_of_its_longest_name(name, peak):
     assert peak_bf16(name) == peak
     assert peak_bf16("NVIDIA T4") is None
+
+
+@pytest.mark.resnet50
+def test_the_share_of_a_devices_peak_is_of_what_a_step_computes(monkeypatch):
+    assert step.flops_per_image() == pytest.approx(0.497e9, rel=0.01)
+    monkeypatch.setattr(step, "device_name", lambda device: "NVIDIA H100 PCIe")
+    rows = [{"median": 1e6}]
+    step.add_share_of_peak(rows, SimpleNamespace(device="cuda"))
+    assert rows[0]["MFU"] == pytest.approx(1e6 * 0.497e9 / 756e12, rel=0.01)

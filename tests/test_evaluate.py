@@ -392,12 +392,17 @@ def test_other_test_sets_are_refused_for_other_classes(command, tiny_checkpoint)
 
 @pytest.mark.slow
 def test_metrics_are_left_as_json(command, root, cifar_checkpoint):
-    code, out, _ = command("hydra.run.dir=here", "temperature=true", "cifar10_1=v6", "cifar10_c=[fog]")
+    code, out, _ = command("hydra.run.dir=here", "tta=true", "temperature=true", "cifar10_1=v6", "cifar10_c=[fog]")
     assert code == 0
     result = json.loads((root / "here" / "evaluation.json").read_text())
     assert result["checkpoint"] == str(cifar_checkpoint)
     assert {"test/acc", "temperature", "test/calibrated/ece", "cifar10.1_v6/acc", "cifar10_c/acc"} <= result.keys()
     assert "fitted on 20 validation images" in out
+    numbers = {name: result[f"test/{name}"][3] for name in ("precision", "recall", "f1")}
+    (line,) = [line for line in out.splitlines() if line.split()[:1] == ["cat"]]
+    assert [float(word) for word in line.split() if "." in word] == pytest.approx(list(numbers.values()), abs=1e-4)
+    for name, said in (("flip", "flip, 2 views"), ("flip_shift", "6 views")):
+        assert any(said in line and f"{100 * result[f'test/{name}/acc']:.2f}%" in line for line in out.splitlines())
     assert "evaluation.json" in out
 
 

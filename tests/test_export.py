@@ -5,18 +5,21 @@ import resource
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
+from PIL import Image
 
 import cifar_tl
 from cifar_tl import cli
 from cifar_tl.checkpoints import load_trained
 from cifar_tl.data.synthetic import Synthetic
 from cifar_tl.errors import UserError
-from cifar_tl.export import EXPORTERS, export, main, quiet
+from cifar_tl.export import EXPORTERS, export, main, parity_images, quiet
 from cifar_tl.model.backbone import Backbone
 from cifar_tl.model.classifier import ImageClassifier
 
@@ -231,6 +234,21 @@ def test_without_the_data_random_images_are_compared_and_it_is_said(compose, tin
     with caplog.at_level("INFO"):
         export(cfg, tmp_path)
     assert "same class for 7 of 7: 7 random images: the run's data is not at nowhere" in caplog.text
+
+
+def test_the_images_to_compare_on_are_where_they_are_said_to_be(compose, tiny_checkpoint, tmp_path):
+    for name in ("cat", "dog"):
+        for number in range(4):
+            path = tmp_path / "train" / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (number, 0, 0)).save(path)
+    config = OmegaConf.create(OmegaConf.to_container(compose("data=folder", "data.root=nowhere", "data.val_size=2")))
+    trained = replace(load_trained(tiny_checkpoint), config=config)
+    assert "7 random images: the run's data is not at nowhere" in parity_images(trained, None, 7)[1]
+    images, what = parity_images(trained, tmp_path, 7)
+    assert (images.shape, what) == ((2, 3, 32, 32), "2 validation images that are not the run's")
+    with pytest.raises(UserError, match="elsewhere"):
+        parity_images(trained, tmp_path / "elsewhere", 7)
 
 
 @pytest.mark.parametrize(

@@ -206,10 +206,11 @@ def test_logged_learning_rates_are_those_of_their_steps(compose, tmp_path):
     train(cfg, tmp_path, "demo")
     schedule = build_schedule(cfg)
     with next(tmp_path.glob("csv/*/metrics.csv")).open() as file:
-        rates = {int(row["step"]): float(row["lr/head"]) for row in csv.DictReader(file) if row["lr/head"]}
+        rates = {int(row["step"]): row for row in csv.DictReader(file) if row["lr/head"]}
     assert rates.keys() >= {1, 3, 5, 7, 9, 11}
-    for step, rate in rates.items():
-        assert rate == pytest.approx(schedule.learning_rates(step // 3, step % 3, 3)["head"], rel=1e-6), step
+    for step, row in rates.items():
+        for name, rate in schedule.learning_rates(step // 3, step % 3, 3).items():
+            assert float(row[f"lr/{name}"]) == pytest.approx(rate, rel=1e-6), (step, name)
 
 
 @pytest.mark.parametrize(
@@ -412,6 +413,15 @@ def test_a_run_has_its_own_peak_of_memory_in_a_process_that_had_another():
     assert hardware.peak_memory("cpu")["host"] < before - 0.25
 
 
+def test_a_run_forgets_the_peak_of_the_one_before(compose, tmp_path, monkeypatch):
+    def forgets(accelerator):
+        raise StopIteration(accelerator)
+
+    monkeypatch.setattr("cifar_tl.train.forget_peak_memory", forgets)
+    with pytest.raises(StopIteration, match="cpu"):
+        train(compose(*TINY), tmp_path, "demo")
+
+
 MEMORY = """
 import resource
 import torch
@@ -511,10 +521,13 @@ def test_a_run_names_the_figures_that_it_has(compose, tmp_path, caplog, logger):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key", ["augment.mixup=0.3", "data.one_hot=true"])
-def test_targets_of_any_kind_are_counted(compose, tmp_path, key):
-    metrics = train(compose(*TINY, key, "trainer.max_epochs=2", "finetune.unfreeze_at_epoch=1"), tmp_path, "demo")
-    assert all(0 <= accuracy <= 1 for accuracy in metrics["train/acc"] + metrics["val/acc"])
+def test_targets_of_any_kind_are_counted(compose, tmp_path):
+    short = ("trainer.max_epochs=2", "finetune.unfreeze_at_epoch=1")
+    kinds = {"indices": (), "one_hot": ("data.one_hot=true",), "mixed": ("augment.mixup=0.3",)}
+    runs = {kind: train(compose(*TINY, *short, *keys), tmp_path / kind, "demo") for kind, keys in kinds.items()}
+    for name in ("train/loss", "train/acc", "val/loss", "val/acc"):
+        assert runs["one_hot"][name] == pytest.approx(runs["indices"][name], rel=1e-4), name
+    assert all(0 <= accuracy <= 1 for accuracy in runs["mixed"]["train/acc"])
 
 
 @pytest.mark.slow
@@ -531,5 +544,7 @@ def test_images_of_mistakes_are_those_of_the_test_set_whatever_the_limit(compose
 @pytest.mark.slow
 def test_learning_rates_are_logged_as_the_schedule_has_them(compose, tmp_path):
     cfg = compose(*TINY, "trainer.log_every_n_steps=2")
-    expected = [build_schedule(cfg).learning_rates(epoch, 2, 3)["head"] for epoch in range(4)]
-    assert train(cfg, tmp_path, "demo")["lr/head"] == pytest.approx(expected, rel=1e-5)
+    metrics = train(cfg, tmp_path, "demo")
+    for name in ("head", "backbone"):
+        expected = [build_schedule(cfg).learning_rates(epoch, 2, 3)[name] for epoch in range(4)]
+        assert metrics[f"lr/{name}"] == pytest.approx(expected, rel=1e-5)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import hydra
 import optuna
 import pytest
 import torch
@@ -18,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import RandomSampler
 
 from cifar_tl import cli
 from cifar_tl.callbacks.pruning import Pruning
@@ -182,7 +184,10 @@ def test_choices_may_be_all_files_of_a_group(search):
     assert set(study.trials[0].distributions["augment"].choices) == {"flip_crop", "none", "rotate_flip", "strong"}
 
 
-def test_a_search_with_another_sampler_goes_on_by_the_same_command(search):
+def test_a_search_with_another_sampler_goes_on_by_the_same_command(search, monkeypatch):
+    asked = []
+    sample = RandomSampler.sample_independent
+    monkeypatch.setattr(RandomSampler, "sample_independent", lambda *of: asked.append(of) or sample(*of))
     sampler = "hydra.sweeper.sampler"
     other = [f"{sampler}._target_=optuna.samplers.RandomSampler"]
     other += [f"~{sampler}.n_startup_trials", f"~{sampler}.constant_liar"]
@@ -190,6 +195,16 @@ def test_a_search_with_another_sampler_goes_on_by_the_same_command(search):
         code, err, study = search(good, *other, f"hydra.sweeper.n_trials={trials}")
         assert code == 0, err
         assert len(study.trials) == trials
+        assert len(asked) >= trials
+
+
+@pytest.mark.parametrize(
+    ("overrides", "trials"), [([], 1), (["hydra/launcher=local", "hydra.launcher.n_jobs=4"], 4)], ids=["one", "several"]
+)
+def test_a_launcher_of_several_jobs_is_given_several_trials(overrides, trials):
+    with hydra.initialize_config_dir(str(cli.conf_folder()), version_base="1.3"):
+        config = hydra.compose("train", ["sweep=optuna", *overrides], return_hydra_config=True)
+    assert config.hydra.sweeper.n_jobs == trials
 
 
 def test_without_optuna_a_search_says_what_to_install(search, monkeypatch):

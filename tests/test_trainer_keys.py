@@ -243,7 +243,7 @@ def test_the_device_asked_for_is_the_one_that_is_named(monkeypatch, devices, env
     assert chosen == ([] if index is None else [index])
 
 
-def test_the_record_has_the_precision_that_lightning_computes_in():
+def test_precisions_are_resolved_to_those_that_lightning_computes_in():
     for precision in hardware.PRECISIONS:
         resolved = hardware.resolve_precision(precision, "cpu")
         with warnings.catch_warnings(action="ignore"):
@@ -289,6 +289,16 @@ def test_gpus_share_the_statistics_that_train_and_no_processes_send_those_that_d
         check_strategy(build_trainer({**trainer, "sync_batchnorm": False}, logger=False), schedule, "train")
     with pytest.raises(UserError, match="adapt is not possible in 4 processes"):
         check_strategy(built, schedule, "adapt")
+
+
+@pytest.mark.parametrize("batchnorm", ["train", "frozen"])
+def test_processes_share_the_statistics_of_runs_whose_batchnorm_trains(compose, tmp_path, monkeypatch, batchnorm):
+    def built(keys, **extra):
+        raise StopIteration(extra["sync_batchnorm"])
+
+    monkeypatch.setattr("cifar_tl.train.build_trainer", built)
+    with pytest.raises(StopIteration, match=str(batchnorm == "train")):
+        train(compose(*TINY, f"finetune.batchnorm={batchnorm}"), tmp_path, "demo")
 
 
 def test_parameters_in_pieces_are_refused(four_gpus):
@@ -373,10 +383,14 @@ def test_each_device_is_found_and_gets_its_way_of_computing(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda of=capability: of)
         assert hardware.resolve_precision("auto", "cuda") == precision
     module, before = nn.ModuleDict({"backbone": Backbone(upscale=1)}), torch.get_float32_matmul_precision()
+    kept = []
+    monkeypatch.setattr(hardware, "keep_freed_memory", lambda: kept.append(True))
     hardware.prepare_for("cpu", module)
     assert module["backbone"].tuned_for_cpu
+    assert kept == [True]
     try:
         hardware.prepare_for("cuda", module)
+        assert kept == [True]  # a GPU's allocator has its own way
         assert not module["backbone"].tuned_for_cpu
         assert module["backbone"].conv1.weight.is_contiguous(memory_format=torch.channels_last)
         assert torch.get_float32_matmul_precision() == "high"
@@ -395,7 +409,7 @@ def test_an_evaluation_has_a_progress_bar_at_a_terminal(monkeypatch, terminal):
 def test_early_stopping_counts_validations_rather_than_epochs(compose, tmp_path):
     keys = ("callbacks=early_stopping", "callbacks.early_stopping.patience=1", "finetune.unfreeze_at_epoch=3")
     still = ("finetune.batchnorm=frozen", "finetune.head_lr=0", "finetune.head_lr_unfrozen=0", "finetune.backbone_lr=0")
-    sparse = ("trainer.max_epochs=6", "+trainer.check_val_every_n_epoch=2")
+    sparse = ("trainer.max_epochs=8", "+trainer.check_val_every_n_epoch=2")
     assert train(compose(*TINY, *keys, *still, *sparse), tmp_path, "demo")["epoch"] == [0, 1, 2, 3, 4, 5]
 
 

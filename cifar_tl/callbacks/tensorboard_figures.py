@@ -24,7 +24,7 @@ from cifar_tl.reports import figures
 from cifar_tl.runs.metrics import confusion_matrix, reliability, softmax, top_mistakes
 from cifar_tl.runs.predictions import MISTAKES, SplitPredictions
 from cifar_tl.runs.record import flat
-from cifar_tl.schedule import FinetuneSchedule, epochs_text, stages_text
+from cifar_tl.schedule import FinetuneSchedule, Phase, epochs_text, stages_text
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,8 @@ class TensorBoardFigures(PredictionsCollector):
 
     cifar_tl/runs/README.md lists their tags. They are drawn from what the run computes anyway, apart from the
     projector's features. No random numbers are drawn, and the model stays as it is. A figure that cannot be drawn is a
-    warning, never the end of a run. On a resumed run, what the first start has written is not written again.
+    warning, never the end of a run. On a resumed run, what the first start has written of the training is not written
+    again.
 
     Args:
         datamodule: Has the images.
@@ -106,9 +107,11 @@ class TensorBoardFigures(PredictionsCollector):
         with self._softly("inputs/samples"):
             self._picture("inputs/samples", sample_grid(self.datamodule), 0)
             self.writer.add_text("phases", plan_markdown(self.schedule), 0)
+        if self.schedule.unfreeze_at_epoch == 0:
+            self._project("before", trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Mark the phase; at the unfreeze, keep the features of the frozen backbone."""
+        """Mark the phase."""
         super().on_train_epoch_start(trainer, pl_module)
         if self.writer is None:
             return
@@ -117,9 +120,6 @@ class TensorBoardFigures(PredictionsCollector):
         if epoch == phase.start > 0:
             entered = f"Epoch {epoch}: **{phase.name}**, {stages_text(phase.stages)} train."
             self.writer.add_text("phases", entered, trainer.global_step)
-        if epoch == self.schedule.unfreeze_at_epoch:
-            with self._softly("projector"):
-                self.projector.write("before", trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
@@ -131,7 +131,7 @@ class TensorBoardFigures(PredictionsCollector):
             self._first_step = trainer.global_step
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw what the epoch has left: its first batch, and at the end of a phase what validation says."""
+        """Draw what the epoch has left: its first batch, at the end of a phase what validation says, its features."""
         now = time.perf_counter()
         self._seconds, self._since = self._seconds + now - self._since, now
         accuracy = float(trainer.callback_metrics.get("val/acc", -1.0))
@@ -149,8 +149,15 @@ class TensorBoardFigures(PredictionsCollector):
                 shown = list(denormalized(images, self.datamodule.mean, self.datamodule.std))
                 self._picture("inputs/first_batch", figures.gallery(title, shown, names), self._first_step)
             self._first_batch = None
-        if trainer.current_epoch == phase.end - 1 and self.val is not None:
-            self._pictures("val", self.val, f"validation, end of '{phase.name}'", step)
+        if trainer.current_epoch == phase.end - 1:
+            self._show_validation(phase, step)
+        if trainer.current_epoch == self.schedule.unfreeze_at_epoch - 1:  # the next epoch may enlarge images
+            self._project("before", trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw what validation says of a phase that ends before its time, as by early stopping."""
+        if self.writer is not None:
+            self._show_validation(self.schedule.phase(trainer.current_epoch), trainer.global_step - 1)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show what the test says, fill the HParams page and finish the projector."""
@@ -165,9 +172,8 @@ class TensorBoardFigures(PredictionsCollector):
                 self.writer.add_pr_curve(f"test/pr/{name}", test.targets == index, probabilities[:, index], step)
         with self._softly("hparams"):
             self._hparams({k: float(v) for k, v in trainer.callback_metrics.items()}, step)
-        with self._softly("projector"):
-            unfrozen = self.schedule.unfreeze_at_epoch < self.schedule.max_epochs
-            self.projector.write("after" if unfrozen else "before", trainer, pl_module)
+        if self.schedule.unfreeze_at_epoch < self.schedule.max_epochs:
+            self._project("after", trainer, pl_module)
         self.writer.flush()
 
     def state_dict(self) -> dict[str, Any]:
@@ -178,6 +184,12 @@ class TensorBoardFigures(PredictionsCollector):
         """Take up what the run that is resumed has kept."""
         accuracy, epoch = state_dict["best"]
         self._best, self._seconds = (accuracy, epoch), state_dict["seconds"]
+
+    def _show_validation(self, phase: Phase, step: int) -> None:
+        """Show the epoch's validation, unless it had none or has been shown."""
+        if self.val is not None:
+            self._pictures("val", self.val, f"validation, end of '{phase.name}'", step)
+        self.val = None
 
     def _pictures(self, split: str, predictions: SplitPredictions, where: str, step: int) -> None:
         """Show confusion matrix, reliability diagram and gallery of mistakes of a split."""
@@ -197,6 +209,10 @@ class TensorBoardFigures(PredictionsCollector):
                 texts = figures.captions(classes, probabilities[chosen], predictions.targets[chosen])
                 gallery = figures.gallery(f"Most confident mistakes, {where}", images, texts)
                 self._picture(f"{split}/mistakes", gallery, step)
+
+    def _project(self, name: str, trainer: L.Trainer, module: L.LightningModule) -> None:
+        with self._softly("projector"):
+            self.projector.write(name, trainer, module)
 
     def _picture(self, tag: str, figure: Figure, step: int) -> None:
         assert self.writer is not None

@@ -163,7 +163,9 @@ def test_the_size_that_is_announced_is_the_one_they_have(compose, tmp_path, monk
     computed = []
     compute = FeatureCache._compute
     monkeypatch.setattr(FeatureCache, "_compute", lambda *of: computed.append(compute(*of)) or computed[-1])
-    command.train(compose(*TINY, f"trainer.precision={precision}", "trainer.max_epochs=3"), tmp_path, "demo")
+    keys = (f"trainer.precision={precision}", "trainer.max_epochs=3")
+    metrics = command.train(compose(*TINY, *keys), tmp_path, "demo")
+    assert metrics["precision"] == metrics["starts"][0]["precision"] == precision
     assert sum(features.nbytes for features in computed) == announced[0].size
 
 

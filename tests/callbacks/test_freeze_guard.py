@@ -188,9 +188,18 @@ def test_steps_that_the_scaler_skips_are_not_counted(compose, tmp_path, monkeypa
         monkeypatch.setattr("cifar_tl.build.resolve_precision", lambda *_: None)  # the plugin's
         return build(keys, plugins=[*plugins, Scaled()], **extra)
 
+    counted = []
+    watch = FreezeGuard.on_train_batch_end
+
+    def noted(self, trainer, module, outputs, batch, batch_idx):
+        counted.append(max(self._steps.values()))
+        watch(self, trainer, module, outputs, batch, batch_idx)
+
+    monkeypatch.setattr(FreezeGuard, "on_train_batch_end", noted)
     monkeypatch.setattr(command, "build_trainer", scaled)
     metrics = command.train(compose(*overrides, "finetune.unfreeze_at_epoch=1"), tmp_path, "demo")
     assert metrics["status"] == "finished"
+    assert counted[: CHECKED_STEPS + 1] == [*[0] * CHECKED_STEPS, 1]
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-true"])

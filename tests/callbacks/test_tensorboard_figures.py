@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,18 +14,21 @@ from omegaconf import OmegaConf
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.util import tensor_util
 from torch import nn
 from torchmetrics.functional import classification as theirs
 
 from cifar_tl import cli
 from cifar_tl.build import build_datamodule, build_module
 from cifar_tl.callbacks import tensorboard_figures as inspection
-from cifar_tl.callbacks.projector import evaluating, principal_components, sprite
+from cifar_tl.callbacks.projector import Projector, evaluating, principal_components, sprite
 from cifar_tl.callbacks.tensorboard_figures import hparam_values
 from cifar_tl.checkpoints import load_trained
+from cifar_tl.data.loader import ArrayLoader
 from cifar_tl.data.splits import split_train_val
 from cifar_tl.data.synthetic import Synthetic
 from cifar_tl.model.module import ResNet50Classifier
+from cifar_tl.runs.metrics import softmax
 from cifar_tl.runs.predictions import read_images, read_predictions
 from cifar_tl.train import train
 
@@ -74,6 +78,22 @@ def test_pictures_come_at_the_end_of_each_phase_and_of_the_run(run):
 
 
 @pytest.mark.slow
+def test_what_is_said_of_a_class_is_of_that_class(run):
+    accumulator, metrics = events(run), json.loads((run / "metrics.json").read_text())
+    test = read_predictions(run).test
+    shares = softmax(test.logits)
+    for index, name in enumerate(metrics["classes"]):
+        for metric in ("precision", "recall", "f1"):
+            (scalar,) = accumulator.Scalars(f"test/{metric}/{name}")
+            assert scalar.value == pytest.approx(metrics[f"test/{metric}"][index])
+        (curve,) = accumulator.Tensors(f"test/pr/{name}")
+        true_positives = tensor_util.make_ndarray(curve.tensor_proto)[0]  # by threshold, 0 first
+        assert true_positives[0] == (test.targets == index).sum()
+        threshold = np.linspace(0, 1, len(true_positives))[len(true_positives) // 10]
+        assert true_positives[len(true_positives) // 10] == (shares[test.targets == index, index] >= threshold).sum()
+
+
+@pytest.mark.slow
 def test_hparams_page_has_the_important_keys_and_the_results(run):
     (path,) = [p for p in run.glob("tensorboard/events*") if b"hparams" in p.read_bytes()]
     accumulator = EventAccumulator(str(path))
@@ -100,20 +120,54 @@ def test_projector_has_the_features_of_validation_images_before_and_after(run):
     datamodule.setup("fit")
     torch.manual_seed(trained.config.seed)
     untrained = build_module(trained.config, datamodule.classes)
-    positions = torch.arange(20)
     projector = run / "tensorboard" / "projector"
     labels = (projector / "labels.tsv").read_text().splitlines()
     assert labels == [datamodule.classes[label] for label in datamodule.targets("val").tolist()]
     thumbnails = np.asarray(Image.open(projector / "thumbnails.png"))
     assert np.array_equal(thumbnails[:32, 32:64], datamodule.images("val")[1].permute(1, 2, 0).numpy())
     for name, module in (("before", untrained), ("after", trained.module)):
-        with torch.no_grad():
-            batches = datamodule.normalized("val", positions)
-            features = torch.cat([module.eval().backbone(batch) for batch in batches]).numpy()
-        centred = features - features.mean(axis=0)
-        written = np.loadtxt(projector / f"{name}.tsv")
-        # the signs of principal components are free, the angles and lengths between images are not
-        np.testing.assert_allclose(written @ written.T, centred @ centred.T, atol=1e-3 * (centred**2).sum(1).max())
+        check_projected(projector / f"{name}.tsv", datamodule, module)
+
+
+def check_projected(path, datamodule, module):
+    """The file has the features that the module's backbone gives for all validation images."""
+    with torch.no_grad():
+        batches = datamodule.normalized("val", torch.arange(datamodule.sizes["val"]))
+        features = torch.cat([module.eval().backbone(batch) for batch in batches]).numpy()
+    centred = features - features.mean(axis=0)
+    written = np.loadtxt(path)
+    # the signs of principal components are free, the angles and lengths between images are not
+    np.testing.assert_allclose(written @ written.T, centred @ centred.T, atol=1e-3 * (centred**2).sum(1).max())
+
+
+@pytest.mark.slow
+def test_an_early_end_is_one_of_its_phase_and_images_do_not_grow_before_the_unfreeze(compose, tmp_path, monkeypatch):
+    monkeypatch.setattr(inspection.figures, "pixels", lambda figure: np.zeros((2, 2, 3), dtype=np.uint8))  # fast
+    grows = ("trainer.max_epochs=8", "finetune.progressive_resizing=[2,3]", "logger=tensorboard")
+    ends = ("callbacks=early_stopping", "callbacks.early_stopping.patience=1", "+callbacks.early_stopping.min_delta=1")
+    metrics = train(compose(*TINY, *grows, *ends), tmp_path, "demo")
+    assert metrics["epoch"] == [0, 1, 2, 3]
+    assert [e.step for e in events(tmp_path).Images("val/confusion")] == [5, 11]
+    trained = load_trained(tmp_path)
+    datamodule = build_datamodule(trained.config)
+    datamodule.setup("fit")
+    torch.manual_seed(trained.config.seed)
+    untrained = build_module(trained.config, datamodule.classes)
+    assert untrained.backbone.upscale == 1
+    check_projected(tmp_path / "tensorboard" / "projector" / "before.tsv", datamodule, untrained)
+
+
+def test_the_projectors_images_are_from_all_of_the_split(compose):
+    chosen = Projector(SimpleNamespace(sizes={"val": 2500}), "")._chosen()
+    assert 800 < len(chosen) <= 1000
+    assert chosen[-1] >= 2490
+
+
+def test_what_the_network_sees_is_shown_as_it_was_before_normalization():
+    images, targets = Synthetic(20, 20).train()
+    ((batch, _),) = ArrayLoader(images, targets, 20, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    shown = inspection.denormalized(batch, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    np.testing.assert_array_equal(shown, images.permute(0, 2, 3, 1).numpy())
 
 
 @pytest.mark.slow

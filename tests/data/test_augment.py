@@ -181,3 +181,5 @@ def test_angles_and_factors_fill_the_range_that_is_given():
     draws = replace(NOTHING, rotation=15, scale=0.1).draw(ALL, 50, 0, 0)
     assert 10 < draws["angle"].abs().max() <= 15
     assert 0.9 <= draws["zoom"].min() < 0.95 < 1.05 < draws["zoom"].max() <= 1.1
+    factors = replace(NOTHING, color_jitter=0.2).draw(ALL, 50, 0, 0)["color"]
+    assert 0.8 <= factors.min() < 0.85 < 1.15 < factors.max() <= 1.2

@@ -54,8 +54,10 @@ def test_a_tar_that_is_cut_off_says_so_wherever_it_is_cut(tmp_path, ending):
         try:
             contents, errors = read(path)
         except UserError:  # a bzip2 has blocks of 900 kB, and the first one is cut
+            assert ending == ".bz2"
             continue
-        assert len(contents) <= 20
+        if ending == "":
+            assert len(contents) == (cut + 48) // 2560  # what is cut of the last one may be its padding
         assert [error.partition(":")[0] for error in errors] == ["the archive is broken from here on"], cut
 
 

@@ -166,6 +166,11 @@ def test_the_plan_names_adamw_while_muon_has_no_kernels_to_train():
     assert optimizer_text("sgd", unfrozen=True) == "sgd"
 
 
+def test_a_head_may_be_one_linear_layer(compose):
+    head = build_module(compose("experiment=demo", "model.head=[]"), "ab").head
+    assert [(layer.in_features, layer.out_features) for layer in head] == [(2048, 2)]
+
+
 def test_logits_come_out_and_probabilities_are_predicted(module):
     images = torch.randn(2, 3, 32, 32)
     module.eval()

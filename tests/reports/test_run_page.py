@@ -1,5 +1,7 @@
 """The page of a run: right numbers, in one file that asks for nothing, and drawn for damaged runs, too."""
 
+import base64
+import io
 import json
 import os
 import re
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from handmade import CLASSES, make_run
+from PIL import Image
 from torchmetrics.functional import classification as theirs
 
 from cifar_tl.reports import figures
@@ -21,6 +24,7 @@ from cifar_tl.reports.__main__ import main
 from cifar_tl.reports.original import beside_original
 from cifar_tl.reports.page import FigureFolder
 from cifar_tl.runs.folder import read_run
+from cifar_tl.runs.predictions import read_images
 
 
 class Page(HTMLParser):
@@ -120,6 +124,24 @@ def test_page_asks_for_nothing(drawn):
     assert "script" not in page.tags
     assert page.without_alt == 0
     assert len(drawn[1].encode()) < 5e6
+
+
+def test_every_test_image_on_the_page_is_the_one_that_is_named(drawn):
+    images = read_images(drawn[0])
+    shown = re.findall(r'alt="test image (\d+):[^>]*src="data:image/png;base64,([^"]+)"', drawn[1])
+    assert len(shown) > 20
+    assert "(no image)" not in drawn[1]
+    for index, data in shown:
+        decoded = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
+        np.testing.assert_array_equal(decoded, images[int(index)])
+
+
+def test_page_and_figures_follow_a_dark_or_light_system(drawn):
+    figure = (drawn[0] / "figures" / "accuracy.svg").read_text()
+    for text in (drawn[1], figure):
+        assert "prefers-color-scheme" in text.replace(" ", "")
+    assert "currentColor" in figure
+    assert figure.count(figures.INK) == 1  # in the style that says what the current colour is
 
 
 def test_figures_are_files_too(drawn):
