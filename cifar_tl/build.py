@@ -184,7 +184,8 @@ def build_callbacks(
 ) -> list[L.Callback]:
     """Build the callbacks of a run: its own, checkpoints, a progress bar, and what the `callbacks` group adds.
 
-    None of them relies on another one, nor on the order.
+    None of them relies on another one, nor on the order, but that the best epoch's checkpoint is saved before the last
+    one's, which notes it.
 
     Args:
         cfg: As composed from conf/train.yaml.
@@ -221,7 +222,7 @@ def build_callbacks(
         PhaseLog(schedule, finetune.batchnorm),
         RunRecorder(folder, schedule, facts),
         PredictionsRecorder(datamodule, folder, unfreeze_at_epoch, max_epochs),
-        TensorBoardFigures(datamodule, schedule, plain(cfg)),
+        TensorBoardFigures(datamodule, schedule, {"experiment": facts["experiment"], **plain(cfg)}),
         *checkpoint_callbacks(folder / "checkpoints"),
         *added,
     ]
@@ -239,7 +240,7 @@ def _added_callbacks(nodes: DictConfig) -> list[L.Callback]:
     for name, callback in added.items():
         if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
             raise UserError(
-                f"callbacks.{name}: {type(callback).__name__} is not honoured: averaged weights would be validated, "
+                f"callbacks.{name}: {type(callback).__name__} is not supported: averaged weights would be validated, "
                 f"and others tested."
             )
     return list(added.values())
@@ -353,7 +354,7 @@ def check_trainer(trainer: Mapping[Any, Any]) -> None:
     for key in trainer:
         if key not in TRAINER_KEYS:
             allowed = f"{suggest(str(key), TRAINER_KEYS)} Keys: {', '.join(sorted(TRAINER_KEYS))}."
-            raise UserError(f"trainer.{key} is not honoured. {INSTEAD.get(key) or allowed.strip()}")
+            raise UserError(f"trainer.{key} is not supported. {INSTEAD.get(key) or allowed.strip()}")
     check_choice("trainer.precision", trainer.get("precision", "auto"), PRECISIONS)
     check_int("trainer.accumulate_grad_batches", trainer.get("accumulate_grad_batches", 1), 1)
     check_int("trainer.log_every_n_steps", trainer.get("log_every_n_steps", 1), 1)
@@ -394,8 +395,8 @@ def check_strategy(trainer: L.Trainer, schedule: FinetuneSchedule, batchnorm: st
         return
     if not isinstance(strategy, DDPStrategy):
         raise UserError(
-            f"trainer.strategy: {type(strategy).__name__} is not honoured: optimizer groups and checkpoints need whole "
-            f"parameters in every process. Give trainer=ddp."
+            f"trainer.strategy: {type(strategy).__name__} is not supported: optimizer groups and checkpoints need "
+            f"whole parameters in every process. Give trainer=ddp."
         )
     finds_unused = strategy._ddp_kwargs.get("find_unused_parameters", False)
     if not finds_unused and any(phase.stages != STAGES for phase in schedule.phases):
@@ -482,6 +483,7 @@ def quieten_lightning() -> None:
     warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")  # a resumed run's
     warnings.filterwarnings("ignore", message=r"The number of training batches")  # +trainer.limit_train_batches
     warnings.filterwarnings("ignore", message=r"The `srun` command is available")  # and was left out on purpose
+    warnings.filterwarnings("ignore", message=r"The AccumulateGrad node's stream does not match")  # its issue 21567
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in ("profilers", "callbacks.model_summary"):  # they say what was asked for

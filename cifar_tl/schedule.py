@@ -202,9 +202,13 @@ class FinetuneSchedule:
     def _scheduled(self, epoch: int, share: float) -> dict[str, float]:
         """Return the learning rates where `share` of an epoch is over, without warm-up."""
         start, end = self._segment(epoch)
-        factor = 1.0
-        if self.schedule == "cosine":
-            factor = 0.5 * (1 + math.cos(math.pi * min(1.0, (epoch - start + share) / (end - start))))
+        match self.schedule:
+            case "constant":
+                factor = 1.0
+            case "cosine":
+                factor = 0.5 * (1 + math.cos(math.pi * min(1.0, (epoch - start + share) / (end - start))))
+            case _:
+                raise NotImplementedError(f"{self.schedule} is one of SCHEDULES and has no case here")
         if epoch < self.unfreeze_at_epoch:
             return {"head": self.head_lr * factor, "backbone": 0.0}
         return {"head": self.head_lr_unfrozen * factor, "backbone": self.backbone_lr * factor}

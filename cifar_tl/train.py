@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -164,7 +165,8 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     module = build_module(cfg, datamodule.classes)
     prepare_for(accelerator, module)
     if check_flag("model.compile", cfg.model.compile):
-        module.backbone.compile()
+        torch.compiler.reset()  # of another run in this process, whose graphs count towards the same limit
+        module.backbone.compile(dynamic=False)  # batches have two sizes, of which graphs of any size would be slower
     weights = fill_backbone(cfg, module) if cfg.resume is None else resumed_weights(cfg, last)
     datamodule.prepare_data()
     datamodule.setup("fit")
@@ -187,7 +189,7 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     check_strategy(trainer, schedule, cfg.finetune.batchnorm)
     check_batch_size(cfg, trainer.world_size)
     for logger in trainer.loggers:
-        logger.log_hyperparams(plain(cfg))
+        logger.log_hyperparams({"experiment": experiment, **plain(cfg)})
     log.info("%s", plan_text(cfg, datamodule, facts, folder))
     sizes = f"data.batch_size={cfg.data.batch_size}, or data.eval_batch_size={cfg.data.eval_batch_size}"
     try:

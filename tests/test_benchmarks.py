@@ -101,6 +101,7 @@ def test_a_gpu_that_is_not_there_is_a_readable_error(capsys, monkeypatch, tmp_pa
 def test_a_devices_peak_is_that_of_its_longest_name(name, peak):
     assert peak_bf16(name) == peak
     assert peak_bf16("NVIDIA T4") is None
+    assert peak_bf16("NVIDIA H200 MIG 1g.18gb") is None  # a seventh of it
 
 
 @pytest.mark.resnet50

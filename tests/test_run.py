@@ -184,18 +184,24 @@ def test_seconds_are_each_epochs_own_and_speed_is_of_training_alone(compose, tmp
 
 @pytest.mark.slow
 def test_a_compiled_run_is_the_one_that_is_not(compose, tmp_path, monkeypatch, run):
-    compiled, resets, original = [], [], nn.Module.compile
+    compiled, resets, free, original = [], [], [], nn.Module.compile
 
-    def compile(module):
+    def backend(graph, inputs):
+        nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        free.extend(node for node in nodes if isinstance(node.meta["example_value"], torch.SymInt))
+        return graph.forward  # without minutes for its kernels
+
+    def compile(module, **options):
         compiled.append(module)
-        original(module, backend="eager")  # the graphs, without minutes for their kernels
+        original(module, backend=backend, **options)
 
     monkeypatch.setattr(nn.Module, "compile", compile)
     monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(True))
     keys = ("model.compile=true", "finetune.cache_features=false", "finetune.features_folder=null")
     metrics = train(compose(*TINY, *keys), tmp_path, "demo")  # FreezeGuard sees both phases
     assert [type(module).__name__ for module in compiled] == ["Backbone"]
-    assert len(resets) == 1  # at the unfreeze; the graphs of this backend would give gradients without it
+    assert len(resets) == 2  # of the run before, and at the unfreeze, though this backend would give gradients
+    assert free == []  # no graph is for batches of any size
     plain = json.loads((run / "metrics.json").read_text())
     assert metrics["train/loss"] == pytest.approx(plain["train/loss"], rel=1e-3)
 

@@ -162,7 +162,7 @@ def test_gradients_of_several_batches_make_one_step(compose, tmp_path):
         ({"callbacks": "x"}, r"\+callbacks\.NAME"),
         ({"logger": False}, "logger=csv"),
         ({"default_root_dir": "x"}, r"hydra\.run\.dir"),
-        ({"plugins": "x"}, "not honoured"),
+        ({"plugins": "x"}, "not supported"),
         ({"gradient_clip": 1}, "gradient_clip_val"),
         ({"log_every_n_steps": 0}, "log_every_n_steps=0"),
         ({"log_every_n_steps": None}, "log_every_n_steps=None"),
@@ -303,7 +303,7 @@ def test_processes_share_the_statistics_of_runs_whose_batchnorm_trains(compose, 
 
 def test_parameters_in_pieces_are_refused(four_gpus):
     built = build_trainer({**CPU, "accelerator": "gpu", "strategy": "fsdp", "devices": 4}, logger=False)
-    with pytest.raises(UserError, match=r"FSDPStrategy is not honoured.*Give trainer=ddp"):
+    with pytest.raises(UserError, match=r"FSDPStrategy is not supported.*Give trainer=ddp"):
         check_strategy(built, FinetuneSchedule(3, 0, 1e-3, 1e-3), "frozen")
 
 
@@ -345,7 +345,7 @@ def test_ones_own_progress_bar_takes_the_place_of_the_runs(compose, tmp_path, mo
 def test_averaged_weights_which_would_be_validated_and_not_tested_are_refused(compose, tmp_path, target):
     rate = ["+callbacks.mean.swa_lrs=0.1"] if target.startswith("Stochastic") else []
     cfg = compose(*TINY, f"+callbacks.mean._target_=lightning.pytorch.callbacks.{target}", *rate)
-    with pytest.raises(UserError, match=f"callbacks.mean: {target} is not honoured"):
+    with pytest.raises(UserError, match=f"callbacks.mean: {target} is not supported"):
         build_callbacks(cfg, build_datamodule(cfg), {"weights_sha256": None}, tmp_path)
 
 
@@ -421,6 +421,19 @@ def test_predictions_of_the_frozen_phase_are_of_its_last_epoch_or_of_none(compos
 
 def test_images_of_all_processes_count():
     timer, trainer = EpochTimer(), SimpleNamespace(world_size=2, is_last_batch=True)
-    timer.on_train_batch_start(trainer, None, (torch.zeros(5), None), 0)
-    timer.on_train_batch_end(trainer, None, None, (torch.zeros(5), None), 0)
+    module = SimpleNamespace(device=torch.device("cpu"))
+    timer.on_train_batch_start(trainer, module, (torch.zeros(5), None), 0)
+    timer.on_train_batch_end(trainer, module, None, (torch.zeros(5), None), 0)
     assert timer.images == 10
+
+
+def test_the_time_of_an_epoch_is_that_of_what_a_gpu_was_given(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    timer, trainer = EpochTimer(), SimpleNamespace(world_size=1, is_last_batch=False)
+    module = SimpleNamespace(device=torch.device("cuda", 0))
+    for is_last, expected in ((False, []), (True, [module.device])):
+        trainer.is_last_batch = is_last
+        timer.on_train_batch_start(trainer, module, (torch.zeros(5), None), 0)
+        timer.on_train_batch_end(trainer, module, None, (torch.zeros(5), None), 0)
+        assert waited == expected

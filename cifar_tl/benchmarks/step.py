@@ -152,7 +152,8 @@ def candidates(setting: Setting, batch_size: int) -> tuple[Candidates, Candidate
         trainer = L.Trainer(**options, callbacks=callbacks, benchmark=setting.is_gpu)
         module = ours_module(optimizer)
         if compiled:
-            module.backbone.compile()
+            torch.compiler.reset()
+            module.backbone.compile(dynamic=False)
         trainer.fit(module, datamodule=datamodule)
 
     def ours(**options: Any) -> float:
@@ -222,7 +223,12 @@ def flops_per_image() -> float:
 
 
 def peak_bf16(name: str) -> float | None:
-    """Return the dense bf16 operations a second of a device by its name, None for one that is not listed."""
+    """Return the dense bf16 operations a second of a device by its name, None for one that is not listed.
+
+    Nor is a part of a GPU (MIG), whose name has the whole one's.
+    """
+    if "MIG" in name.split():
+        return None
     return PEAK_BF16.get(max((part for part in PEAK_BF16 if part in name), key=len, default=""))
 
 

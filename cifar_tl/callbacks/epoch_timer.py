@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import lightning as L
+import torch
 
 from cifar_tl.runs.record import shortest
 
@@ -50,7 +51,9 @@ class EpochTimer(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count images, and read the clock."""
+        """Count images, and read the clock; at the last batch, wait for what a GPU has been given."""
+        if trainer.is_last_batch and pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
         self.images += len(batch[0]) * trainer.world_size
         self.train_seconds = time.perf_counter() - self._train_start
         self.complete = trainer.is_last_batch

@@ -16,7 +16,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from cifar_tl.callbacks.freezing import evaluating
+from cifar_tl.callbacks.freezing import batchnorms, evaluating
 from cifar_tl.data.augment import Augment
 from cifar_tl.data.datamodule import CIFAR10DataModule
 from cifar_tl.errors import UserError, check_choice, first_line
@@ -215,7 +215,7 @@ class FeatureCache(L.Callback):
             "mean": list(self.datamodule.mean),
             "std": list(self.datamodule.std),
             "upscale": backbone.upscale,
-            "eps": [m.eps for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)],  # in no state dict
+            "eps": [m.eps for m in batchnorms([backbone])],  # in no state dict
             "precision": trainer.precision,
             "device": [trainer.strategy.root_device.type, device_name(trainer.strategy.root_device.type)],
             "compiled": backbone._compiled_call_impl is not None,

@@ -33,6 +33,7 @@ SHOWN = 36
 PER_CLASS = 8
 """Images of each class in the sample grid."""
 HPARAMS = (
+    "experiment",
     "seed",
     "data.limit",
     "data.batch_size",
@@ -49,6 +50,7 @@ HPARAMS = (
     "model.upscale",
     "model.head",
     "model.dropout",
+    "model.conventions",
     "finetune.unfreeze_at_epoch",
     "finetune.stage_epochs",
     "finetune.progressive_resizing",
@@ -62,10 +64,11 @@ HPARAMS = (
     "finetune.momentum",
     "finetune.weight_decay",
     "finetune.label_smoothing",
+    "finetune.frozen_augment",
     "trainer.max_epochs",
     "trainer.precision",
 )
-"""The keys of the config that the HParams page has; all of them would make it unreadable."""
+"""The recipe and the keys of the config that the HParams page has; all of them would make it unreadable."""
 
 
 class TensorBoardFigures(PredictionsCollector):
@@ -79,7 +82,7 @@ class TensorBoardFigures(PredictionsCollector):
     Args:
         datamodule: Has the images.
         schedule: The phases and learning rates.
-        config: The run's, resolved.
+        config: The run's, resolved, with the recipe's name as `experiment`.
     """
 
     def __init__(self, datamodule: CIFAR10DataModule, schedule: FinetuneSchedule, config: Mapping[str, Any]) -> None:

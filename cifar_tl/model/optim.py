@@ -39,8 +39,9 @@ def parameter_groups(head: nn.Module, backbone: nn.Module, weight_decay: float) 
 def check_optimizer(name: str, weight_decay: float) -> None:
     """Refuse an unknown optimizer, and a weight decay that would drown its gradients.
 
-    `adamw` and `muon` shrink weights beside their step. `adam` and `sgd` add `weight_decay` times the weight to the
-    gradient. Kernels at `model.filter_rms` are large and their gradients small, so that 0.05 outweighs these.
+    That of `adamw` and `muon` is decoupled: it shrinks weights beside their step. `adam` and `sgd` add `weight_decay`
+    times the weight to the gradient (L2). Kernels at `model.filter_rms` are large and their gradients small, so that
+    0.05 outweighs these.
 
     Raises:
         UserError: Either.
@@ -76,10 +77,11 @@ def build_optimizer(name: str, groups: list[dict[str, Any]], momentum: float, ad
             momentum = check_number("finetune.momentum", momentum, 0, below=1)
             groups = [g | {"muon": g["name"] == "backbone"} for g in groups]
             return Muon(groups, momentum, MUON_ITERATIONS, MUON_BLOCK)
-        case _:
+        case "sgd":
             momentum = check_number("finetune.momentum", momentum, 0, below=1)
             # not fused: that fails where stages join, some parameters having momentum and others none yet
             return torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=momentum > 0, foreach=True)
+    raise NotImplementedError(f"{name} is one of OPTIMIZERS and has no case here")
 
 
 def _clippable(optimizer: Optimizer) -> Optimizer:

@@ -31,6 +31,9 @@ IGNORED_KEYS = (
     "data.download",
     "finetune.features_folder",
     "trainer.log_every_n_steps",
+    "trainer.enable_progress_bar",
+    "trainer.enable_model_summary",
+    "trainer.profiler",
 )
 """Keys of the config, or groups of keys, that change no result."""
 
