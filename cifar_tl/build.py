@@ -173,6 +173,7 @@ def build_unfreeze(cfg: DictConfig) -> BackboneUnfreeze:
         warmup_epochs=finetune.warmup_epochs,
         stage_epochs=finetune.stage_epochs,
         progressive_resizing=finetune.progressive_resizing,
+        stages=finetune.stages,
         batchnorm=finetune.batchnorm,
         max_epochs=check_int("trainer.max_epochs", cfg.trainer.max_epochs, 1),
         compiled=cfg.model.compile,
@@ -212,6 +213,7 @@ def build_callbacks(
             finetune.progressive_resizing,
             finetune.batchnorm,
             max_epochs,
+            finetune.stages,
         ),
         FeatureCache(
             datamodule,

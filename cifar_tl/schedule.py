@@ -17,8 +17,8 @@ class Phase:
     """Some epochs during which the same stages train.
 
     Attributes:
-        name: `frozen`, `fine-tune`, `fine-tune from STAGE` where only some stages train, or `fine-tune at 96x96` where
-            images grow.
+        name: `frozen`, `fine-tune`, `fine-tune from STAGE` while further stages are still to unfreeze, or `fine-tune at
+            96x96` where images grow.
         start: First epoch, counted from 0.
         end: Epoch after the last.
         stages: The backbone's stages that train; the head always does.
@@ -41,13 +41,19 @@ class Phases(list[Phase]):
         stage_epochs: Epochs between the unfreezing of two stages; 0 unfreezes all at once.
         upscales: Factors by which the model enlarges its images, one after the other, each for the same share of
             fine-tuning (progressive resizing); none leave its images as they are.
+        stages: Those of STAGES that unfreeze; None for all.
 
     Raises:
         UserError: An unfreeze that is never reached, or a value that cannot be.
     """
 
     def __init__(
-        self, max_epochs: int, unfreeze_at_epoch: int | None, stage_epochs: int = 0, upscales: Sequence[int] = ()
+        self,
+        max_epochs: int,
+        unfreeze_at_epoch: int | None,
+        stage_epochs: int = 0,
+        upscales: Sequence[int] = (),
+        stages: Sequence[str] | None = None,
     ) -> None:
         self.max_epochs = check_int("trainer.max_epochs", max_epochs, 1)
         stage_epochs = check_int("finetune.stage_epochs", stage_epochs, 0)
@@ -59,29 +65,30 @@ class Phases(list[Phase]):
                 f"and epochs count from 0. Lower it, raise trainer.max_epochs, or stay frozen with null."
             )
         self.unfreeze_at_epoch = unfreeze_at_epoch
+        self.stages = _stages(stages)
         if unfreeze_at_epoch > 0:
             self.append(Phase("frozen", 0, unfreeze_at_epoch, ()))
         if upscales:
             self.extend(self._progressive(upscales, stage_epochs))
         elif unfreeze_at_epoch < max_epochs and stage_epochs == 0:
-            self.append(Phase("fine-tune", unfreeze_at_epoch, max_epochs, STAGES))
+            self.append(Phase("fine-tune", unfreeze_at_epoch, max_epochs, self.stages))
         elif unfreeze_at_epoch < max_epochs:
             self.extend(self._gradual(stage_epochs))
 
     def _gradual(self, stage_epochs: int) -> list[Phase]:
-        end = self.unfreeze_at_epoch + (len(STAGES) - 1) * stage_epochs
+        end = self.unfreeze_at_epoch + (len(self.stages) - 1) * stage_epochs
         if end >= self.max_epochs:
             raise UserError(
-                f"finetune.stage_epochs={stage_epochs} is too long: the last stage, {STAGES[-1]}, would unfreeze at "
-                f"epoch {end}, after the run's {self.max_epochs} epochs. Lower it, or raise trainer.max_epochs to "
+                f"finetune.stage_epochs={stage_epochs} is too long: the last stage, {self.stages[-1]}, would unfreeze "
+                f"at epoch {end}, after the run's {self.max_epochs} epochs. Lower it, or raise trainer.max_epochs to "
                 f"{end + 1} or more."
             )
         phases = []
-        for count, stage in enumerate(STAGES, start=1):
+        for count, stage in enumerate(self.stages, start=1):
             start = self.unfreeze_at_epoch + (count - 1) * stage_epochs
-            last = stage == STAGES[-1]
+            last = count == len(self.stages)
             name = "fine-tune" if last else f"fine-tune from {stage}"
-            phases.append(Phase(name, start, self.max_epochs if last else start + stage_epochs, STAGES[:count]))
+            phases.append(Phase(name, start, self.max_epochs if last else start + stage_epochs, self.stages[:count]))
         return phases
 
     def _progressive(self, upscales: Sequence[int], stage_epochs: int) -> list[Phase]:
@@ -102,13 +109,25 @@ class Phases(list[Phase]):
             )
         starts = [self.unfreeze_at_epoch + math.ceil(i * epochs / len(upscales)) for i in range(len(upscales) + 1)]
         return [
-            Phase(f"fine-tune at {32 * upscale}x{32 * upscale}", start, end, STAGES, upscale)
+            Phase(f"fine-tune at {32 * upscale}x{32 * upscale}", start, end, self.stages, upscale)
             for upscale, start, end in zip(upscales, starts, starts[1:], strict=False)
         ]
 
     def at(self, epoch: int) -> Phase:
         """Return the phase that an epoch (from 0) belongs to; past the end, the last phase."""
         return next((p for p in self if epoch < p.end), self[-1])
+
+
+def _stages(given: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the stages that unfreeze, in the order of STAGES."""
+    if given is None:
+        return STAGES
+    names = [given] if isinstance(given, str) else list(given)
+    for name in names:
+        check_choice("each name in finetune.stages", name, STAGES)
+    if not names:
+        raise UserError("finetune.stages=[] unfreezes nothing: name a stage, or give finetune=linear_probe.")
+    return tuple(stage for stage in STAGES if stage in names)
 
 
 class FinetuneSchedule:
@@ -129,6 +148,7 @@ class FinetuneSchedule:
         stage_epochs: Epochs between the unfreezing of two stages; 0 unfreezes all at once.
         progressive_resizing: Factors by which the model enlarges its images, each for the same share of fine-tuning;
             None leaves its images as they are.
+        stages: Those of STAGES that unfreeze; None for all.
 
     Raises:
         UserError: A value that cannot be, or an unfreeze that is never reached.
@@ -145,8 +165,9 @@ class FinetuneSchedule:
         warmup_epochs: float = 0.0,
         stage_epochs: int = 0,
         progressive_resizing: Sequence[int] | None = None,
+        stages: Sequence[str] | None = None,
     ) -> None:
-        self.phases = Phases(max_epochs, unfreeze_at_epoch, stage_epochs, progressive_resizing or ())
+        self.phases = Phases(max_epochs, unfreeze_at_epoch, stage_epochs, progressive_resizing or (), stages)
         self.max_epochs, self.unfreeze_at_epoch = self.phases.max_epochs, self.phases.unfreeze_at_epoch
         self.head_lr = check_number("finetune.head_lr", head_lr, 0)
         self.backbone_lr = check_number("finetune.backbone_lr", backbone_lr, 0)

@@ -91,6 +91,7 @@ FIXED = (
     "data.test_size",
     "finetune.optimizer",
     "finetune.unfreeze_at_epoch",
+    "finetune.stages",
     "finetune.stage_epochs",
     "finetune.progressive_resizing",
 )

@@ -56,6 +56,17 @@ def test_gradual_thaws_from_the_top_and_ends_with_everything():
     assert phases[-1].end == 20
 
 
+def test_the_stages_that_are_named_unfreeze_and_no_others():
+    assert plan(stages=["layer3", "layer4"]).phases[1].stages == ("layer4", "layer3")
+    assert [p.stages for p in plan(stages=["layer1", "layer4"], stage_epochs=5).phases] == [
+        (),
+        ("layer4",),
+        ("layer4", "layer1"),
+    ]
+    growing = plan(stages=["layer4"], progressive_resizing=[1, 2]).phases[1:]
+    assert [(p.stages, p.upscale) for p in growing] == [(("layer4",), 1), (("layer4",), 2)]
+
+
 def test_images_grow_in_equal_parts_of_finetuning():
     phases = plan(progressive_resizing=[2, 3, 4]).phases
     assert [(p.start, p.end, p.upscale) for p in phases] == [(0, 10, None), (10, 14, 2), (14, 17, 3), (17, 20, 4)]
@@ -115,6 +126,10 @@ def test_warmup_rises_linearly_and_never_starts_at_zero():
         ({"unfreeze_at_epoch": 20}, "never reached"),
         ({"unfreeze_at_epoch": -1}, "unfreeze_at_epoch"),
         ({"stage_epochs": 3}, "stage_epochs=3 is too long"),
+        ({"stages": ["layer4"], "stage_epochs": 0, "unfreeze_at_epoch": 20}, "never reached"),
+        ({"stages": ["layer3", "layer4"], "stage_epochs": 10}, "the last stage, layer3, would unfreeze at epoch 20"),
+        ({"stages": ["layer5"]}, r"each name in finetune.stages=layer5 is not allowed: choose layer4, .*stem"),
+        ({"stages": []}, r"finetune.stages=\[\] unfreezes nothing"),
         ({"max_epochs": 0}, "max_epochs"),
         ({"head_lr": -1.0}, "head_lr"),
         ({"backbone_lr": "fast"}, "backbone_lr"),

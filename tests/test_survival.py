@@ -403,7 +403,7 @@ def test_a_console_that_is_closed_or_has_no_such_letters_ends_nothing(monkeypatc
         *("seed=5", "model.head=[32]", "model.filter_rms=0.1", "data.val_size=30", "data.limit=20"),
         *("finetune.optimizer=muon", "finetune.unfreeze_at_epoch=1", "finetune.progressive_resizing=[2]"),
         *("model.upscale=2", "model.conventions=keras", "model.weights=w.pth", "data.split_seed=1"),
-        *("data.train_size=50", "data.test_size=30"),
+        *("data.train_size=50", "data.test_size=30", "finetune.stages=[layer4]"),
     ],
 )
 def test_a_resumed_run_refuses_what_it_cannot_change(compose, half, tmp_path, change):

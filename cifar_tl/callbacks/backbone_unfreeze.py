@@ -54,6 +54,7 @@ class BackboneUnfreeze(L.Callback):
         compiled: The backbone is compiled by torch.compile, and has to be compiled anew for every phase.
         progressive_resizing: Values of the backbone's `upscale`, each for the same share of fine-tuning; None leaves it
             alone.
+        stages: Those of schedule.STAGES, of a torchvision ResNet, that unfreeze; None for all of whatever backbone.
 
     Attributes:
         kept: Names of the parameters that stay fixed in every phase.
@@ -81,6 +82,7 @@ class BackboneUnfreeze(L.Callback):
         max_epochs: int | None = None,
         compiled: bool = False,
         progressive_resizing: Sequence[int] | None = None,
+        stages: Sequence[str] | None = None,
     ) -> None:
         self.batchnorm = check_choice("finetune.batchnorm", batchnorm, freezing.BATCHNORM_POLICIES)
         self.compiled = compiled
@@ -93,6 +95,7 @@ class BackboneUnfreeze(L.Callback):
             "warmup_epochs": warmup_epochs,
             "stage_epochs": stage_epochs,
             "progressive_resizing": progressive_resizing,
+            "stages": stages,
         }
         self._max_epochs = max_epochs
         self.kept: set[str] = set()
@@ -149,8 +152,8 @@ class BackboneUnfreeze(L.Callback):
                 freezing.training_modules(backbone, phase.stages)
         except AttributeError as error:
             raise UserError(
-                f"stage_epochs unfreezes the stages of a torchvision ResNet, and {type(backbone).__name__} is none "
-                f"({error}): set it to 0."
+                f"stage_epochs and stages are about the stages of a torchvision ResNet, and {type(backbone).__name__} "
+                f"is none ({error}): leave them out."
             ) from error
 
     def apply(self, module: nn.Module, phase: Phase) -> None:

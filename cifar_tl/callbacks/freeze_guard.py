@@ -54,6 +54,7 @@ class FreezeGuard(L.Callback):
         progressive_resizing: As given to BackboneUnfreeze.
         batchnorm: The BatchNorm policy; under `frozen` the statistics of training stages must stay as they are.
         max_epochs: Epochs of the whole run; None for the Trainer's.
+        stages: As given to BackboneUnfreeze.
 
     Raises:
         FreezeViolationError: From `on_train_batch_end`, with what is wrong, the tensors and the likely reason.
@@ -69,10 +70,12 @@ class FreezeGuard(L.Callback):
         progressive_resizing: Sequence[int] | None = None,
         batchnorm: str = "frozen",
         max_epochs: int | None = None,
+        stages: Sequence[str] | None = None,
     ) -> None:
         self.unfreeze_at_epoch = unfreeze_at_epoch
         self.stage_epochs = stage_epochs
         self.progressive_resizing = progressive_resizing or ()
+        self.stages = stages
         self.batchnorm = batchnorm
         self._max_epochs = max_epochs
         self._kept: set[str] = set()
@@ -86,7 +89,9 @@ class FreezeGuard(L.Callback):
         """Work out the phases."""
         if stage == "fit":
             epochs = run_epochs(trainer) if self._max_epochs is None else self._max_epochs
-            self.phases = Phases(epochs, self.unfreeze_at_epoch, self.stage_epochs, self.progressive_resizing)
+            self.phases = Phases(
+                epochs, self.unfreeze_at_epoch, self.stage_epochs, self.progressive_resizing, self.stages
+            )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Watch the optimizers' steps, and copy the model: a resumed run is checked, too."""
@@ -101,7 +106,7 @@ class FreezeGuard(L.Callback):
         if any((its.schedule.phases, its.batchnorm) != (self.phases, self.batchnorm) for its in unfreezing):
             raise UserError(
                 "FreezeGuard expects other phases, or another BatchNorm, than BackboneUnfreeze makes: give both the "
-                "same unfreeze_at_epoch, stage_epochs, progressive_resizing, batchnorm and max_epochs."
+                "same unfreeze_at_epoch, stage_epochs, stages, progressive_resizing, batchnorm and max_epochs."
             )
         self._kept = set().union(*(its.kept for its in unfreezing))
         for optimizer in trainer.optimizers:

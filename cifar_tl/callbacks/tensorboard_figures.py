@@ -52,6 +52,7 @@ HPARAMS = (
     "model.dropout",
     "model.conventions",
     "finetune.unfreeze_at_epoch",
+    "finetune.stages",
     "finetune.stage_epochs",
     "finetune.progressive_resizing",
     "finetune.head_lr",

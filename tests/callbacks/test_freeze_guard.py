@@ -21,8 +21,9 @@ from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.schedule import Phases
 
 
-@pytest.mark.slow
-def test_frozen_phase_leaves_every_backbone_tensor_untouched(compose, tmp_path, monkeypatch):
+@pytest.fixture
+def initial(monkeypatch):
+    """The tensors of the run's module as it was built, once it is."""
     initial = {}
     build = command.build_module
 
@@ -32,12 +33,20 @@ def test_frozen_phase_leaves_every_backbone_tensor_untouched(compose, tmp_path, 
         return module
 
     monkeypatch.setattr(command, "build_module", remember)
+    return initial
+
+
+def moved(initial, folder):
+    """Return the names of the tensors that a run has changed."""
+    final = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    return {name for name in initial if not torch.equal(initial[name], final[name])}
+
+
+@pytest.mark.slow
+def test_frozen_phase_leaves_every_backbone_tensor_untouched(compose, tmp_path, initial):
     keys = ("finetune.unfreeze_at_epoch=null", "trainer.max_epochs=2", "finetune.cache_features=false")
     command.train(compose(*TINY, *keys), tmp_path, "demo")
-    final = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    moved = {name for name in initial if not torch.equal(initial[name], final[name])}
-    assert {name for name in initial if name.startswith("backbone.")}.isdisjoint(moved)
-    assert {name for name in initial if name.startswith("head.")} == moved
+    assert moved(initial, tmp_path) == {name for name in initial if name.startswith("head.")}
 
 
 @pytest.mark.parametrize("policy", freezing.BATCHNORM_POLICIES)
@@ -58,6 +67,16 @@ def test_guard_catches_a_backbone_that_is_never_thawed(compose, tmp_path, monkey
     monkeypatch.setattr(freezing, "unfreeze", lambda modules, batchnorm, kept: None)
     with pytest.raises(FreezeViolationError, match=r"epoch 1.*no gradient.*never unfrozen"):
         train_with_bug(compose, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["muon", "adamw", "sgd"])
+def test_stages_that_are_not_named_stay_as_they_were(compose, tmp_path, initial, optimizer):
+    keys = ("finetune.stages=[layer3,layer4]", f"finetune.optimizer={optimizer}", "finetune.weight_decay=0")
+    metrics = command.train(compose(*TINY, *keys, "finetune.batchnorm=train"), tmp_path, "demo")
+    assert [phase["stages"] for phase in metrics["plan"]] == [[], ["layer4", "layer3"]]
+    changed = moved(initial, tmp_path)
+    assert {name.split(".")[1] for name in changed if name.startswith("backbone.")} == {"layer3", "layer4"}
 
 
 @pytest.mark.slow

@@ -315,8 +315,9 @@ def test_a_part_of_the_head_that_is_used_later_is_waited_for(tmp_path):
     [
         (
             {"stage_epochs": 1},
-            "stage_epochs unfreezes the stages of a torchvision ResNet, and Sequential is none",
+            "stage_epochs and stages are about the stages of a torchvision ResNet, and Sequential is none",
         ),
+        ({"stages": ["layer4"]}, "stage_epochs and stages are about .* Sequential is none"),
         (
             {"progressive_resizing": [1, 2]},
             "progressive_resizing sets the backbone's `upscale`, and Sequential has",
