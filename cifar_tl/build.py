@@ -66,7 +66,7 @@ FLAGS = {
 }
 """Those that are true or false: Lightning takes any other value for one of them, and does not say for which."""
 
-INSTEAD = {
+ALTERNATIVES = {
     "fast_dev_run": "It keeps no checkpoint, so that there is nothing to test. experiment=demo goes through everything "
     "in a minute; data.limit=100 trainer.max_epochs=2 finetune.unfreeze_at_epoch=1 shortens a run.",
     **dict.fromkeys(
@@ -356,7 +356,7 @@ def check_trainer(trainer: Mapping[Any, Any]) -> None:
     for key in trainer:
         if key not in TRAINER_KEYS:
             allowed = f"{suggest(str(key), TRAINER_KEYS)} Keys: {', '.join(sorted(TRAINER_KEYS))}."
-            raise UserError(f"trainer.{key} is not supported. {INSTEAD.get(key) or allowed.strip()}")
+            raise UserError(f"trainer.{key} is not supported. {ALTERNATIVES.get(key) or allowed.strip()}")
     check_choice("trainer.precision", trainer.get("precision", "auto"), PRECISIONS)
     check_int("trainer.accumulate_grad_batches", trainer.get("accumulate_grad_batches", 1), 1)
     check_int("trainer.log_every_n_steps", trainer.get("log_every_n_steps", 1), 1)

@@ -41,7 +41,7 @@ from cifar_tl.search import OptunaSweeper
 
 log = logging.getLogger(__name__)
 
-OPEN = ("trainer.", "callbacks.", "logger.", "hydra.", "hydra/")
+EXTENSIBLE = ("trainer.", "callbacks.", "logger.", "hydra.", "hydra/")
 """Where `+key=value` may add keys of a run; the other commands have Hydra's alone, and evaluation the Trainer's."""
 RECIPES = ("experiment", "ablate", "sweep")
 """Groups whose files have keys of all groups."""
@@ -398,7 +398,7 @@ def _flags_first(arguments: list[str]) -> list[str]:
 
 def _set_or_add(argument: str) -> str:
     """Return `key=value` for `++key=value` where keys cannot be added: Hydra then refuses one that is not there."""
-    return argument.removeprefix("++") if not argument.removeprefix("++").startswith(OPEN) else argument
+    return argument.removeprefix("++") if not argument.removeprefix("++").startswith(EXTENSIBLE) else argument
 
 
 def _explained(error: BaseException, config_name: str) -> str | None:
@@ -472,7 +472,7 @@ def _path_as_text(argument: str) -> str:
 
 def _refuse_added_keys(arguments: list[str], config_name: str) -> None:
     """Refuse `+key=value` where nothing would read the key."""
-    places = {"train": OPEN, "evaluate": ("trainer.", "hydra.", "hydra/")}.get(config_name, ("hydra.", "hydra/"))
+    places = {"train": EXTENSIBLE, "evaluate": ("trainer.", "hydra.", "hydra/")}.get(config_name, ("hydra.", "hydra/"))
     added = {
         "train": "; additional ones go to Lightning's Trainer (+trainer.KEY=VALUE), callbacks and loggers "
         "(+callbacks.NAME._target_=CLASS)",
@@ -480,7 +480,8 @@ def _refuse_added_keys(arguments: list[str], config_name: str) -> None:
     }
     for argument in arguments:
         key = argument.lstrip("+").partition("=")[0]
-        twice = argument.startswith("++") and not key.startswith(OPEN)  # sets a key, if there is one: see _set_or_add
+        # sets a key, if there is one: see _set_or_add
+        twice = argument.startswith("++") and not key.startswith(EXTENSIBLE)
         if argument.startswith("+") and not twice and not key.startswith(places):
             raise UserError(
                 f"{argument} adds a config key that nothing reads. Drop the + to set an existing key"
@@ -523,7 +524,7 @@ def _refuse_unread_keys(cfg: DictConfig) -> None:
             )
     named = (conf_folder() / "data" / f"{cfg.data.get('name')}.yaml").is_file()
     known = _known_keys(cfg.data.name if named else choices["data"], conf_folder())
-    unread = [key for key in _keys(cfg) if key not in known and not key.startswith(OPEN)]
+    unread = [key for key in _keys(cfg) if key not in known and not key.startswith(EXTENSIBLE)]
     if not unread:
         return
     recipe = unread[0].partition(".")[0]

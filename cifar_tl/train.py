@@ -181,7 +181,10 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
         {**cfg.trainer, "log_every_n_steps": min(cfg.trainer.log_every_n_steps, batches)},
         logger=build_loggers(cfg, folder),
         # the first one, for the others write
-        callbacks=[Accepted(cfg, folder, facts.get("changed", {})), *build_callbacks(cfg, datamodule, facts, folder)],
+        callbacks=[
+            SaveConfigOnStart(cfg, folder, facts.get("changed", {})),
+            *build_callbacks(cfg, datamodule, facts, folder),
+        ],
         plugins=[PacedCheckpointIO(last.parent)],
         sync_batchnorm=cfg.finetune.batchnorm == "train",
         default_root_dir=folder,
@@ -210,7 +213,7 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
         raise Interrupted(interrupted_text(cfg, folder)) from stop
 
 
-class Accepted(L.Callback):
+class SaveConfigOnStart(L.Callback):
     """Save a run's config and overrides once nothing is refused any more.
 
     Args:

@@ -16,7 +16,7 @@ from cifar_tl.errors import Pruned
 from cifar_tl.hardware import peak_memory
 from cifar_tl.runs.record import (
     PER_EPOCH,
-    START,
+    START_KEYS,
     best_epoch,
     collapse_warnings,
     metrics_of_test,
@@ -66,7 +66,7 @@ class RunRecorder(EpochTimer):
 
     def _note_start(self, epoch: int) -> None:
         self.starts = [start for start in self.starts if start["epoch"] < epoch]  # others have left nothing
-        self.starts.append({"epoch": epoch, **{key: self.facts.get(key) for key in START}})
+        self.starts.append({"epoch": epoch, **{key: self.facts.get(key) for key in START_KEYS}})
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add the epoch to the history, write it, and warn of a training that has collapsed."""

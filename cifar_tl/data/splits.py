@@ -16,7 +16,7 @@ def make_generator(seed: int, *position: int) -> torch.Generator:
     """Return a generator for one purpose at one point of a run, such as (seed, epoch, purpose).
 
     Lightning's checkpoints carry no generator state (Lightning issue 17543), so whatever is drawn during training is
-    drawn from a generator that a resumed run can make again. Different positions give independent streams, but for
+    drawn from a generator that a resumed run can make again. Different positions give independent generators, but for
     those that differ by zeros at the end alone, which give the same one.
     """
     state = np.random.SeedSequence([seed, *position]).generate_state(1, np.uint64)[0]

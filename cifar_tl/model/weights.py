@@ -13,7 +13,7 @@ from cifar_tl.errors import UserError, check_number, check_path, first_line, sug
 from cifar_tl.files import check_intact
 from cifar_tl.model.backbone import conv_batchnorm_pairs
 
-DEAD = 1e-3
+DEAD_FILTER_SHARE = 1e-3
 """Root mean square of a filter, as a share of the median of its layer's that are not zero, up to which it computes
 nothing."""
 
@@ -70,9 +70,9 @@ def rescale_filters(backbone: nn.Module, rms: float) -> None:
 
     Args:
         backbone: A torchvision ResNet, changed in place.
-        rms: Root mean square of each filter, an output channel's slice of a kernel. A dead filter, one below DEAD times
-            its layer's median, stays as it is; its BatchNorm gets the median variance of the layer, since its own,
-            all but zero, would make a large signal of the first step that moves the filter.
+        rms: Root mean square of each filter, an output channel's slice of a kernel. A dead filter, one below
+            DEAD_FILTER_SHARE times its layer's median, stays as it is; its BatchNorm gets the median variance of the
+            layer, since its own, all but zero, would make a large signal of the first step that moves the filter.
 
     Raises:
         UserError: `rms` is not positive.
@@ -86,7 +86,7 @@ def rescale_filters(backbone: nn.Module, rms: float) -> None:
         size = kernel.square().mean(dim=(1, 2, 3)).sqrt()
         if not size.any():
             continue  # pruned as a whole
-        dead = size <= DEAD * size[size > 0].median()
+        dead = size <= DEAD_FILTER_SHARE * size[size > 0].median()
         factor = torch.where(dead, 1.0, rms / size)
         rescaled = variance * factor**2
         rescaled = torch.where(dead, rescaled[~dead].median(), rescaled)

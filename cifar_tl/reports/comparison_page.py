@@ -30,7 +30,7 @@ from cifar_tl.runs.formatting import duration_text, percent, percent_range, poin
 from cifar_tl.runs.table import Table, write_csv
 
 NAME = "sweep_report"
-OVER = ("finished", "pruned")
+ENDED = ("finished", "pruned")
 """What a run is when nothing more will come of it."""
 RUNS_AND_MEANS = "Thin lines are runs, thick ones means; dashed: a phase starts."
 
@@ -68,7 +68,7 @@ def write_sweep_report(folders: Sequence[Path], output: Path, sweep: Path | None
     sections[0:0] = [search] if search else []
     sections.append(Section("Runs", "runs", {"runs": _runs(groups, output)}))
     lines = [f"{run.folder}: {line}" for run in runs for line in (*run.metrics.get("warnings", []), *run.problems)]
-    unfinished = [run for run in runs if run.status not in OVER]
+    unfinished = [run for run in runs if run.status not in ENDED]
     lines += [f"{run.folder} has not finished ({run.status}); the tables are without it." for run in unfinished]
     lines += [*_warnings(groups), *drawing.problems]
 
@@ -218,7 +218,7 @@ def _figures(groups: Sequence[Group], folder: FigureFolder) -> list[DrawnFigure 
     for key, quantity in (("val/acc", "Validation accuracy"), ("train/acc", "Training accuracy")):
         drawable = {group.label: [run for run in group.runs if run.metrics.get(key)] for group in groups}
         # a run that was cut short would cut its group's mean short
-        over = {label: [run for run in runs if run.status in OVER] or runs for label, runs in drawable.items()}
+        over = {label: [run for run in runs if run.status in ENDED] or runs for label, runs in drawable.items()}
         curves = {name: [(r.metrics["epoch"], r.metrics[key]) for r in runs] for name, runs in over.items() if runs}
         if curves:
             figure = partial(figures.runs_over_each_other, f"{quantity} per setting", curves, starts)

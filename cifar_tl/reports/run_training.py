@@ -8,7 +8,7 @@ from cifar_tl.reports import figures
 from cifar_tl.reports.page import FigureFolder
 from cifar_tl.runs.folder import Run
 from cifar_tl.runs.formatting import duration_text, percent, percent_or_dash, points
-from cifar_tl.runs.record import START
+from cifar_tl.runs.record import START_KEYS
 from cifar_tl.runs.table import Table
 from cifar_tl.schedule import Phase, epochs_text, stages_text
 
@@ -116,7 +116,7 @@ def repeat(run: Run) -> dict[str, Any]:
     resumed = len(run.starts) > 1
     if not resumed and "git_commit" in metrics:
         rows.append(("commit", _commit(metrics)))
-    facts = {key: name for key, name in FACTS.items() if key in metrics and not (resumed and key in START)}
+    facts = {key: name for key, name in FACTS.items() if key in metrics and not (resumed and key in START_KEYS)}
     rows += [(name, "none" if metrics[key] is None else metrics[key]) for key, name in facts.items()]
     for number, start in enumerate(run.starts if resumed else ()):
         text = f"{start['started']}, commit {_commit(start)}, {start['device']}, {start['precision']}"

@@ -164,7 +164,7 @@ def unpublishable(jobs: Sequence[Job], folder: Path) -> list[str]:
 
 
 def state(job: Job) -> tuple[str, str]:
-    """Return what there is to do, `keep`, `evaluate`, `resume`, `replace` or `run`, and a reason for people."""
+    """Return what there is to do, `keep`, `evaluate`, `resume`, `replace` or `run`, and why, in words."""
     from cifar_tl.hardware import resolve_accelerator, resolve_precision  # late: `--help` should not wait for torch
     from cifar_tl.model.weights import file_sha256
 

@@ -20,7 +20,7 @@ from cifar_tl.runs.predictions import (
     read_images,
     read_predictions,
 )
-from cifar_tl.runs.record import METRICS, TEST, faults, flat, metrics_of_test, read_metrics
+from cifar_tl.runs.record import METRICS, TEST_KEYS, faults, flat, metrics_of_test, read_metrics
 from cifar_tl.runs.resume import config_flags
 
 OVERRIDES = Path(".hydra") / "overrides.yaml"
@@ -63,7 +63,7 @@ class Run:
 
     @property
     def starts(self) -> list[dict[str, Any]]:
-        """Facts of each start of the run, the resumes included; see START."""
+        """Facts of each start of the run, the resumes included; see START_KEYS."""
         return list(self.metrics.get("starts") or [self.metrics])
 
     @property
@@ -80,8 +80,8 @@ class Run:
     @property
     def test_metrics(self) -> dict[str, Any]:
         """`test/acc` and the other metrics of the test: metrics.json's; what it lacks, from the predictions."""
-        there = {key: self.metrics[key] for key in (f"test/{name}" for name in TEST) if key in self.metrics}
-        if self.predictions is None or len(there) == len(TEST):
+        there = {key: self.metrics[key] for key in (f"test/{name}" for name in TEST_KEYS) if key in self.metrics}
+        if self.predictions is None or len(there) == len(TEST_KEYS):
             return there
         return {**_measured(self.predictions.test, len(self.classes)), **there}
 

@@ -16,7 +16,7 @@ BINS = 15
 Z95 = 1.959964
 """Standard deviations on each side that hold 95% of a normal distribution."""
 
-COLDEST, HOTTEST = 0.01, 100.0
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
 """Bounds of a fitted temperature; it is one of them where the minimum lies beyond, as with every answer right."""
 
 
@@ -49,7 +49,7 @@ def negative_log_likelihood(logits: NDArray[np.floating], targets: Ints, tempera
 
 
 def fit_temperature(logits: NDArray[np.floating], targets: Ints) -> float:
-    """Return the temperature T in [COLDEST, HOTTEST] for which softmax(logits / T) has the lowest cross-entropy.
+    """Return the temperature T for which softmax(logits / T) has the lowest cross-entropy.
 
     Temperature scaling is Guo et al. (ICML 2017). The cross-entropy is convex in 1 / T; bisection finds where its
     slope, the expected logit minus the target's, changes sign.
@@ -59,13 +59,13 @@ def fit_temperature(logits: NDArray[np.floating], targets: Ints) -> float:
         targets: (examples,), class indices.
 
     Returns:
-        Between COLDEST and HOTTEST; NaN of logits that are not finite.
+        Between MIN_TEMPERATURE and MAX_TEMPERATURE; NaN of logits that are not finite.
     """
     if not np.isfinite(logits).all():
         return math.nan
     logits = logits.astype(np.float64)
     of_target = logits[np.arange(len(targets)), targets]
-    low, high = COLDEST, HOTTEST
+    low, high = MIN_TEMPERATURE, MAX_TEMPERATURE
     for _ in range(60):
         middle = math.sqrt(low * high)
         expected = (softmax(logits, middle) * logits).sum(axis=1)

@@ -21,7 +21,7 @@ FORMAT = 1
 PER_EPOCH = ("train/loss", "train/acc", "val/loss", "val/acc", "val/ece", "lr/head", "lr/backbone")
 """Lists with one value per epoch; null where there is none, or where it is not a finite number."""
 
-TEST = ("acc", "acc_interval", "loss", "ece", "precision", "recall", "f1", "confusion")
+TEST_KEYS = ("acc", "acc_interval", "loss", "ece", "precision", "recall", "f1", "confusion")
 """Metrics of the test, under `test/`; the per-class ones are lists in the order of the classes."""
 
 IGNORED_KEYS = (
@@ -37,7 +37,7 @@ IGNORED_KEYS = (
 )
 """Keys of the config, or groups of keys, that change no result."""
 
-START = ("started", "git_commit", "git_dirty", "device", "threads", "precision", "changed")
+START_KEYS = ("started", "git_commit", "git_dirty", "device", "threads", "precision", "changed")
 """Facts of each start of a run, by the epoch from which on they hold; a run has one more with every resume."""
 
 COLLAPSE = 0.05

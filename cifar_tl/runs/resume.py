@@ -27,7 +27,7 @@ MULTIRUN = "multirun.yaml"
 """Of a sweep, in its folder: what Hydra was given."""
 JOURNAL = "study.journal"
 """Of a search, in the sweep's folder: Optuna's study."""
-HOW = ("hydra/launcher=", "hydra.launcher.", "hydra.sweeper.n_trials=", "hydra.sweeper.n_jobs=")
+CHANGEABLE_ON_RESUME = ("hydra/launcher=", "hydra.launcher.", "hydra.sweeper.n_trials=", "hydra.sweeper.n_jobs=")
 """Beginnings of what may be changed when a sweep goes on: where its jobs run, and how many trials a search has."""
 
 
@@ -136,7 +136,7 @@ def _sweep_arguments(arguments: list[str], folder: Path) -> list[str]:
         raise UserError(f"-m resume={folder}: {folder} is no sweep's folder: it has no {MULTIRUN}.")
     ours = [a for a in arguments if not a.startswith("resume=")]
     flags = [a for a in ours if a.startswith("-")]
-    how = [a for a in ours if _is_about(HOW, a)]
+    how = [a for a in ours if _is_about(CHANGEABLE_ON_RESUME, a)]
     if changed := [a for a in ours if a not in flags + how]:
         raise UserError(
             f"-m resume={folder} goes on with the sweep as it was started; {' '.join(changed)} would make it another "

@@ -11,8 +11,8 @@ from torchmetrics.classification import MulticlassCalibrationError
 from torchmetrics.functional import classification as theirs
 
 from cifar_tl.runs.metrics import (
-    COLDEST,
-    HOTTEST,
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
     class_scores,
     confused_pairs,
     confusion_matrix,
@@ -131,8 +131,8 @@ def test_logits_that_are_not_finite_have_no_temperature():
 
 
 def test_temperature_is_a_bound_where_everything_is_right_or_wrong():
-    assert fit_temperature(10 * np.eye(5), np.arange(5)) == pytest.approx(COLDEST, rel=1e-6)
-    assert fit_temperature(10 * np.eye(5), np.roll(np.arange(5), 1)) == pytest.approx(HOTTEST, rel=1e-6)
+    assert fit_temperature(10 * np.eye(5), np.arange(5)) == pytest.approx(MIN_TEMPERATURE, rel=1e-6)
+    assert fit_temperature(10 * np.eye(5), np.roll(np.arange(5), 1)) == pytest.approx(MAX_TEMPERATURE, rel=1e-6)
 
 
 def test_rankings():
