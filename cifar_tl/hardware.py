@@ -88,15 +88,16 @@ def glibc() -> ctypes.CDLL | None:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep the memory of freed tensors for the next ones, as a GPU's allocator does.
+    """Have the C library keep up to 2 GiB of freed tensors for the next ones, as a GPU's allocator keeps all.
 
     By itself glibc asks Linux for every block of more than 32 MiB and gives it back, so that each step has the pages of
-    its activations cleared anew. What is kept takes more memory in turn, by less than half. This is of the process, to
-    its end; other C libraries are left alone.
+    its activations cleared anew. In turn blocks of many sizes share a heap that has holes: at its peak, a model that
+    enlarges images takes up to half more memory (cifar_tl/benchmarks/README.md). This is of the process, to its end;
+    other C libraries are left alone.
     """
     if (library := glibc()) is not None:
         library.mallopt(-4, 0)  # M_MMAP_MAX: no block gets pages of its own
-        library.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
+        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap gives back what is more
 
 
 def select_gpu(devices: object, accelerator: str) -> None:

@@ -327,7 +327,9 @@ def test_the_progress_bar_can_be_switched_off_at_a_terminal(compose, tmp_path, m
     monkeypatch.setattr("cifar_tl.build.progress_bar", lambda: [RichProgressBar()])
     for value, shown in ((True, 1), (False, 0)):
         cfg = compose(*TINY, f"+trainer.enable_progress_bar={value}")
-        callbacks = build_callbacks(cfg, build_datamodule(cfg), {"weights_sha256": None}, tmp_path)
+        callbacks = build_callbacks(
+            cfg, build_datamodule(cfg), {"weights_sha256": None, "experiment": "demo"}, tmp_path
+        )
         trainer = build_trainer(cfg.trainer, logger=False, callbacks=callbacks)
         assert sum(isinstance(callback, RichProgressBar) for callback in trainer.callbacks) == shown
 
@@ -336,7 +338,7 @@ def test_the_progress_bar_can_be_switched_off_at_a_terminal(compose, tmp_path, m
 def test_ones_own_progress_bar_takes_the_place_of_the_runs(compose, tmp_path, monkeypatch, terminal):
     monkeypatch.setattr("cifar_tl.build.progress_bar", lambda: [RichProgressBar()] if terminal else [])
     cfg = compose(*TINY, "+callbacks.bar._target_=lightning.pytorch.callbacks.TQDMProgressBar")
-    callbacks = build_callbacks(cfg, build_datamodule(cfg), {"weights_sha256": None}, tmp_path)
+    callbacks = build_callbacks(cfg, build_datamodule(cfg), {"weights_sha256": None, "experiment": "demo"}, tmp_path)
     bars = [c for c in build_trainer(cfg.trainer, logger=False, callbacks=callbacks).callbacks if "Bar" in str(type(c))]
     assert [type(bar) for bar in bars] == [TQDMProgressBar]
 
@@ -346,7 +348,7 @@ def test_averaged_weights_which_would_be_validated_and_not_tested_are_refused(co
     rate = ["+callbacks.mean.swa_lrs=0.1"] if target.startswith("Stochastic") else []
     cfg = compose(*TINY, f"+callbacks.mean._target_=lightning.pytorch.callbacks.{target}", *rate)
     with pytest.raises(UserError, match=f"callbacks.mean: {target} is not supported"):
-        build_callbacks(cfg, build_datamodule(cfg), {"weights_sha256": None}, tmp_path)
+        build_callbacks(cfg, build_datamodule(cfg), {"weights_sha256": None, "experiment": "demo"}, tmp_path)
 
 
 @pytest.mark.slow
