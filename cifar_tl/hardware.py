@@ -1,6 +1,5 @@
 """Which device and precision a run uses, what they are called, and which software drives them."""
 
-import ctypes
 import os
 import platform
 import resource
@@ -82,24 +81,6 @@ def flush_denormals() -> None:
     torch.set_flush_denormal(True)
 
 
-def glibc() -> ctypes.CDLL | None:
-    """Return the C library of this process if it is glibc, whose allocator can be told more than other ones."""
-    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep up to 2 GiB of freed tensors for the next ones, as a GPU's allocator keeps all.
-
-    By itself glibc asks Linux for every block of more than 32 MiB and gives it back, so that each step has the pages of
-    its activations cleared anew. In turn blocks of many sizes share a heap that has holes: at its peak, a model that
-    enlarges images takes up to half more memory (cifar_tl/benchmarks/README.md). This is of the process, to its end;
-    other C libraries are left alone.
-    """
-    if (library := glibc()) is not None:
-        library.mallopt(-4, 0)  # M_MMAP_MAX: no block gets pages of its own
-        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap gives back what is more
-
-
 def select_gpu(devices: object, accelerator: str) -> None:
     """Make the GPU that trainer.devices names the current one: its name, capability and memory are asked, not GPU 0's.
 
@@ -128,8 +109,6 @@ def prepare_for(accelerator: str, module: nn.Module) -> None:
     """
     backbone: Any = module.get_submodule("backbone")  # not by its class: the model's layer is above this one
     backbone.tuned_for_cpu = accelerator == "cpu"
-    if accelerator == "cpu":
-        keep_freed_memory()
     if not torch.cuda.is_available():
         # Lightning makes torch ask the driver's management library, which is not there: opened anew in every step of an
         # optimizer
@@ -200,8 +179,6 @@ def host_memory() -> int:
 
 def forget_peak_memory(accelerator: str) -> None:
     """Start the peaks of `peak_memory` anew, where the system can: a process may have had another run before."""
-    if (library := glibc()) is not None:
-        library.malloc_trim(0)  # what `keep_freed_memory` has kept of it
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     if accelerator == "cuda":

@@ -122,7 +122,9 @@ def _stages(given: Sequence[str] | None) -> tuple[str, ...]:
     """Return the stages that unfreeze, in the order of STAGES."""
     if given is None:
         return STAGES
-    names = [given] if isinstance(given, str) else list(given)
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise UserError(f"finetune.stages={given} is not allowed: give a list of stages, as [layer3,layer4].")
+    names = list(given)
     for name in names:
         check_choice("each name in finetune.stages", name, STAGES)
     if not names:

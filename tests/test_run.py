@@ -5,8 +5,6 @@ import hashlib
 import json
 import logging
 import os
-import subprocess
-import sys
 from mmap import mmap
 from pathlib import Path
 from types import SimpleNamespace
@@ -426,34 +424,6 @@ def test_a_run_forgets_the_peak_of_the_one_before(compose, tmp_path, monkeypatch
     monkeypatch.setattr("cifar_tl.train.forget_peak_memory", forgets)
     with pytest.raises(StopIteration, match="cpu"):
         train(compose(*TINY), tmp_path, "demo")
-
-
-MEMORY = """
-import resource
-import torch
-from cifar_tl import hardware
-
-def page_faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(2**24)  # 64 MiB, freed at once
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-hardware.keep_freed_memory()
-faults = [page_faults() for _ in range(10)]  # the allocator's small change settles in some turns
-kept = hardware.peak_memory("cpu")["host"]
-hardware.forget_peak_memory("cpu")
-print(faults[0], faults[-1], kept, hardware.peak_memory("cpu")["host"])
-"""
-
-
-def test_freed_memory_is_kept_for_the_next_tensor_and_not_counted_for_the_next_run():
-    if hardware.glibc() is None or not os.access("/proc/self/clear_refs", os.W_OK):
-        pytest.skip("another C library, or a system that does not let a process forget its peak")
-    # a process of its own, as this one would keep memory to its end
-    out = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True).stdout
-    first, last, kept, after = map(float, out.split())
-    assert last <= first / 10
-    assert after < kept - 0.06
 
 
 def test_validation_that_falls_at_the_unfreeze_is_a_collapse():

@@ -129,6 +129,8 @@ def test_warmup_rises_linearly_and_never_starts_at_zero():
         ({"stages": ["layer4"], "stage_epochs": 0, "unfreeze_at_epoch": 20}, "never reached"),
         ({"stages": ["layer3", "layer4"], "stage_epochs": 10}, "the last stage, layer3, would unfreeze at epoch 20"),
         ({"stages": ["layer5"]}, r"each name in finetune.stages=layer5 is not allowed: choose layer4, .*stem"),
+        ({"stages": 4}, "finetune.stages=4 is not allowed: give a list"),
+        ({"stages": "layer4"}, r"finetune.stages=layer4 is not allowed: .*\[layer3,layer4\]"),
         ({"stages": []}, r"finetune.stages=\[\] unfreezes nothing"),
         ({"max_epochs": 0}, "max_epochs"),
         ({"head_lr": -1.0}, "head_lr"),
