@@ -1,9 +1,11 @@
 """From the config to the parts of a run, in plain, typed calls: data, model, schedule, callbacks, loggers, Trainer."""
 
 import logging
+import math
 import multiprocessing
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -433,11 +435,22 @@ def check_batch_size(cfg: DictConfig, processes: int) -> None:
 
 
 class Bar(RichProgressBar):
-    """Lightning's, without the version of the first logger, which tells nothing here."""
+    """Lightning's, without the version of the first logger, which tells nothing here.
+
+    Its metrics are read once a second: to read one makes a step wait for the GPU.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: dict[str, Any] = {}
+        self._read = -math.inf
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """Return what stands behind the bar."""
-        return {key: value for key, value in super().get_metrics(trainer, pl_module).items() if key != "v_num"}
+        if (now := time.monotonic()) >= self._read + 1:
+            shown = super().get_metrics(trainer, pl_module)
+            self._shown, self._read = {key: value for key, value in shown.items() if key != "v_num"}, now
+        return self._shown
 
 
 def progress_bar() -> list[L.Callback]:

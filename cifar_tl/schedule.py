@@ -58,6 +58,7 @@ class Phases(list[Phase]):
         self.max_epochs = check_int("trainer.max_epochs", max_epochs, 1)
         stage_epochs = check_int("finetune.stage_epochs", stage_epochs, 0)
         if unfreeze_at_epoch is None:
+            _check_unused(stage_epochs, upscales, stages)
             unfreeze_at_epoch = max_epochs
         elif check_int("finetune.unfreeze_at_epoch", unfreeze_at_epoch, 0) >= max_epochs:
             raise UserError(
@@ -118,6 +119,18 @@ class Phases(list[Phase]):
         return next((p for p in self if epoch < p.end), self[-1])
 
 
+def _check_unused(stage_epochs: int, upscales: Sequence[int], stages: Sequence[str] | None) -> None:
+    """Refuse what is about fine-tuning where nothing is fine-tuned."""
+    given = {"stage_epochs": stage_epochs, "progressive_resizing": upscales, "stages": stages}
+    for name, value in given.items():
+        if value:
+            shown = f"[{','.join(map(str, value))}]" if isinstance(value, Sequence) else value
+            raise UserError(
+                f"finetune.{name}={shown} would have no effect: with finetune.unfreeze_at_epoch=null the backbone "
+                f"stays frozen. Leave one of the two out."
+            )
+
+
 def _stages(given: Sequence[str] | None) -> tuple[str, ...]:
     """Return the stages that unfreeze, in the order of STAGES."""
     if given is None:
@@ -126,7 +139,7 @@ def _stages(given: Sequence[str] | None) -> tuple[str, ...]:
         raise UserError(f"finetune.stages={given} is not allowed: give a list of stages, as [layer3,layer4].")
     names = list(given)
     for name in names:
-        check_choice("each name in finetune.stages", name, STAGES)
+        check_choice("a stage in finetune.stages", name, STAGES)
     if not names:
         raise UserError("finetune.stages=[] unfreezes nothing: name a stage, or give finetune=linear_probe.")
     return tuple(stage for stage in STAGES if stage in names)

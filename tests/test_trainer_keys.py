@@ -323,6 +323,15 @@ def test_the_progress_bar_has_no_version_of_a_logger(monkeypatch):
     assert Bar().get_metrics(SimpleNamespace(), SimpleNamespace()) == {"mine": 1}
 
 
+def test_the_progress_bar_has_the_loss_and_reads_it_once_a_second(monkeypatch):
+    now, bar, trainer = [0.0], Bar(), SimpleNamespace(progress_bar_metrics={"train/loss_step": 2.0}, loggers=[])
+    monkeypatch.setattr("cifar_tl.build.time.monotonic", lambda: now[0])
+    assert bar.get_metrics(trainer, SimpleNamespace()) == {"train/loss_step": 2.0}
+    trainer.progress_bar_metrics = {"train/loss_step": 1.0}
+    for now[0], loss in ((0.9, 2.0), (1.0, 1.0)):
+        assert bar.get_metrics(trainer, SimpleNamespace()) == {"train/loss_step": loss}
+
+
 def test_the_progress_bar_can_be_switched_off_at_a_terminal(compose, tmp_path, monkeypatch):
     monkeypatch.setattr("cifar_tl.build.progress_bar", lambda: [RichProgressBar()])
     for value, shown in ((True, 1), (False, 0)):

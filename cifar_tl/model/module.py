@@ -138,7 +138,7 @@ class ResNet50Classifier(L.LightningModule):
         self._train_sums += torch.stack([loss.detach().float() * len(images), correct])
         self._train_images += len(images)
         if self.trainer._logger_connector.should_update_logs:
-            self.log("train/loss_step", loss)
+            self.log("train/loss_step", loss, prog_bar=True)
         if self.trainer.is_last_batch:
             means = dict(zip(("train/loss", "train/acc"), self._train_sums / self._train_images, strict=True))
             self.log_dict(means, on_step=False, on_epoch=True, batch_size=self._train_images, sync_dist=True)

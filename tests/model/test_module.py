@@ -49,6 +49,7 @@ def fit_on_features(module, folder, resume=None):
         enable_model_summary=False,
         enable_checkpointing=False,
         default_root_dir=folder,
+        log_every_n_steps=1,
     )
     loader = DataLoader(TensorDataset(features, targets), batch_size=4)
     trainer.fit(module, loader, ckpt_path=resume, weights_only=resume is not None or None)
@@ -59,6 +60,11 @@ def fit_on_features(module, folder, resume=None):
 def test_it_goes_on_from_a_checkpoint_in_mid_epoch(tmp_path):
     fit_on_features(make_module(), tmp_path)
     assert fit_on_features(make_module(), tmp_path, tmp_path / "c.ckpt").global_step == 8
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_progress_bars_have_the_loss_of_a_step(module, tmp_path):
+    assert "train/loss_step" in fit_on_features(module, tmp_path).progress_bar_metrics
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
