@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from cifar_tl.checkpoints import load_trained
 from cifar_tl.data import inputs
 from cifar_tl.errors import UserError
 from cifar_tl.model.module import ResNet50Classifier
-from cifar_tl.predict import main, predict
+from cifar_tl.predict import attempts, main, predict
 
 
 def picture(size=(48, 40), mode="RGB", seed=0):
@@ -497,3 +498,27 @@ def test_a_model_of_two_classes_gives_two_without_being_told(tmp_path, monkeypat
     table = predict(cli.compose("predict", [f"checkpoint='{tiny_checkpoint}'", f"input='{tmp_path}'"]), tmp_path)
     head = table.read_text().splitlines()[0]
     assert head == "path,class_1,probability_1,class_2,probability_2,note,error"
+
+
+def test_a_batch_is_decoded_while_the_one_before_is_classified(monkeypatch):
+    asked = []
+    monkeypatch.setattr("cifar_tl.predict.ThreadPoolExecutor", lambda threads: Eager(asked))
+    decoded = attempts([SimpleNamespace(path=str(i)) for i in range(100)], threads=2, ahead=30)
+    assert next(decoded)[0] == "0"
+    assert len(asked) == 31
+    decoded.close()
+    assert asked[-1] == "cancelled"
+
+
+class Eager:
+    """A pool that notes what it is asked for."""
+
+    def __init__(self, asked):
+        self.asked = asked
+
+    def submit(self, function, file):
+        self.asked.append(file.path)
+        return SimpleNamespace(result=lambda: "decoded")
+
+    def shutdown(self, cancel_futures):
+        self.asked.append("cancelled" if cancel_futures else "left running")
