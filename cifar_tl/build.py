@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from inspect import Parameter, getmro, isclass, signature
@@ -418,6 +418,20 @@ def check_strategy(trainer: L.Trainer, schedule: FinetuneSchedule, batchnorm: st
         )
 
 
+def check_processes(sizes: Mapping[str, int], processes: int) -> None:
+    """Refuse more processes than images of a split: some would have none to validate or test.
+
+    Raises:
+        UserError: With the split.
+    """
+    for split, images in sizes.items():
+        if images < processes:
+            raise UserError(
+                f"{processes} processes cannot share {images} {split} images. Give fewer processes by trainer.devices= "
+                f"and trainer.num_nodes=, or more images."
+            )
+
+
 def check_batch_size(cfg: DictConfig, processes: int) -> None:
     """Refuse batches of one image for BatchNorm layers that take the statistics of a batch: layer4 has one pixel of it.
 
@@ -432,6 +446,40 @@ def check_batch_size(cfg: DictConfig, processes: int) -> None:
             f"data.batch_size={size} is one image a step{each}, of which layer4 has one pixel: no variance for "
             f"finetune.batchnorm={batchnorm} to take. Give at least {2 * processes}, or finetune.batchnorm=frozen."
         )
+
+
+def keys_without_effect(cfg: DictConfig, given: Sequence[str]) -> list[str]:
+    """Return a sentence for each key that was given and changes nothing, because of another one.
+
+    Args:
+        cfg: As composed from conf/train.yaml.
+        given: Overrides of the command line; what a recipe says beside them is not a mistake of the user's.
+    """
+    finetune, start = cfg.finetune, cfg.finetune.unfreeze_at_epoch
+    reasons = {}
+    if start == 0:
+        reasons = dict.fromkeys(
+            ("finetune.head_lr", "finetune.frozen_augment", "finetune.cache_features", "finetune.features_folder"),
+            "with finetune.unfreeze_at_epoch=0 no epoch is frozen (the head's learning rate is "
+            "finetune.head_lr_unfrozen)",
+        )
+        if finetune.progressive_resizing:
+            reasons["model.upscale"] = "finetune.progressive_resizing sets it from the first epoch on"
+    if start is None:
+        reasons = dict.fromkeys(
+            ("finetune.backbone_lr", "finetune.head_lr_unfrozen", "finetune.batchnorm"),
+            "with finetune.unfreeze_at_epoch=null the backbone stays frozen",
+        )
+    if finetune.optimizer not in ("muon", "sgd"):
+        reasons["finetune.momentum"] = f"finetune.optimizer={finetune.optimizer} has none"
+    if cfg.model.weights is None:
+        reasons["model.filter_rms"] = "random weights are left as they are"
+    if not cfg.model.head:
+        reasons["model.dropout"] = "model.head=[] has no hidden units to drop"
+    if cfg.trainer.get("gradient_clip_val") is None:
+        reasons["trainer.gradient_clip_algorithm"] = "nothing is clipped without +trainer.gradient_clip_val"
+    by_key = {argument.lstrip("+").partition("=")[0]: argument for argument in given}
+    return [f"{by_key[key]} has no effect: {why}." for key, why in reasons.items() if key in by_key]
 
 
 class Bar(RichProgressBar):

@@ -201,7 +201,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
             raise UserError(f"{not_ours} It holds more than tensors and plain values and is not loaded.") from error
         advice = f"Take a copy, or {LAST} in its folder."
-        if path.name == LAST:
+        if (path.parent / "checkpoints").is_dir():
+            advice = f"Give the run's folder, {path.parent}."
+        elif path.name == LAST:
             advice = f"Take a copy; {BEST} in its folder can be measured and exported, but no run resumes from it."
         raise UserError(
             f"checkpoint {path} cannot be read: it is damaged or no checkpoint ({path.stat().st_size:,} bytes). "

@@ -33,6 +33,7 @@ from cifar_tl import slurm
 from cifar_tl.errors import GpuLostError, Interrupted, UserError, check_path, suggest
 from cifar_tl.runs.resume import (
     is_first_process,
+    quoted,
     refuse_used_folder,
     with_folder_of_slurm_job,
     with_overrides_of_resumed_run,
@@ -466,8 +467,7 @@ def _path_as_text(argument: str) -> str:
             return argument
     except HydraException:
         pass
-    escaped = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), value)
-    return f"{key}='{escaped}'"
+    return f"{key}={quoted(value)}"
 
 
 def _refuse_added_keys(arguments: list[str], config_name: str) -> None:

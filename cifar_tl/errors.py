@@ -29,8 +29,9 @@ class Pruned(Exception):
 
 def suggest(given: str, allowed: Iterable[str]) -> str:
     """Return ` Did you mean X?` for the closest allowed name, or an empty string."""
-    close = difflib.get_close_matches(given, list(allowed), n=1)
-    return f" Did you mean {close[0]}?" if close else ""
+    names = {name.lower(): name for name in allowed}
+    close = difflib.get_close_matches(given.lower(), names, n=1)
+    return f" Did you mean {names[close[0]]}?" if close else ""
 
 
 def first_line(error: BaseException) -> str:

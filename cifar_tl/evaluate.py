@@ -30,11 +30,19 @@ from cifar_tl.data.cifar10 import Cifar10
 from cifar_tl.data.datamodule import CIFAR10DataModule
 from cifar_tl.errors import Interrupted, UserError, check_flag, check_int, check_path
 from cifar_tl.files import write_text, writing_for
-from cifar_tl.hardware import advice_when_out_of_memory, prepare_for, resolve_accelerator, select_gpu
+from cifar_tl.hardware import (
+    advice_when_out_of_memory,
+    environment,
+    prepare_for,
+    resolve_accelerator,
+    resolve_precision,
+    select_gpu,
+)
 from cifar_tl.model.tta import AUGMENTED, SINGLE, View
+from cifar_tl.model.weights import file_sha256
 from cifar_tl.runs.formatting import percent, percent_range, result_text
 from cifar_tl.runs.metrics import Ints, fit_temperature, scores
-from cifar_tl.runs.record import finite, metrics_of_test
+from cifar_tl.runs.record import finite, git_state, metrics_of_test
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +66,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
     Returns:
         `test/acc`, `test/acc_interval`, `test/loss`, `test/ece` and the per-class metrics of the single view, as the
-        run had them, and `test_sha256`, the run's where the images are the run's. Then, if asked for: `test/flip/*` and
+        run had them, `test_sha256`, the run's where the images are the run's, and what was measured on what: `epoch`
+        and `checkpoint_sha256`, `data`, `images`, `precision`, device and commit. Then, if asked for: `test/flip/*` and
         `test/flip_shift/*`; `temperature`, `val/*` and `*/calibrated/*`; `cifar10.1_v6/*`; `cifar10_c/*`.
 
     Raises:
@@ -69,6 +78,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     data = trained.config.data
     if cfg.data.root is not None:
         data.root = str(check_path("data.root", cfg.data.root))
+        if "download" in data:
+            data.download = False  # a folder that is mistyped is not to be filled
     else:
         check_root(data)
     if cfg.data.eval_batch_size is not None:
@@ -83,6 +94,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         datamodule.test_limit = None
     elif cfg.data.limit is not None:
         datamodule.test_limit = check_int("data.limit", cfg.data.limit, 1)
+    if data.name == "synthetic" and cfg.data.root is not None and not (cfg.cifar10_1 or cfg.cifar10_c):
+        raise UserError(f"data.root={cfg.data.root} would have no effect: the run's images are generated.")
     datamodule.prepare_data()
     datamodule.setup("test")  # so that Lightning does not fetch it again
     if extra.temperature:
@@ -101,11 +114,26 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         result["test_sha256"] = again = datamodule.test_sha256
         if again != (theirs := trained.facts.get("test_sha256", again)):
             log.info("note        not the run's own test images (SHA-256 %s, the run's %s)", again[:12], theirs[:12])
-        for name, *values in zip(
-            trained.classes, result["test/precision"], result["test/recall"], result["test/f1"], strict=True
+        counts = datamodule.targets("test").bincount(minlength=len(trained.classes)).tolist()
+        for name, count, *values in zip(
+            trained.classes, counts, result["test/precision"], result["test/recall"], result["test/f1"], strict=True
         ):
-            log.info("  %-12s precision %.4f  recall %.4f  F1 %.4f", name, *values)
-        return result | extra.evaluate(trainer, datamodule)
+            log.info("  %-12s %s", name, class_text(*values) if count else "no test images")
+        origin = {
+            "checkpoint_sha256": file_sha256(trained.path),
+            "epoch": trained.epoch,
+            "data": data.name if data.name == "synthetic" else str(Path(data.root).expanduser().absolute()),
+            "images": examples,
+            "precision": resolve_precision(precision, accelerator),
+            **environment(accelerator),
+            **git_state(),
+        }
+        return result | origin | extra.evaluate(trainer, datamodule)
+
+
+def class_text(precision: float, recall: float, f1: float) -> str:
+    """Return a class's scores as they are printed."""
+    return f"precision {precision:.4f}  recall {recall:.4f}  F1 {f1:.4f}"
 
 
 def check_classes(trained: Trained, datamodule: CIFAR10DataModule) -> None:

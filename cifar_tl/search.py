@@ -188,6 +188,7 @@ class OptunaSweeper(Sweeper):
                         trials.append(trial)
                     else:  # killed while it was asked for, or of a space with other keys
                         study.tell(trial.number, state=TrialState.FAIL)
+                        replaced.add(trial.number)  # no process has run it
             while len(trials) < self.n_jobs and len({t.number for t in study.trials} - replaced) < self.n_trials:
                 # a sampler draws the same values each time it is made: its seed is another one for every trial
                 seed = random.Random(f"{self.seed} {len(study.trials)}").getrandbits(32)

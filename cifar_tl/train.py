@@ -10,7 +10,6 @@ if __name__ == "__main__":  # before what takes seconds to import: --help, --cfg
 import atexit
 import gc
 import logging
-import math
 import shlex
 import signal
 from collections.abc import Iterator, Mapping
@@ -37,9 +36,11 @@ from cifar_tl.build import (
     build_schedule,
     build_trainer,
     check_batch_size,
+    check_processes,
     check_root,
     check_strategy,
     check_trainer,
+    keys_without_effect,
     plain,
     quieten_lightning,
     run_facts,
@@ -111,9 +112,11 @@ def main(cfg: DictConfig) -> float:
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
     sweep_goes_on = hydra.mode is RunMode.MULTIRUN and cfg.resume is not None
-    if sweep_goes_on or (slurm.restarted() and cfg.resume is None):
+    run_goes_on = hydra.mode is RunMode.RUN and cfg.resume is not None and not unsaved_overrides(folder)
+    if sweep_goes_on or run_goes_on or (slurm.restarted() and cfg.resume is None):
         if (result := kept_result(folder)) is not None:
-            log.info("%s is finished: kept", folder)
+            more = ". trainer.max_epochs= trains it longer, cifar_tl.evaluate measures it again" if run_goes_on else ""
+            log.info("%s is finished: kept%s", folder, more)
             if not (folder / REPORT).is_file():  # stopped when all but the page was there
                 draw_report(folder)
             return result
@@ -176,9 +179,8 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
 
     facts = {**run_facts(cfg, datamodule, experiment), **weights}
     module.provenance = {"format": FORMAT, "config": plain(cfg), "facts": facts}
-    batches = math.ceil(datamodule.sizes["train"] / cfg.data.batch_size)
     trainer = build_trainer(
-        {**cfg.trainer, "log_every_n_steps": min(cfg.trainer.log_every_n_steps, batches)},
+        cfg.trainer,
         logger=build_loggers(cfg, folder),
         # the first one, for the others write
         callbacks=[
@@ -192,9 +194,12 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     check_sweep(trainer)
     check_strategy(trainer, schedule, cfg.finetune.batchnorm)
     check_batch_size(cfg, trainer.world_size)
+    check_processes(datamodule.sizes, trainer.world_size)
     for logger in trainer.loggers:
         logger.log_hyperparams({"experiment": experiment, **plain(cfg)})
     log.info("%s", plan_text(cfg, datamodule, facts, folder))
+    for sentence in keys_without_effect(cfg, HydraConfig.get().overrides.task if HydraConfig.initialized() else []):
+        log.warning("warning: %s", sentence)
     sizes = f"data.batch_size={cfg.data.batch_size}, or data.eval_batch_size={cfg.data.eval_batch_size}"
     try:
         with not_outlived(trainer), advice_when_out_of_memory(f"Lower {sizes} if it was validating or testing."):
@@ -449,7 +454,8 @@ def plan_text(cfg: DictConfig, datamodule: CIFAR10DataModule, facts: dict[str, A
         weights += f" (SHA-256 {facts['weights_sha256'][:12]}), {scale}"
     source = f"{cfg.data.name}, {cfg.data.root}" if "root" in cfg.data else cfg.data.name
     lines = [
-        f"data       {source}: {sizes['train']:,} images to train, {sizes['val']:,} to validate, 32x32",
+        f"data       {source}: {sizes['train']:,} images to train, {sizes['val']:,} to validate, "
+        f"{sizes['test']:,} to test, 32x32",
         f"weights    {weights}",
         f"device     {facts['device']}, {facts['precision']}, {facts['threads']} threads",
         f"folder     {folder}",

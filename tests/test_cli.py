@@ -1,7 +1,9 @@
 """Mistakes that people make, and what they get: a readable error, exit code 1, nothing lost."""
 
+import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -345,3 +347,12 @@ def test_a_broken_pipe_in_a_run_is_no_end_of_reading(command):
 
     with pytest.raises(BrokenPipeError, match="a logger's"):
         command("hydra.output_subdir=null", task=task)
+
+
+def test_the_package_names_its_commands():
+    listed = subprocess.run([sys.executable, "-m", "cifar_tl"], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"^python -m (cifar_tl\.\w+) ", listed, re.MULTILINE)
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    by_make = {"cifar_tl.reproduce", "cifar_tl.benchmarks"}
+    assert set(found) == set(re.findall(r"python -m (cifar_tl\.\w+)", readme)) | by_make
+    assert all(importlib.util.find_spec(name) for name in found)

@@ -1,6 +1,8 @@
 """What evaluate reports beside the single view: recomputed here by other means."""
 
+import hashlib
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ from torch.nn.functional import cross_entropy, pad
 from cifar_tl import cli
 from cifar_tl.build import build_datamodule, plain
 from cifar_tl.checkpoints import load_trained
-from cifar_tl.data import robustness
+from cifar_tl.data import download, robustness
 from cifar_tl.data.cifar10 import Cifar10
+from cifar_tl.data.datamodule import CIFAR10DataModule
 from cifar_tl.data.splits import split_train_val
 from cifar_tl.data.synthetic import Synthetic
 from cifar_tl.errors import Interrupted, UserError
@@ -390,6 +393,26 @@ def test_other_test_sets_are_refused_for_other_classes(command, tiny_checkpoint)
     assert "are for models with CIFAR-10's classes" in err
 
 
+def test_a_mistyped_root_is_not_filled(compose, cifar_checkpoint, tmp_path, monkeypatch):
+    content = torch.load(cifar_checkpoint, weights_only=True)
+    content["cifar_tl"]["config"]["data"] |= {"name": "cifar10", "root": "data", "download": True}
+    torch.save(content, tmp_path / "best.ckpt")
+    monkeypatch.setattr(download, "_download", lambda *_: pytest.fail("the network was used"))
+    keys = (f"checkpoint='{tmp_path}'", f"data.root='{tmp_path}/typo'", "trainer.accelerator=cpu")
+    with pytest.raises(UserError, match=r"typo.*cifar-10-batches-py is missing"):
+        evaluate(compose(*keys, config_name="evaluate"))
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_class_without_test_images_has_no_scores(compose, tiny_checkpoint, caplog, monkeypatch):
+    monkeypatch.setattr(CIFAR10DataModule, "_chosen_for_test", lambda self, targets: torch.where(targets < 2)[0])
+    caplog.set_level(logging.INFO)
+    evaluate(compose(f"checkpoint='{tiny_checkpoint}'", "trainer.accelerator=cpu", config_name="evaluate"))
+    lines = [line for line in caplog.text.splitlines() if "no test images" in line]
+    assert len(lines) == 8
+    assert caplog.text.count("  recall ") == 2
+
+
 @pytest.mark.slow
 def test_metrics_are_left_as_json(command, root, cifar_checkpoint):
     code, out, _ = command("hydra.run.dir=here", "tta=true", "temperature=true", "cifar10_1=v6", "cifar10_c=[fog]")
@@ -404,6 +427,9 @@ def test_metrics_are_left_as_json(command, root, cifar_checkpoint):
     for name, said in (("flip", "flip, 2 views"), ("flip_shift", "6 views")):
         assert any(said in line and f"{100 * result[f'test/{name}/acc']:.2f}%" in line for line in out.splitlines())
     assert "evaluation.json" in out
+    assert result["checkpoint_sha256"] == hashlib.sha256(cifar_checkpoint.read_bytes()).hexdigest()
+    assert (result["data"], result["images"], result["precision"]) == ("synthetic", 20, "32-true")
+    assert {"epoch", "device", "versions", "git_commit"} <= result.keys()
 
 
 def test_the_loss_does_not_depend_on_the_size_of_batches(compose, tiny_checkpoint, tiny_run):

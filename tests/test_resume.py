@@ -2,15 +2,17 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from cifar_tl.errors import UserError
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.runs.folder import read_run
-from cifar_tl.runs.resume import with_overrides_of_resumed_run
+from cifar_tl.runs.resume import _unquoted, quoted, with_overrides_of_resumed_run
 from cifar_tl.train import resumed_weights, train
 
 # everything random is on: shuffling, augmentation, dropout; the unfreeze is at epoch 2 of 4, and images grow at epoch 3
@@ -212,6 +214,13 @@ def test_the_last_run_is_not_tested_again_where_it_is_finished(tmp_path):
 def test_the_optimizer_forgets_the_frozen_phase(tiny_run):
     (state,) = torch.load(tiny_run / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"]
     assert {values["step"].item() for values in state["state"].values() if "step" in values} == {6.0}  # of 12
+
+
+@pytest.mark.parametrize("name", ["it's", "back\\slash", "ends with \\", "\\'", "\\\\'both\\'", "a 'b' c"])
+def test_paths_are_quoted_as_hydra_reads_them(name):
+    override = OverridesParser.create().parse_override(f"resume={quoted(name)}")
+    assert override.value() == name
+    assert _unquoted("resume", quoted(name)) == Path(name)
 
 
 @pytest.mark.parametrize("arguments", [["resume=nowhere"], ["resume=last"], ["-m", "resume=last"]])

@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from cifar_tl import hardware
 from cifar_tl.build import build_loggers, build_schedule
+from cifar_tl.callbacks.backbone_unfreeze import BackboneUnfreeze
 from cifar_tl.callbacks.early_stopping import EarlyStopping
 from cifar_tl.checkpoints import load_trained
 from cifar_tl.data.synthetic import Synthetic
@@ -271,6 +272,26 @@ def test_early_stopping_waits_for_the_unfreeze(compose, tmp_path):
     still = ("finetune.batchnorm=frozen", "finetune.head_lr=0", "finetune.head_lr_unfrozen=0", "finetune.backbone_lr=0")
     metrics = train(compose(*TINY, *patience, *still, "trainer.max_epochs=9"), tmp_path, "demo")
     assert metrics["epoch"] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("given", "keys", "counts"),
+    [
+        (None, {}, range(2, 8)),
+        (None, {"progressive_resizing": [1, 2, 3]}, range(6, 8)),
+        (None, {"stage_epochs": 1}, range(6, 8)),
+        (None, {"unfreeze_at_epoch": None}, range(8)),
+        (1, {}, range(1, 8)),
+    ],
+)
+def test_early_stopping_looks_at_the_last_phase_unless_told(given, keys, counts):
+    rates = {"unfreeze_at_epoch": 2, "head_lr": 1e-3, "backbone_lr": 1e-3, "max_epochs": 8}
+    trainer = SimpleNamespace(callbacks=[BackboneUnfreeze(**rates | keys)])
+    stopping = EarlyStopping("val/acc", start_epoch=given)
+    looked_at = []
+    for trainer.current_epoch in range(8):
+        looked_at += [trainer.current_epoch] * stopping._counts(trainer)
+    assert looked_at == list(counts)
 
 
 @pytest.mark.parametrize(("max_epochs", "promises"), [(6, False), (7, True)])

@@ -1,6 +1,7 @@
 import pytest
 
 from cifar_tl import cli
+from cifar_tl.build import keys_without_effect
 from cifar_tl.errors import UserError
 from cifar_tl.schedule import STAGES, FinetuneSchedule
 
@@ -117,6 +118,30 @@ def test_warmup_rises_linearly_and_never_starts_at_zero():
     assert warm.learning_rates(10, 0, 100)["backbone"] == pytest.approx(1e-4 / 200)
     assert warm.learning_rates(11, 0, 100)["backbone"] == pytest.approx(1e-4 * 101 / 200)
     assert warm.learning_rates(12, 0, 100)["backbone"] == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("given", "without"),
+    [
+        (["finetune=full", "finetune.head_lr=1e-5"], ["finetune.head_lr=1e-5"]),
+        (["finetune=full", "finetune.head_lr_unfrozen=1e-5"], []),
+        (["finetune=linear_probe", "finetune.backbone_lr=1", "finetune.batchnorm=train"], [1, 2]),
+        (["finetune=full", "finetune.progressive_resizing=[2,3]", "model.upscale=4"], [2]),
+        (["finetune.progressive_resizing=[2,3]", "model.upscale=4"], []),
+        (["finetune.optimizer=adamw", "finetune.momentum=0.95"], [1]),
+        (["finetune.momentum=0.95"], []),
+        (["model.weights=null", "model.filter_rms=0.1"], [1]),
+        (["model.head=[]", "model.dropout=0.5"], [1]),
+        (["model.dropout=0.5"], []),
+        (["+trainer.gradient_clip_algorithm=norm"], [0]),
+        (["+trainer.gradient_clip_algorithm=norm", "+trainer.gradient_clip_val=1"], []),
+        (["experiment=seed_baseline"], []),
+    ],
+)
+def test_keys_that_change_nothing_are_named(compose, given, without):
+    expected = [given[key] if isinstance(key, int) else key for key in without]
+    said = keys_without_effect(compose(*given), given)
+    assert [sentence.partition(" has no effect: ")[0] for sentence in said] == expected
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from optuna.samplers import RandomSampler
 from cifar_tl import cli
 from cifar_tl.callbacks.pruning import Pruning
 from cifar_tl.errors import UserError
+from cifar_tl.reports import figures
 from cifar_tl.reports.__main__ import main as report
 from cifar_tl.reports.sweep_table import SweepTable
 from cifar_tl.runs.record import write_metrics
@@ -181,7 +182,8 @@ def test_a_mistake_leaves_no_study_that_could_not_be_corrected(search, tmp_path,
 def test_choices_may_be_all_files_of_a_group(search):
     code, err, study = search(good, "augment=glob(*)", "hydra.sweeper.n_trials=1")
     assert code == 0, err
-    assert set(study.trials[0].distributions["augment"].choices) == {"flip_crop", "none", "rotate_flip", "strong"}
+    files = {path.stem for path in (cli.conf_folder() / "augment").glob("*.yaml")}
+    assert set(study.trials[0].distributions["augment"].choices) == files
 
 
 def test_a_search_with_another_sampler_goes_on_by_the_same_command(search, monkeypatch):
@@ -236,7 +238,13 @@ def test_a_trial_without_all_its_values_is_not_run(search, tmp_path):
     open_study(tmp_path / "search").ask({})  # and killed there
     code, err, study = search(good, "hydra.sweeper.n_trials=2")
     assert code == 0, err
-    assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE"]
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE", "COMPLETE"]
+
+
+def test_choices_that_are_numbers_are_drawn_by_size():
+    points = {"finished": [(text, 0.5) for text in ("128", "1e-3", "32", "none", "auto")]}
+    axes = figures.trials("a search", "data.batch_size", points).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1e-3", "32", "128", "auto", "none"]
 
 
 def test_a_key_given_a_value_is_not_searched(search):

@@ -252,6 +252,21 @@ def test_a_finished_job_without_a_page_gets_one_where_its_sweep_goes_on(compose,
     assert drawn == [half]
 
 
+def test_a_finished_run_is_kept_unless_something_is_changed(compose, half, monkeypatch, caplog):
+    hydra = SimpleNamespace(runtime=SimpleNamespace(output_dir=str(half)), mode=RunMode.RUN, job=SimpleNamespace(num=0))
+    hydra.launcher, changes = SimpleNamespace(_target_="hydra._internal.core_plugins.basic_launcher.BasicLauncher"), []
+    hydra.runtime.choices = {"experiment": "demo"}
+    monkeypatch.setattr("cifar_tl.train.HydraConfig.get", lambda: hydra)
+    monkeypatch.setattr("cifar_tl.train.draw_report", lambda folder: None)
+    monkeypatch.setattr("cifar_tl.train.unsaved_overrides", lambda folder: changes)
+    monkeypatch.setattr("cifar_tl.train.train", lambda *_, **__: {"best/val/acc": -1})
+    caplog.set_level(logging.INFO)
+    assert main(compose(*FAST, f"resume={half}")) == json.loads((half / "metrics.json").read_text())["best/val/acc"]
+    assert "is finished: kept. trainer.max_epochs= trains it longer" in caplog.text
+    changes.append("trainer.max_epochs=9")
+    assert main(compose(*FAST, f"resume={half}")) == -1
+
+
 @pytest.mark.parametrize(("takes", "due"), [(30.0, 90.0), (0.5, 25.5)])
 def test_writing_is_put_off_for_fifty_times_what_it_takes_and_a_minute_at_most(tmp_path, monkeypatch, takes, due):
     now = [0.0]
@@ -560,7 +575,7 @@ def test_a_lost_record_of_a_run_is_written_anew_from_its_checkpoint(command, res
 def test_weights_alone_are_nothing_to_resume_from(command, resumable):
     checkpoints = resumable.parent / "checkpoints"
     shutil.copy(checkpoints / "best.ckpt", checkpoints / "last.ckpt")
-    code, _, err = command("resume=run")
+    code, _, err = command("resume=run", "data.eval_batch_size=7")
     assert code == 1
     assert "last.ckpt has weights alone, as best.ckpt has: no run resumes from it" in err
 
@@ -571,7 +586,7 @@ def test_weights_alone_are_nothing_to_resume_from(command, resumable):
 def test_what_a_damaged_checkpoint_leaves_is_said(command, resumable, name, said):
     checkpoint = resumable.parent / "checkpoints" / name
     checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
-    code, _, err = command("resume=run")
+    code, _, err = command("resume=run", "data.eval_batch_size=7")
     assert code == 1
     assert f"{name} cannot be read: it is damaged or no checkpoint" in err
     assert said in err.partition("bytes")[2]

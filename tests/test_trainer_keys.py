@@ -18,8 +18,17 @@ from lightning.pytorch.callbacks import RichProgressBar, Timer, TQDMProgressBar
 from torch import nn
 
 from cifar_tl import hardware
-from cifar_tl.build import Bar, build_callbacks, build_datamodule, build_trainer, check_strategy, check_trainer
+from cifar_tl.build import (
+    Bar,
+    build_callbacks,
+    build_datamodule,
+    build_trainer,
+    check_processes,
+    check_strategy,
+    check_trainer,
+)
 from cifar_tl.callbacks.epoch_timer import EpochTimer
+from cifar_tl.callbacks.phase_log import PhaseLog
 from cifar_tl.errors import Interrupted, UserError
 from cifar_tl.model.backbone import Backbone
 from cifar_tl.model.module import ResNet50Classifier
@@ -316,6 +325,20 @@ def test_a_deterministic_run_does_not_choose_algorithms_by_their_time(monkeypatc
     monkeypatch.setattr("cifar_tl.build.L.Trainer", lambda **keys: given.update(keys) or fake)
     build_trainer({**CPU, **key})
     assert given["benchmark"] == benchmark
+
+
+@pytest.mark.parametrize(("batches", "accumulated", "every"), [(176, 1, 50), (5, 1, 5), (176, 8, 22), (3, 8, 1)])
+def test_steps_are_logged_in_each_epoch_however_few_it_has(batches, accumulated, every):
+    trainer = SimpleNamespace(num_training_batches=batches, accumulate_grad_batches=accumulated, log_every_n_steps=50)
+    trainer.current_epoch = 0
+    PhaseLog(FinetuneSchedule(2, 1, 1e-3, 1e-3), "frozen").on_train_start(trainer, SimpleNamespace())
+    assert trainer.log_every_n_steps == every
+
+
+def test_more_processes_than_images_of_a_split_are_refused():
+    check_processes({"train": 9, "val": 4, "test": 4}, 4)
+    with pytest.raises(UserError, match=r"4 processes cannot share 3 val images. .*trainer\.devices="):
+        check_processes({"train": 9, "val": 3, "test": 4}, 4)
 
 
 def test_the_progress_bar_has_no_version_of_a_logger(monkeypatch):

@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import early_stopping
 
+from cifar_tl.callbacks.backbone_unfreeze import BackboneUnfreeze
 from cifar_tl.errors import UserError, check_int, suggest
 
 log = logging.getLogger(__name__)
@@ -19,9 +20,10 @@ class EarlyStopping(early_stopping.EarlyStopping):
 
     Args:
         monitor: A metric's name, as it is logged.
-        start_epoch: Earlier epochs are not looked at: a head that has stopped improving says nothing about what
-            fine-tuning will do. None for 0.
-        patience: Epochs that it waits for a better one.
+        start_epoch: Earlier epochs are not looked at. None for the first one of BackboneUnfreeze's last phase: a head
+            that has stopped improving says nothing about what fine-tuning will do, nor a stage about the next one, or
+            images about larger ones.
+        patience: Validations that it waits for a better one.
         kwargs: Lightning's.
 
     Raises:
@@ -31,7 +33,7 @@ class EarlyStopping(early_stopping.EarlyStopping):
     def __init__(self, monitor: str, start_epoch: int | None = None, patience: int = 3, **kwargs: Any) -> None:
         key = "callbacks.early_stopping"
         super().__init__(monitor, patience=check_int(f"{key}.patience", patience, 0), **kwargs)
-        self.start_epoch = 0 if start_epoch is None else check_int(f"{key}.start_epoch", start_epoch, 0)
+        self.start_epoch = start_epoch if start_epoch is None else check_int(f"{key}.start_epoch", start_epoch, 0)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the state, but for the patience, which is the config's."""
@@ -53,7 +55,7 @@ class EarlyStopping(early_stopping.EarlyStopping):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look at the epoch, if it counts."""
-        if trainer.current_epoch >= self.start_epoch:
+        if self._counts(trainer):
             super().on_validation_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -69,5 +71,12 @@ class EarlyStopping(early_stopping.EarlyStopping):
                 f"EarlyStopping's monitor={self.monitor} is not measured: choose {shown}, or val/recall/CLASS and the "
                 f"like.{suggest(self.monitor, measured)}"
             )
-        if trainer.current_epoch >= self.start_epoch:
+        if self._counts(trainer):
             super().on_train_epoch_end(trainer, pl_module)
+
+    def _counts(self, trainer: L.Trainer) -> bool:
+        start = self.start_epoch
+        if start is None:
+            unfreezes = [c for c in trainer.callbacks if isinstance(c, BackboneUnfreeze)]  # type: ignore[attr-defined]
+            start = unfreezes[0].schedule.phases[-1].start if unfreezes else 0
+        return trainer.current_epoch >= start

@@ -201,7 +201,8 @@ class FreezeGuard(L.Callback):
                 f"{where}: {_listing(names)} should train but had no gradient. "
                 f"They were never unfrozen, or the loss does not depend on them (then set their requires_grad to False "
                 f"before fit, and give the others to the optimizer), or a compiled or traced graph from the frozen "
-                f"phase is still in use."
+                f"phase is still in use, or the ReLU units behind them are 0 for all images (then widen the head, or "
+                f"take another seed)."
             )
         if names := still & judged:
             raise FreezeViolationError(

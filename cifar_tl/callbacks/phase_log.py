@@ -1,6 +1,7 @@
 """What a run says while it runs: a card per phase and a line per epoch."""
 
 import logging
+import math
 
 import lightning as L
 import torch
@@ -34,6 +35,12 @@ class PhaseLog(EpochTimer):
         super().__init__()
         self.schedule = schedule
         self.batchnorm = batchnorm
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Have the loss and the learning rates of steps logged in each epoch, however few steps it has."""
+        super().on_train_start(trainer, pl_module)
+        steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        trainer.log_every_n_steps = min(trainer.log_every_n_steps, max(1, steps))  # type: ignore[attr-defined]
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int

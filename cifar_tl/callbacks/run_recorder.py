@@ -212,7 +212,7 @@ def _reason_of_early_end(trainer: L.Trainer) -> str:
             return "trainer.max_time is over"
         if isinstance(callback, EarlyStopping):
             if callback.stopping_reason is EarlyStoppingReason.PATIENCE_EXHAUSTED:
-                return f"EarlyStopping saw {callback.monitor} not improve for {callback.patience} epochs"
+                return f"EarlyStopping saw {callback.monitor} not improve for {callback.patience} validations"
             if callback.stopping_reason is not EarlyStoppingReason.NOT_STOPPED:
                 return f"EarlyStopping: {str(callback.stopping_reason_message).rstrip('.')}"
     return "a callback stopped it"

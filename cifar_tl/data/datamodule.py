@@ -53,7 +53,8 @@ class CIFAR10DataModule(L.LightningDataModule):
 
     Args:
         source: Where images come from.
-        batch_size: Images per training step, of all processes together: one setting is one training on any number.
+        batch_size: Images per training step, of all processes together: one setting is one training on any number, but
+            for a last step of fewer images than processes.
         eval_batch_size: Images per step of validation and test; results do not depend on it.
         val_size: Images cut from the training set for validation, stratified.
         limit: At most so many images for each of training, validation and test, stratified; None for all.
@@ -115,8 +116,9 @@ class CIFAR10DataModule(L.LightningDataModule):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Images of each split that is loaded."""
-        return {name: len(targets) for name, (_, targets) in self.splits.items()}
+        """Images of each split that is loaded, and of `test` once it has been compared with the others."""
+        compared = {} if self._test is None else {"test": len(self._chosen_for_test(self._test[1]))}
+        return {name: len(targets) for name, (_, targets) in self.splits.items()} | compared
 
     def images(self, split: str, positions: Tensor | None = None) -> Tensor:
         """Return images of a loaded split, (images, 3, 32, 32), uint8, as the source gave them.

@@ -215,9 +215,10 @@ class ImageFolders:
             if reading.problem:
                 problems[path] = reading.problem
         targets = torch.tensor([labels[at] for at in kept], dtype=torch.int64)
+        counts = Counter(labels)
         for label, name in enumerate(self.classes):
             left_out.update(others[label])
-            if labels.count(label) == others[label].total():
+            if counts[label] == others[label].total():
                 instead = f" ({counts_text(others[label])})" if others[label] else ""
                 problems.setdefault(self._folders[split][name], f"no images in it{instead}")
 

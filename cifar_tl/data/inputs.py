@@ -91,7 +91,8 @@ def open_inputs(source: Path) -> Iterator[Inputs]:
     skipped: Counter[str] = Counter()
     if not os.path.lexists(source):
         if not str(source).startswith("@"):
-            raise UserError(f"input={source}: no such file or folder.")
+            hint = " Patterns are not expanded: `find` can list files for input=@-." if "*" in str(source) else ""
+            raise UserError(f"input={source}: no such file or folder.{hint}")
         named = [file for path in dict.fromkeys(_listed(source)) for file in _path_files(path, skipped)]
         files = list({file.path: file for file in named}.values())  # a folder and a file in it may be named
         _refuse_empty(source, len(files), skipped)

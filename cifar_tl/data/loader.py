@@ -24,8 +24,8 @@ class ArrayLoader:
     Args:
         images: (examples, 3, height, width), uint8, on `device` from the first use on; or read anew in every epoch.
         targets: (examples,), int64.
-        batch_size: Examples per batch; the last batch has what is left. While training, a single one that is left
-            joins the batch before: BatchNorm cannot train on the one pixel that layer4 has of it.
+        batch_size: Examples per batch; the last batch has what is left. While training in one process, a single one
+            that is left joins the batch before: BatchNorm cannot train on the one pixel that layer4 has of it.
         mean: Per channel, of images in [0, 1].
         std: Per channel, of images in [0, 1].
         classes: How many there are.
@@ -36,7 +36,8 @@ class ArrayLoader:
         seed: Of the run.
         epoch: Says which epoch it is when an iteration starts.
         device: Where batches are made.
-        rank: This process, of `world_size` that share the examples.
+        rank: This process, of `world_size` that share the examples; while training, fewer examples than processes that
+            are left over at the end of an epoch are left out, where one process would have a batch of them.
         world_size: Processes.
     """
 
@@ -82,7 +83,7 @@ class ArrayLoader:
     def _batch_sizes(self) -> list[int]:
         whole, left = divmod(self._share(), self.batch_size)
         sizes = [self.batch_size] * whole
-        if left == 1 and whole and self.augment is not None:
+        if left == 1 and whole and self.augment is not None and self.world_size == 1:
             sizes[-1] += 1
         elif left:
             sizes.append(left)

@@ -1,6 +1,5 @@
 """Several runs beside each other: groups over seeds, paired differences, and which override mattered."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -8,7 +7,7 @@ from statistics import fmean
 import numpy as np
 
 from cifar_tl.runs.folder import Run
-from cifar_tl.runs.metrics import Z95
+from cifar_tl.runs.metrics import paired_interval
 from cifar_tl.runs.record import matters
 
 
@@ -142,9 +141,9 @@ def _only(ours: Sequence[str], theirs: Sequence[str]) -> str:
 def paired_difference(a: Group, b: Group) -> Difference | None:
     """Compare two groups over the seeds that both have, image by image.
 
-    The interval is the normal one of the mean per-image difference, (right by `a`) - (right by `b`), averaged over the
-    seeds: it says how much another draw of test images would change the difference between *these* trained models. It
-    says nothing about other seeds; the range over seeds does.
+    The interval is that of the mean per-image difference, (right by `a`) - (right by `b`), averaged over the seeds: it
+    says how much another draw of test images would change the difference between *these* trained models. It says
+    nothing about other seeds; the range over seeds does.
 
     Returns:
         None if `pairs_of_runs` finds no pairs.
@@ -157,12 +156,9 @@ def paired_difference(a: Group, b: Group) -> Difference | None:
         for side in zip(*pairs, strict=True)
     )
     difference = (right_a - right_b).mean(axis=0)
-    mean, n = float(difference.mean()), len(difference)
-    half = Z95 * float(difference.std(ddof=1)) / math.sqrt(n) if n > 1 else 1.0
     return Difference(
-        mean,
-        max(-1.0, mean - half),
-        min(1.0, mean + half),
+        float(difference.mean()),
+        *paired_interval(difference),
         only_a=float((right_a * (1 - right_b)).sum(axis=1).mean()),
         only_b=float((right_b * (1 - right_a)).sum(axis=1).mean()),
         seeds=[run.metrics["seed"] for run, _ in pairs],
@@ -197,28 +193,33 @@ class Effect:
 
 
 def effects(groups: Sequence[Group], metric: str) -> list[Effect]:
-    """Return the effect of every override with several values, the largest first.
+    """Return the effect of every override that differs alone between two groups, the largest first.
 
     Means are over whatever else was swept: they are fair where every value met the same others, as in a grid.
     """
     tested = [group for group in groups if group.values(metric)]
     found = []
     for key in dict.fromkeys(key for group in tested for key in group.overrides):
+        if not _differs_alone(key, tested):
+            continue
         by_value: dict[str, list[list[float]]] = {}
         for group in tested:
             by_value.setdefault(group.overrides.get(key, "(not given)"), []).append(group.values(metric))
-        if len(by_value) > 1:
-            rows = {}
-            for value, results in by_value.items():
-                single = [x for result in results for x in result]
-                rows[value] = (
-                    fmean(fmean(r) for r in results),
-                    len(single),
-                    min(single),
-                    max(single),
-                )
-            found.append(Effect(key, rows))
+        rows = {}
+        for value, results in by_value.items():
+            single = [x for result in results for x in result]
+            rows[value] = (fmean(fmean(r) for r in results), len(single), min(single), max(single))
+        found.append(Effect(key, rows))
     return sorted(found, key=lambda effect: -effect.spread)
+
+
+def _differs_alone(key: str, groups: Sequence[Group]) -> bool:
+    """Return whether two groups have other values of an override and are equal in all others."""
+    values: dict[tuple[tuple[str, str], ...], set[str | None]] = {}
+    for group in groups:
+        others = {name: value for name, value in group.overrides.items() if name != key}
+        values.setdefault(_settings(others), set()).add(group.overrides.get(key))
+    return any(len(given) > 1 for given in values.values())
 
 
 def _settings(overrides: Mapping[str, str]) -> tuple[tuple[str, str], ...]:

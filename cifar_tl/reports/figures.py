@@ -1,6 +1,7 @@
 """Figures of a run, the same in TensorBoard and in reports. Without pyplot: no global state, no display."""
 
 import functools
+import math
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -479,7 +480,7 @@ def trials(
     """
     figure, axes = _axes(2.9)
     every = [x for values in points.values() for x, _ in values]
-    choices = sorted({x for x in every if isinstance(x, str)})
+    choices = sorted({x for x in every if isinstance(x, str)}, key=_natural)
     markers = {"finished": ("o", COLORS[0]), "pruned": ("x", COLORS[1]), "best": ("*", COLORS[2])}
     for name, values in points.items():
         marker, color = markers[name]
@@ -501,6 +502,14 @@ def trials(
     axes.set_title(title)
     axes.legend(fontsize=8)
     return figure
+
+
+def _natural(text: str) -> tuple[float, str]:
+    """Return what sorts numbers by size, and other texts by the alphabet behind them."""
+    try:
+        return float(text), text
+    except ValueError:
+        return math.inf, text
 
 
 def pixels(figure: Figure) -> NDArray[np.uint8]:

@@ -44,7 +44,7 @@ aksharasoman/resnet50-cifar10-fastapi. At 224x224: V2 weights, 12 epochs, so-ham
 def beside_original(run: Run, folder: FigureFolder) -> dict[str, Any] | None:
     """Return both validation curves as a figure and as a table; None for a run of other data or length."""
     metrics = run.metrics
-    same_data = "airplane" in run.classes and metrics.get("images") == IMAGES
+    same_data = "airplane" in run.classes and IMAGES.items() <= metrics.get("images", {}).items()
     if metrics.get("experiment") != EXPERIMENT or not same_data or metrics["epoch"] != list(range(len(ORIGINAL))):
         return None
     series = {"this run": metrics["val/acc"], "original": ORIGINAL}

@@ -1,7 +1,7 @@
 """The sections of a run's page on what it predicts: classes, unfreeze, confused pairs, calibration, single images."""
 
-import math
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ from cifar_tl.reports.page import FigureFolder, Thumbnail, thumbnail
 from cifar_tl.runs.folder import Run
 from cifar_tl.runs.formatting import percent, percent_range, points
 from cifar_tl.runs.metrics import (
-    Z95,
     Ints,
     class_scores,
     confused_pairs,
@@ -22,6 +21,7 @@ from cifar_tl.runs.metrics import (
     mistaken,
     most_certain,
     negative_log_likelihood,
+    paired_interval,
     reliability,
     softmax,
     top_mistakes,
@@ -44,11 +44,13 @@ def classes(run: Run, folder: FigureFolder) -> dict[str, Any] | None:
     rows = []
     for i, (name, (share, low, high)) in enumerate(zip(names, found, strict=True)):
         trusted = percent_range(*wilson_interval(precision[i], predicted[i]), 1)
-        scores = [f"{100 * share:.1f}", percent_range(low, high, 1), f"{100 * precision[i]:.1f}", trusted]
-        rows.append([name, f"{examples[i]:,}", *scores, f"{100 * f1[i]:.1f}"])
-    means = [f"{100 * sum(values) / len(names):.1f}" for values in (recall, precision, f1)]
+        found_of = [f"{100 * share:.1f}", percent_range(low, high, 1)] if examples[i] else ["-", "-"]
+        scores = [*found_of, f"{100 * precision[i]:.1f}", trusted, f"{100 * f1[i]:.1f}" if examples[i] else "-"]
+        rows.append([name, f"{examples[i]:,}", *scores])
+    there = [i for i, count in enumerate(examples) if count]
+    means = [f"{100 * fmean(values[i] for i in there):.1f}" for values in (recall, precision, f1)]
     rows.append(["mean", f"{matrix.sum():,}", means[0], "", means[1], "", means[2]])
-    order = sorted(range(len(names)), key=lambda i: -recall[i])
+    order = sorted(there, key=lambda i: -recall[i])
     best, worst = order[0], order[-1]
     confusion = folder.draw(
         "confusion",
@@ -218,16 +220,15 @@ class ImageSections:
 
 
 def _changes(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> list[str]:
-    """Return the cells of a class in the table of the unfreeze; its interval is the normal one of paired images."""
+    """Return the cells of a class in the table of the unfreeze."""
     difference = after.astype(float) - before.astype(float)
-    mean, count = float(difference.mean()), len(difference)
-    half = Z95 * float(difference.std(ddof=1)) / math.sqrt(count) if count > 1 else 1.0
+    low, high = paired_interval(difference)
     return [
-        f"{count:,}",
+        f"{len(difference):,}",
         f"{100 * before.mean():.1f}",
         f"{100 * after.mean():.1f}",
-        points(mean, 1),
-        f"{points(max(-1.0, mean - half), 1)} to {points(min(1.0, mean + half), 1)}",
+        points(float(difference.mean()), 1),
+        f"{points(low, 1)} to {points(high, 1)}",
         f"{int((after & ~before).sum()):,}",
         f"{int((before & ~after).sum()):,}",
     ]

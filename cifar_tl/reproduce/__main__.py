@@ -16,7 +16,7 @@ from cifar_tl import cli
 from cifar_tl.errors import Interrupted, UserError, check_flag
 from cifar_tl.reproduce.jobs import Job, plan_jobs, set_aside, state, unpublishable
 from cifar_tl.reproduce.publish import publish
-from cifar_tl.runs.resume import quoted
+from cifar_tl.runs.resume import kept_result, quoted
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,8 @@ def reproduce(cfg: DictConfig, passed: Sequence[str], folder: Path) -> None:
     publishing = check_flag("publish", cfg.publish)
     tables_only = check_flag("tables_only", cfg.tables_only)
     jobs = plan_jobs(cfg, passed, folder)
+    if tables_only and not any(kept_result(job.folder) is not None for job in jobs):
+        raise UserError(f"{folder} has no finished run of these parts. Without tables_only=true they are trained.")
     failed = [] if tables_only else run_jobs(jobs)
     from cifar_tl.reproduce.tables import write_tables  # late: `--help` should not wait for matplotlib
 

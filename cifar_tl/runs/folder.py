@@ -130,7 +130,7 @@ def find_runs(folder: Path) -> list[Path]:
             f"{folder} is no run and holds none: a run's folder has a {METRICS}. Runs are in outputs/EXPERIMENT/TIME, "
             f"those of sweeps in outputs/sweeps/TIME."
         )
-    return sorted(runs, key=lambda path: [(int(p), "") if p.isdigit() else (-1, p) for p in path.parts])
+    return sorted(runs, key=lambda path: [(int(p), "") if p.isdecimal() else (-1, p) for p in path.parts])
 
 
 def read_run(folder: Path) -> Run:

@@ -33,6 +33,21 @@ def wilson_interval(share: float, examples: int, z: float = Z95) -> tuple[float,
     return max(0.0, center - half), min(1.0, center + half)  # rounding would pass the ends
 
 
+def paired_interval(differences: Floats) -> tuple[float, float]:
+    """Return the 95% interval of the mean of paired differences, clipped to -1 and 1.
+
+    It is Wald's with two more pairs, one that differs either way (Bonett and Price 2012, Journal of Educational and
+    Behavioral Statistics 37, 479-488): without them, few pairs that all differ one way would be a certainty.
+
+    Args:
+        differences: (pairs,): what one gets right and the other does not is 1, the reverse is -1; or means over seeds.
+    """
+    n = len(differences) + 2
+    mean = float(differences.sum()) / n
+    half = Z95 * math.sqrt(((float((differences**2).sum()) + 2) / n - mean**2) / n)
+    return max(-1.0, mean - half), min(1.0, mean + half)
+
+
 def softmax(logits: NDArray[np.floating], temperature: float = 1.0) -> Floats:
     """Return probabilities, (examples, classes), of logits divided by a temperature."""
     scaled = logits.astype(np.float64) / temperature

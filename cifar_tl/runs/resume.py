@@ -89,6 +89,8 @@ def with_overrides_of_resumed_run(arguments: list[str], outputs: Path = Path("ou
         raise UserError(f"resume={given[-1]}: {folder} is a sweep's folder. Add -m to go on with all its jobs.")
     if not saved.is_file():
         run = next((path.parent for path in (folder, folder.parent) if path.name == LAST.parent.name), None)
+        if run is None and (found := sorted(folder.glob(f"*/{LAST}"))):
+            run = found[-1].parents[1]
         inside = f" Give the run's folder, {run}." if run else ""
         raise UserError(f"resume={given[-1]}: {folder} is no run's folder: it has no .hydra/overrides.yaml.{inside}")
     if not (folder / LAST).is_file():
@@ -316,15 +318,16 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def quoted(path: Path | str) -> str:
-    """Return a path as a quoted value of Hydra's override grammar."""
-    return "'" + str(path).replace("'", "\\'") + "'"
+    """Return a path as a quoted value of Hydra's grammar, in which only backslashes before a quote are special."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), str(path)) + "'"
 
 
 def _unquoted(key: str, value: str) -> Path:
     """Return a path given as the value of an override, with or without quotes."""
     for quote in ("'", '"'):
         if len(value) > 1 and value[0] == value[-1] == quote:
-            return check_path(key, value[1:-1].replace(f"\\{quote}", quote))
+            inner = re.sub(rf"(\\+)({quote}|$)", lambda match: match[1][: len(match[1]) // 2] + match[2], value[1:-1])
+            return check_path(key, inner)
     return check_path(key, value)
 
 

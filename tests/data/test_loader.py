@@ -62,6 +62,18 @@ def test_a_single_image_is_no_training_batch_of_its_own():
     assert [len(targets) for _, targets in ArrayLoader(IMAGES[:49], TARGETS[:49], 16, MEAN, STD)] == [16, 16, 16, 1]
 
 
+@pytest.mark.parametrize("images", [45_000, 512, 513, 514, 515, 769])
+def test_several_processes_take_as_many_steps_as_one(images):
+    def steps(processes):
+        training = {"augment": lambda epoch: NOTHING, "world_size": processes}
+        targets = torch.zeros(images, dtype=torch.int64)
+        return {
+            len(ArrayLoader(IMAGES, targets, 256 // processes, MEAN, STD, rank=r, **training)) for r in range(processes)
+        }
+
+    assert steps(2) == steps(1)
+
+
 def test_one_hot_targets_are_available():
     _, targets = next(iter(ArrayLoader(IMAGES, TARGETS % 10, 4, MEAN, STD, one_hot_targets=True)))
     assert targets.shape == (4, 10)

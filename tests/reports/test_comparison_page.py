@@ -67,9 +67,9 @@ def test_means_ranges_and_n(sweep):
 
 def test_intervals_of_few_images_stay_within_what_there_can_be():
     before, after = np.array([False] * 3), np.array([True, True, False])
-    assert _changes(before, after)[4] == "+1.3 to +100.0"
-    assert _changes(after, before)[4] == "-100.0 to -1.3"
-    assert _changes(before[:1], after[:1])[4] == "+0.0 to +100.0"
+    assert _changes(before, after)[4] == "-30.1 to +100.0"
+    assert _changes(after, before)[4] == "-100.0 to +30.1"
+    assert _changes(before[:1], after[:1])[4] == "-73.4 to +100.0"
 
 
 def test_paired_difference_is_that_of_the_images(sweep):
@@ -95,7 +95,9 @@ def test_runs_of_other_seeds_or_images_are_not_paired(tmp_path):
     a, b = make_run(tmp_path / "a", ["x=1"], seed=1), make_run(tmp_path / "b", ["x=2"], seed=2)
     one, two = group_runs(read_runs([a, b]))
     assert paired_difference(one, two) is None
-    assert paired_difference(one, one) == Difference(0, 0, 0, 0, 0, [1], [0.0])
+    same = paired_difference(one, one)
+    assert same == Difference(0, -same.high, same.high, 0, 0, [1], [0.0])
+    assert 0 < same.high < 0.01
 
 
 def test_long_overrides_leave_room_for_the_plots():
@@ -123,6 +125,13 @@ def test_which_override_mattered(tmp_path):
     assert first.values["1"] == (pytest.approx(0.605), 2, 0.6, 0.61)
 
 
+def test_overrides_that_only_vary_together_are_no_cause(tmp_path):
+    for name, overrides in (("0", ["a=0", "b=0", "c=0"]), ("1", ["a=1", "b=1", "c=0"]), ("2", ["a=1", "b=1"])):
+        make_run(tmp_path / name, overrides)
+    groups = group_runs(read_runs(find_runs(tmp_path)))
+    assert [effect.key for effect in effects(groups, "test/acc")] == ["c"]
+
+
 @pytest.mark.slow
 def test_unfinished_runs_are_named_and_left_out(sweep, no_run_pages):
     make_run(sweep / "6", ["finetune.backbone_lr=1e-3", "data.limit=400"], seed=4, status="failed")
@@ -136,6 +145,11 @@ def test_unfinished_runs_are_named_and_left_out(sweep, no_run_pages):
     curves = (sweep / "sweep_figures" / "val_acc.svg").read_text()
     # two and three seeds that finished; and of a setting without any, what there is
     assert [f"backbone_lr={lr} (n={n})" in curves for lr, n in (("1e-3", 2), ("3e-4", 3), ("9", 1))] == [True] * 3
+
+
+def test_folders_are_sorted_by_number_where_their_names_are_numbers(tmp_path):
+    runs = [make_run(tmp_path / name) for name in ("10", "9", "²")]
+    assert find_runs(tmp_path) == [runs[2], runs[1], runs[0]]
 
 
 def test_runs_that_were_set_aside_are_not_compared(tmp_path):

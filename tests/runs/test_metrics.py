@@ -21,6 +21,7 @@ from cifar_tl.runs.metrics import (
     mistaken,
     most_certain,
     negative_log_likelihood,
+    paired_interval,
     reliability,
     scores,
     softmax,
@@ -147,6 +148,27 @@ def test_rankings():
 def test_confused_pairs_count_both_directions_and_leave_out_what_is_never_confused():
     confusion = np.array([[5, 1, 0], [4, 9, 0], [0, 2, 7]])
     assert confused_pairs(confusion, 5) == [(1, 0), (2, 1)]
+
+
+@pytest.mark.parametrize(("better", "worse", "images"), [(3, 0, 100), (5, 0, 10_000), (7, 2, 10_000), (60, 40, 1000)])
+def test_the_interval_of_a_paired_difference_is_that_of_bonett_and_price(better, worse, images):
+    p, q, n = (better + 1) / (images + 2), (worse + 1) / (images + 2), images + 2
+    half = 1.959964 * math.sqrt((p + q - (p - q) ** 2) / n)
+    differences = np.array([1.0] * better + [-1.0] * worse + [0.0] * (images - better - worse))
+    assert paired_interval(differences) == pytest.approx((p - q - half, p - q + half))
+
+
+def test_few_images_that_differ_one_way_are_no_certainty():
+    for differing, certain in ((5, False), (6, True)):  # McNemar's exact test: p = 0.06 and 0.03
+        assert (paired_interval(np.array([1.0] * differing + [0.0] * 9000))[0] > 0) is certain
+
+
+def test_the_interval_of_a_paired_difference_holds_it_in_95_of_100_tests():
+    draw = np.random.default_rng(0)
+    for images, difference in ((20, 0.05), (100, 0.01), (1000, 0.002)):
+        tests = draw.binomial(1, difference, (2000, images)).astype(float)
+        holds = [low <= difference <= high for low, high in map(paired_interval, tests)]
+        assert np.mean(holds) > 0.93
 
 
 def test_interval_of_nothing_is_everything():
