@@ -133,6 +133,7 @@ def build_datamodule(cfg: DictConfig) -> CIFAR10DataModule:
         eval_batch_size=data.eval_batch_size,
         val_size=data.val_size,
         limit=data.limit,
+        train_limit=data.train_limit,
         split_seed=data.split_seed,
         one_hot=check_flag("data.one_hot", data.one_hot),
         augment=build_augment(cfg),
@@ -458,11 +459,10 @@ def keys_without_effect(cfg: DictConfig, given: Sequence[str]) -> list[str]:
     finetune, start = cfg.finetune, cfg.finetune.unfreeze_at_epoch
     reasons = {}
     if start == 0:
-        reasons = dict.fromkeys(
-            ("finetune.head_lr", "finetune.frozen_augment", "finetune.cache_features", "finetune.features_folder"),
-            "with finetune.unfreeze_at_epoch=0 no epoch is frozen (the head's learning rate is "
-            "finetune.head_lr_unfrozen)",
-        )
+        why = "with finetune.unfreeze_at_epoch=0 no epoch is frozen"
+        keys = ("finetune.frozen_augment", "finetune.cache_features", "finetune.features_folder")
+        reasons = dict.fromkeys(keys, why)
+        reasons["finetune.head_lr"] = f"{why}, and the head's learning rate is finetune.head_lr_unfrozen"
         if finetune.progressive_resizing:
             reasons["model.upscale"] = "finetune.progressive_resizing sets it from the first epoch on"
     if start is None:

@@ -115,7 +115,6 @@ ROWS: dict[str, list[tuple[str, tuple[str, ...]]]] = {
     "Checkpoints": [
         ("evaluate", ("checkpoint=nowhere.ckpt",)),
         ("evaluate", ("checkpoint=empty",)),
-        ("evaluate", ("checkpoint=RUN/metrics.json",)),
         ("evaluate", ("checkpoint=truncated.ckpt",)),
         ("evaluate", ("checkpoint=other.pth",)),
         ("evaluate", ("checkpoint=code.pth",)),

@@ -1,4 +1,5 @@
 import argparse
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,13 @@ def test_a_runs_folder_means_its_best_checkpoint(tiny_run, tmp_path):
 
 
 @pytest.mark.slow
+def test_another_file_of_a_run_leads_to_its_folder(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "metrics.json").write_text("{}")
+    with pytest.raises(UserError, match=re.escape(f"Give the run's folder, {tmp_path}.")):
+        load_trained(tmp_path / "metrics.json")
+
+
 def test_loading_a_checkpoint_takes_no_callback_and_no_report():
     """Nor matplotlib, for which lint-imports has a contract: torchmetrics imports it wherever it is installed."""
     code = "import sys, cifar_tl.checkpoints; print('\\n'.join(sys.modules))"

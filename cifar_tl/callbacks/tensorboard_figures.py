@@ -36,6 +36,7 @@ HPARAMS = (
     "experiment",
     "seed",
     "data.limit",
+    "data.train_limit",
     "data.batch_size",
     "augment.flip",
     "augment.crop_padding",

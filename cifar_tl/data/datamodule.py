@@ -58,6 +58,7 @@ class CIFAR10DataModule(L.LightningDataModule):
         eval_batch_size: Images per step of validation and test; results do not depend on it.
         val_size: Images cut from the training set for validation, stratified.
         limit: At most so many images for each of training, validation and test, stratified; None for all.
+        train_limit: At most so many for training, stratified; None for `limit` alone.
         split_seed: Of the split and the subsets, apart from the run's seed, so that runs of all seeds share a split.
         one_hot: Give targets as one-hot rows instead of class indices.
         augment: The augmentation of the training images in an epoch.
@@ -82,6 +83,7 @@ class CIFAR10DataModule(L.LightningDataModule):
         eval_batch_size: int,
         val_size: int,
         limit: int | None,
+        train_limit: int | None,
         split_seed: int,
         one_hot: bool,
         augment: Callable[[int], Augment],
@@ -94,6 +96,9 @@ class CIFAR10DataModule(L.LightningDataModule):
         self.val_size = check_int("data.val_size", val_size, 1)
         self.limit = None if limit is None else check_int("data.limit", limit, len(source.classes))
         self.test_limit = self.limit
+        self.train_limit = (
+            None if train_limit is None else check_int("data.train_limit", train_limit, len(source.classes))
+        )
         self.split_seed = check_int("data.split_seed", split_seed, 0)
         self.one_hot = one_hot
         self.augment = augment
@@ -164,7 +169,7 @@ class CIFAR10DataModule(L.LightningDataModule):
         if stage in ("fit", "validate") and "train" not in self.splits:
             sets = self.source.read(["train", "test"] if fitting else ["train"])
             images, targets = sets["train"]
-            train, val = split_train_val(targets, self.val_size, self.limit, self.split_seed)
+            train, val = split_train_val(targets, self.val_size, self.limit, self.split_seed, self.train_limit)
             if fitting:
                 self._check_classes(targets, train, val)
             self.indices |= {"train": train, "val": val}
@@ -192,12 +197,14 @@ class CIFAR10DataModule(L.LightningDataModule):
         return limited(torch.arange(len(targets)), targets, self.test_limit, self.split_seed)
 
     def _check_classes(self, targets: Tensor, train: Tensor, val: Tensor) -> None:
-        missing = check_every_class_trains(self.classes, targets, train, val, self.val_size, self.limit)
+        limits = {"data.limit": self.limit, "data.train_limit": self.train_limit}
+        asked = [f"{key}={size}" for key, size in limits.items() if size is not None]
+        given = f"data.val_size={self.val_size}" + (f" with {' and '.join(asked)}" if asked else "")
+        missing = check_every_class_trains(self.classes, targets, train, val, given)
         if missing:
             log.warning(
-                "warning: data.val_size=%d%s leaves no validation image of %s: validation says nothing about %s.",
-                self.val_size,
-                "" if self.limit is None else f" with data.limit={self.limit}",
+                "warning: %s leaves no validation image of %s: validation says nothing about %s.",
+                given,
                 ", ".join(missing),
                 "it" if len(missing) == 1 else "them",
             )

@@ -49,7 +49,9 @@ def stratified_subset(targets: Tensor, size: int, seed: int) -> Tensor:
     return torch.cat(chosen).sort().values
 
 
-def split_train_val(targets: Tensor, val_size: int, limit: int | None, seed: int) -> tuple[Tensor, Tensor]:
+def split_train_val(
+    targets: Tensor, val_size: int, limit: int | None, seed: int, train_limit: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Cut validation from the training examples, then keep at most `limit` of each.
 
     Args:
@@ -57,6 +59,7 @@ def split_train_val(targets: Tensor, val_size: int, limit: int | None, seed: int
         val_size: Examples for validation.
         limit: At most so many for training and for validation each, None for all.
         seed: The same seed gives the same split.
+        train_limit: At most so many for training, None for `limit` alone; fewer are some of more.
 
     Returns:
         Sorted indices for training and for validation; no example is in both.
@@ -72,7 +75,8 @@ def split_train_val(targets: Tensor, val_size: int, limit: int | None, seed: int
     is_train = torch.ones(len(targets), dtype=torch.bool)
     is_train[val] = False
     train = is_train.nonzero().squeeze(1)
-    return limited(train, targets, limit, seed), limited(val, targets, limit, seed)
+    at_most = min((size for size in (limit, train_limit) if size is not None), default=None)
+    return limited(train, targets, at_most, seed), limited(val, targets, limit, seed)
 
 
 def limited(indices: Tensor, targets: Tensor, limit: int | None, seed: int) -> Tensor:
@@ -127,7 +131,7 @@ def first_copies(images: Sequence[bytes], among: Sequence[bytes]) -> dict[int, i
 
 
 def check_every_class_trains(
-    classes: Sequence[str], targets: Tensor, train: Tensor, val: Tensor, val_size: int, limit: int | None
+    classes: Sequence[str], targets: Tensor, train: Tensor, val: Tensor, given: str
 ) -> list[str]:
     """Refuse a split that leaves a class without training images.
 
@@ -136,8 +140,7 @@ def check_every_class_trains(
         targets: (examples,), class indices of the official training set.
         train: Indices of the training images.
         val: Indices of the validation images.
-        val_size: As asked for, for the error.
-        limit: Likewise.
+        given: The keys that say how many are taken, with their values, for the error.
 
     Returns:
         The classes without validation images: their validation metrics mean nothing.
@@ -151,10 +154,10 @@ def check_every_class_trains(
         for label, name in enumerate(classes)
         if not left[label]
     ]:
-        keys = f"data.val_size={val_size}" + (f" with data.limit={limit}" if limit is not None else "")
-        advice = "Lower data.val_size" + (", raise data.limit" if limit is not None else "")
+        limits = [key for key in ("data.limit", "data.train_limit") if f"{key}=" in given]
+        advice = ", ".join(["Lower data.val_size", *(f"raise {key}" for key in limits)])
         raise UserError(
-            f"{keys} leaves nothing to train on for {len(starved)} of {len(classes)} classes: {_some(starved)}; "
+            f"{given} leaves nothing to train on for {len(starved)} of {len(classes)} classes: {_some(starved)}; "
             f"training images in all: {len(train)}. {advice}, or add images of these classes."
         )
     return [name for label, name in enumerate(classes) if not held_out[label]]

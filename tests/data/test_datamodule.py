@@ -102,6 +102,13 @@ def test_a_class_without_training_images_is_refused_with_names_and_counts(fitted
         UserError, match=r"data.val_size=9 with data.limit=5 .*rare1 \(0 of 1, 0 in validation.*data\.limit"
     ):
         fitted(root, "data.val_size=9", "data.limit=5")
+    with pytest.raises(UserError, match=r"=9 with data.limit=50 and data.train_limit=5 .*raise data\.train_limit, or"):
+        fitted(root, "data.val_size=9", "data.limit=50", "data.train_limit=5")
+
+
+def test_few_labels_leave_validation_and_test_whole(fitted, tmp_path):
+    root = write(tmp_path, {"cat": 20, "dog": 20}, {"cat": 5, "dog": 5})
+    assert fitted(root, "data.val_size=8", "data.train_limit=6").sizes == {"train": 6, "val": 8, "test": 10}
 
 
 def test_a_class_without_validation_images_is_warned_of(fitted, tmp_path, caplog):

@@ -26,6 +26,18 @@ def test_limit_applies_to_training_and_validation_each():
     assert set(val.tolist()) <= set(whole_val.tolist())
 
 
+def test_fewer_training_images_are_some_of_more_and_validation_keeps_its_own():
+    _, all_val = split_train_val(TARGETS, 100, None, 0)
+    few, val = split_train_val(TARGETS, 100, None, 0, train_limit=20)
+    more, _ = split_train_val(TARGETS, 100, None, 0, train_limit=200)
+    assert torch.bincount(TARGETS[few]).tolist() == [2] * 10
+    assert set(few.tolist()) < set(more.tolist())
+    assert torch.equal(val, all_val)
+    both, val = split_train_val(TARGETS, 100, 50, 0, train_limit=20)
+    assert torch.equal(both, few)
+    assert len(val) == 50
+
+
 def test_uneven_classes_get_their_share_within_one():
     targets = torch.tensor([0] * 70 + [1] * 20 + [2] * 10)
     counts = torch.bincount(targets[stratified_subset(targets, 33, seed=0)])
