@@ -11,6 +11,7 @@ import sys
 import warnings
 from html import unescape
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from cifar_tl.reports import figures
 from cifar_tl.reports.__main__ import main
 from cifar_tl.reports.original import beside_original
 from cifar_tl.reports.page import FigureFolder
+from cifar_tl.reports.run_predictions import classes
 from cifar_tl.runs.folder import read_run
 from cifar_tl.runs.predictions import read_images
 
@@ -89,6 +91,16 @@ def test_metrics_are_torchmetrics_from_the_predictions_file(drawn):
     assert both[3, 4] == both[~np.eye(5, dtype=bool)].max()
     assert Page(text).table("pair")[1][0] == "cat ⇄ deer"
     assert f"cat predicted as deer: {both[3, 4]} (" in Page(text).table("pair")[1][1]
+
+
+def test_a_class_without_test_images_has_no_scores_and_is_in_no_mean(tmp_path):
+    run = SimpleNamespace(test_metrics={}, test_confusion=np.array([[8, 2, 0], [0, 9, 1], [0, 0, 0]]), classes="abc")
+    section = classes(run, FigureFolder(tmp_path))
+    rows = {row[0]: row[1:] for row in section["table"].rows}
+    assert rows["c"][:3] == ["0", "-", "-"]
+    assert rows["c"][-1] == "-"
+    assert rows["mean"][1] == "85.0"  # of 80 and 90
+    assert "from b (90.0%) down to a (80.0%)" in section["figures"][1].svg
 
 
 def test_temperature_lowers_the_validation_loss(drawn):
