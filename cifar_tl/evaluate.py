@@ -38,7 +38,7 @@ from cifar_tl.hardware import (
     resolve_precision,
     select_gpu,
 )
-from cifar_tl.model.tta import AUGMENTED, SINGLE, View
+from cifar_tl.model.tta import AUGMENTED, SINGLE, View, mean_logits
 from cifar_tl.model.weights import file_sha256
 from cifar_tl.runs.formatting import percent, percent_range, result_text
 from cifar_tl.runs.metrics import Ints, fit_temperature, scores
@@ -256,8 +256,7 @@ class Evaluation:
         parts = []
         with torch.inference_mode(), self.precision():
             for batch in torch.split(images, self.batch_size):
-                batch = batch.to(self.device)
-                parts.append(sum(weight * self.network(view(batch)).float() for view, weight in views.items()))
+                parts.append(mean_logits(self.network, batch.to(self.device), views))
         return np.asarray(torch.cat([part.cpu() for part in parts if isinstance(part, Tensor)]).numpy())
 
     def fit_temperature(self, images: Tensor, targets: Ints) -> None:

@@ -28,15 +28,16 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from cifar_tl.checkpoints import load_trained
 from cifar_tl.data.decode import Decoded, UnreadableImage, decode, default_threads
 from cifar_tl.data.inputs import InputFile, UnreadableFile, open_inputs
 from cifar_tl.data.walk import skipped_text
-from cifar_tl.errors import UserError, check_choice, check_int, check_path
+from cifar_tl.errors import UserError, check_choice, check_flag, check_int, check_number, check_path
 from cifar_tl.files import check_writable, replacing, writing_for
 from cifar_tl.hardware import advice_when_out_of_memory, prepare_for, resolve_accelerator
-from cifar_tl.model.classifier import ImageClassifier
+from cifar_tl.model.tta import AUGMENTED, SINGLE, mean_logits
 
 log = logging.getLogger(__name__)
 
@@ -116,15 +117,23 @@ def classify(cfg: DictConfig, total: int | None, files: Iterable[InputFile]) -> 
     top_k = min(3, len(trained.classes)) if cfg.top_k is None else check_int("top_k", cfg.top_k, 1)
     if top_k > len(trained.classes):
         raise UserError(f"top_k={top_k} is not allowed: {cfg.checkpoint} knows {len(trained.classes)} classes.")
+    views = AUGMENTED["flip_shift"] if check_flag("tta", cfg.tta) else SINGLE
+    temperature = check_number("temperature", cfg.temperature, 0)
+    if temperature == 0:
+        raise UserError("temperature=0 is not allowed: give a number above 0.")
     prepare_for(device, trained.module)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with a file stands in its row
     resized = 0
     rows: list[Row] = []
     with progress(total) as advance, advice_when_out_of_memory(f"Lower batch_size={batch_size}."):
-        classifier = trained.classifier().to(device)
+        network = trained.classifier().to(device)
+
+        def probabilities_of(images: Tensor) -> Tensor:
+            return (mean_logits(network, images, views) / temperature).softmax(dim=1)
+
         for batch in batches(attempts(files, threads, batch_size), batch_size):
             resized += sum(not isinstance(image, str) and image.resized for _, image in batch)
-            rows += predict_batch(classifier, trained.classes, top_k, batch, device)
+            rows += predict_batch(probabilities_of, trained.classes, top_k, batch, device)
             advance(len(batch))
     return rows, resized
 
@@ -169,9 +178,18 @@ def batches(items: Iterator[Attempt], size: int) -> Iterator[list[Attempt]]:
 
 
 def predict_batch(
-    classifier: ImageClassifier, classes: Iterable[str], top_k: int, batch: list[Attempt], device: str
+    probabilities_of: Callable[[Tensor], Tensor], classes: Iterable[str], top_k: int, batch: list[Attempt], device: str
 ) -> list[Row]:
-    """Return a row for each file of a batch; probabilities are the softmax of the logits, rounded to six digits."""
+    """Return a row for each file of a batch.
+
+    Args:
+        probabilities_of: From images (batch, 3, 32, 32), uint8, to probabilities (batch, classes), of which six digits
+            are kept.
+        classes: Their names.
+        top_k: Of them in a row.
+        batch: Files with their images, or what is wrong with them.
+        device: Of `probabilities_of`.
+    """
     names = list(classes)
     rows: list[Row] = [dict.fromkeys(columns(top_k)) | {"path": path} for path, _ in batch]
     good = [(row, image) for row, (_, image) in zip(rows, batch, strict=True) if not isinstance(image, str)]
@@ -185,7 +203,7 @@ def predict_batch(
         return rows
     with torch.inference_mode():
         images = torch.from_numpy(np.stack([image.pixels for _, image in good])).to(device)
-        best = classifier(images).softmax(dim=1).topk(top_k)
+        best = probabilities_of(images).topk(top_k)
     for (row, _), probabilities, indices in zip(good, best.values.tolist(), best.indices.tolist(), strict=True):
         if not math.isfinite(sum(probabilities)):
             row["error"] = "the model's logits are not finite numbers: its training has diverged"

@@ -86,6 +86,7 @@ FIXED = (
     "model.conventions",
     "data.name",
     "data.limit",
+    "data.train_limit",
     "data.val_size",
     "data.split_seed",
     "data.train_size",

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import pad
 
 from cifar_tl import cli
 from cifar_tl.checkpoints import load_trained
@@ -257,6 +258,40 @@ def test_csv_json_and_parquet_say_the_same(hostile, run, compose, tiny_checkpoin
     }
     texts = [{key: "" if value is None else str(value) for key, value in record.items()} for record in records]
     assert texts == run(hostile)
+
+
+def test_six_views_and_a_temperature_are_those_of_the_evaluation(compose, tiny_checkpoint, tmp_path):
+    picture((32, 32), seed=5).save(tmp_path / "a.png")
+    keys = (f"checkpoint='{tiny_checkpoint}'", f"input='{tmp_path}/a.png'", "trainer.accelerator=cpu", "format=json")
+
+    def probabilities(*overrides):
+        (row,) = json.loads(predict(compose(*keys, "top_k=2", *overrides, config_name="predict"), tmp_path).read_text())
+        return [row["probability_1"], row["probability_2"]]
+
+    image = torch.from_numpy(np.array(Image.open(tmp_path / "a.png"))).permute(2, 0, 1)[None]
+    padded = pad(image.float(), (1, 1, 1, 1), "reflect").to(torch.uint8)
+    shifts = {(1, 1): 0.25, (0, 0): 0.125, (2, 2): 0.125}
+    views = {padded[..., y : y + 32, x : x + 32]: weight for (y, x), weight in shifts.items()}
+    with torch.no_grad():
+        network = load_trained(tiny_checkpoint).classifier()
+        single = network(image)
+        six = sum(w * (network(view) + network(view.flip(-1))) for view, w in views.items())
+    for overrides, logits in (
+        ([], single),
+        (["tta=true"], six),
+        (["temperature=0.5"], single / 0.5),
+        (["tta=true", "temperature=2"], six / 2),
+    ):
+        assert probabilities(*overrides) == pytest.approx(logits.softmax(dim=1)[0].topk(2).values.tolist(), abs=2e-6)
+    assert probabilities("tta=true") != probabilities()
+
+
+@pytest.mark.parametrize("key", ["temperature=0", "temperature=-1", "tta=maybe"])
+def test_what_changes_probabilities_is_checked(compose, tiny_checkpoint, tmp_path, key):
+    picture().save(tmp_path / "a.png")
+    keys = (f"checkpoint='{tiny_checkpoint}'", f"input='{tmp_path}'", "trainer.accelerator=cpu", key)
+    with pytest.raises(UserError, match=f"{key} is not allowed"):
+        predict(compose(*keys, config_name="predict"), tmp_path)
 
 
 def test_parquet_without_pyarrow_is_refused_before_the_work(compose, tmp_path, monkeypatch):

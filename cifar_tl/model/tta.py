@@ -1,6 +1,7 @@
 """Test-time augmentation: the logits of an image as a weighted mean over views of it."""
 
 from collections.abc import Callable, Mapping
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -52,3 +53,14 @@ AUGMENTED: Mapping[str, Mapping[View, float]] = {
     },
 }
 """Views with their weights, which add up to 1."""
+
+
+def mean_logits(network: Callable[[Tensor], Tensor], images: Tensor, views: Mapping[View, float]) -> Tensor:
+    """Return the weighted mean of the logits of views, (batch, classes), float32.
+
+    Args:
+        network: From images to logits.
+        images: (batch, 3, height, width), as the network takes them.
+        views: With their weights.
+    """
+    return reduce(torch.add, (weight * network(view(images)).float() for view, weight in views.items()))
