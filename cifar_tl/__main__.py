@@ -1,5 +1,7 @@
 """python -m cifar_tl: the commands there are."""
 
+import sys
+
 COMMANDS = {
     "train": "train, or go on with a run: experiment=NAME, resume=RUN",
     "evaluate": "measure a checkpoint: checkpoint=RUN",
@@ -11,7 +13,17 @@ COMMANDS = {
     "benchmarks": "measure speeds",
 }
 
-if __name__ == "__main__":
+
+def main(arguments: list[str]) -> int:
+    """Print the commands; return 2 if one was asked for here, where none is carried out."""
+    wrong = arguments not in ([], ["--help"], ["-h"])
+    if wrong:
+        print(f"error: python -m cifar_tl carries nothing out: {' '.join(arguments)}", file=sys.stderr)
     for name, text in COMMANDS.items():
-        print(f"python -m cifar_tl.{name:<12}{text}")
-    print("Each takes --help.")
+        print(f"python -m cifar_tl.{name:<12}{text}", file=sys.stderr if wrong else sys.stdout)
+    print("Each takes --help.", file=sys.stderr if wrong else sys.stdout)
+    return 2 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -450,7 +450,7 @@ def check_batch_size(cfg: DictConfig, processes: int) -> None:
 
 
 def keys_without_effect(cfg: DictConfig, given: Sequence[str]) -> list[str]:
-    """Return a sentence for each key that was given and changes nothing, because of another one.
+    """Return a sentence for each key that was given and is known to change nothing, because of another one.
 
     Args:
         cfg: As composed from conf/train.yaml.
@@ -462,7 +462,8 @@ def keys_without_effect(cfg: DictConfig, given: Sequence[str]) -> list[str]:
         why = "with finetune.unfreeze_at_epoch=0 no epoch is frozen"
         keys = ("finetune.frozen_augment", "finetune.cache_features", "finetune.features_folder")
         reasons = dict.fromkeys(keys, why)
-        reasons["finetune.head_lr"] = f"{why}, and the head's learning rate is finetune.head_lr_unfrozen"
+        if finetune.head_lr_unfrozen is not None:
+            reasons["finetune.head_lr"] = f"{why}, and the head's learning rate is finetune.head_lr_unfrozen"
         if finetune.progressive_resizing:
             reasons["model.upscale"] = "finetune.progressive_resizing sets it from the first epoch on"
     if start is None:
@@ -470,6 +471,8 @@ def keys_without_effect(cfg: DictConfig, given: Sequence[str]) -> list[str]:
             ("finetune.backbone_lr", "finetune.head_lr_unfrozen", "finetune.batchnorm"),
             "with finetune.unfreeze_at_epoch=null the backbone stays frozen",
         )
+        if finetune.optimizer == "muon":
+            reasons["finetune.momentum"] = "Muon is for the backbone, which stays frozen"
     if finetune.optimizer not in ("muon", "sgd"):
         reasons["finetune.momentum"] = f"finetune.optimizer={finetune.optimizer} has none"
     if cfg.model.weights is None:
@@ -544,7 +547,7 @@ def quieten_lightning() -> None:
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`")  # Lightning 2.6 on torch 2.14
     warnings.filterwarnings("ignore", message=r".*find_unused_parameters=True was specified")  # once all is unfrozen
     warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")  # a resumed run's
-    warnings.filterwarnings("ignore", message=r"The number of training batches")  # +trainer.limit_train_batches
+    warnings.filterwarnings("ignore", message=r"The number of training batches")  # PhaseLog sees to it
     warnings.filterwarnings("ignore", message=r"The `srun` command is available")  # and was left out on purpose
     warnings.filterwarnings("ignore", message=r"The AccumulateGrad node's stream does not match")  # its issue 21567
     for name in ("lightning.pytorch", "lightning.fabric"):

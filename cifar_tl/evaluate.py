@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from cifar_tl.build import build_datamodule, build_trainer, check_root, quieten_lightning
-from cifar_tl.checkpoints import Trained, load_trained
+from cifar_tl.checkpoints import Trained, find_checkpoint, load_trained
 from cifar_tl.data import robustness
 from cifar_tl.data.cifar10 import Cifar10
 from cifar_tl.data.datamodule import CIFAR10DataModule
@@ -67,14 +67,17 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     Returns:
         `test/acc`, `test/acc_interval`, `test/loss`, `test/ece` and the per-class metrics of the single view, as the
         run had them, `test_sha256`, the run's where the images are the run's, and what was measured on what: `epoch`
-        and `checkpoint_sha256`, `data`, `images`, `precision`, device and commit. Then, if asked for: `test/flip/*` and
-        `test/flip_shift/*`; `temperature`, `val/*` and `*/calibrated/*`; `cifar10.1_v6/*`; `cifar10_c/*`.
+        and `checkpoint_sha256`, `data`, `test_images`, `precision`, device and commit. Then, if asked for:
+        `test/flip/*` and `test/flip_shift/*`; `temperature`, `val/*` and `*/calibrated/*`; `cifar10.1_v6/*`;
+        `cifar10_c/*`.
 
     Raises:
         UserError: The checkpoint or the data is missing or broken.
     """
     quieten_lightning()
-    trained = load_trained(check_path("checkpoint", cfg.checkpoint))
+    checkpoint = find_checkpoint(check_path("checkpoint", cfg.checkpoint))
+    sha256 = file_sha256(checkpoint)  # before a run that goes on replaces it
+    trained = load_trained(checkpoint)
     data = trained.config.data
     if cfg.data.root is not None:
         data.root = str(check_path("data.root", cfg.data.root))
@@ -120,10 +123,10 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         ):
             log.info("  %-12s %s", name, class_text(*values) if count else "no test images")
         origin = {
-            "checkpoint_sha256": file_sha256(trained.path),
+            "checkpoint_sha256": sha256,
             "epoch": trained.epoch,
             "data": data.name if data.name == "synthetic" else str(Path(data.root).expanduser().absolute()),
-            "images": examples,
+            "test_images": examples,
             "precision": resolve_precision(precision, accelerator),
             **environment(accelerator),
             **git_state(),

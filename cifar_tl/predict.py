@@ -131,28 +131,21 @@ def classify(cfg: DictConfig, total: int | None, files: Iterable[InputFile]) -> 
         def probabilities_of(images: Tensor) -> Tensor:
             return (mean_logits(network, images, views) / temperature).softmax(dim=1)
 
-        for batch in batches(attempts(files, threads, batch_size), batch_size):
+        for batch in batches(attempts(files, threads), batch_size):
             resized += sum(not isinstance(image, str) and image.resized for _, image in batch)
             rows += predict_batch(probabilities_of, trained.classes, top_k, batch, device)
             advance(len(batch))
     return rows, resized
 
 
-def attempts(files: Iterable[InputFile], threads: int, ahead: int = 0) -> Iterator[Attempt]:
-    """Read and decode files in a pool of threads, giving them in order.
-
-    Args:
-        files: To decode.
-        threads: Of the pool.
-        ahead: Images to decode while the caller is busy, if more than keep the pool at work; a batch's worth does not
-            stand still while the one before is classified.
-    """
+def attempts(files: Iterable[InputFile], threads: int) -> Iterator[Attempt]:
+    """Read and decode files in a pool of threads, giving them in order; only a few are in memory at a time."""
     waiting: deque[tuple[str, Future[Decoded | str]]] = deque()
     pool = ThreadPoolExecutor(threads)
     try:
         for file in files:
             waiting.append((file.path, pool.submit(attempt, file)))
-            if len(waiting) > max(ahead, 2 * threads):
+            if len(waiting) > 2 * threads:
                 path, future = waiting.popleft()
                 yield path, future.result()
         for path, future in waiting:

@@ -121,10 +121,12 @@ class Phases(list[Phase]):
 
 def _check_unused(stage_epochs: int, upscales: Sequence[int], stages: Sequence[str] | None) -> None:
     """Refuse what is about fine-tuning where nothing is fine-tuned."""
-    given = {"stage_epochs": stage_epochs, "progressive_resizing": upscales, "stages": stages}
+    given: dict[str, object] = {"stage_epochs": stage_epochs, "progressive_resizing": upscales, "stages": stages}
     for name, value in given.items():
         if value:
-            shown = f"[{','.join(map(str, value))}]" if isinstance(value, Sequence) else value
+            shown = value
+            if isinstance(value, Sequence) and not isinstance(value, str):
+                shown = f"[{','.join(map(str, value))}]"
             raise UserError(
                 f"finetune.{name}={shown} would have no effect: with finetune.unfreeze_at_epoch=null the backbone "
                 f"stays frozen. Leave one of the two out."

@@ -17,6 +17,7 @@ from conftest import SMALL, TINY
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from cifar_tl import cli
+from cifar_tl.__main__ import main as cifar_tl_main
 from cifar_tl.data import download
 
 OWN = ("experiment=demo", "data=folder")
@@ -356,3 +357,10 @@ def test_the_package_names_its_commands():
     by_make = {"cifar_tl.reproduce", "cifar_tl.benchmarks"}
     assert set(found) == set(re.findall(r"python -m (cifar_tl\.\w+)", readme)) | by_make
     assert all(importlib.util.find_spec(name) for name in found)
+
+
+def test_a_command_without_its_dot_is_an_error(capsys):
+    assert cifar_tl_main(["train", "experiment=demo"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.splitlines()[0]) == ("", "error: python -m cifar_tl carries nothing out: train experiment=demo")
+    assert "python -m cifar_tl.train " in err

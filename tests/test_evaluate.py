@@ -428,7 +428,7 @@ def test_metrics_are_left_as_json(command, root, cifar_checkpoint):
         assert any(said in line and f"{100 * result[f'test/{name}/acc']:.2f}%" in line for line in out.splitlines())
     assert "evaluation.json" in out
     assert result["checkpoint_sha256"] == hashlib.sha256(cifar_checkpoint.read_bytes()).hexdigest()
-    assert (result["data"], result["images"], result["precision"]) == ("synthetic", 20, "32-true")
+    assert (result["data"], result["test_images"], result["precision"]) == ("synthetic", 20, "32-true")
     assert {"epoch", "device", "versions", "git_commit"} <= result.keys()
 
 

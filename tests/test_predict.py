@@ -535,12 +535,12 @@ def test_a_model_of_two_classes_gives_two_without_being_told(tmp_path, monkeypat
     assert head == "path,class_1,probability_1,class_2,probability_2,note,error"
 
 
-def test_a_batch_is_decoded_while_the_one_before_is_classified(monkeypatch):
+def test_a_caller_who_stops_early_waits_for_no_other_file(monkeypatch):
     asked = []
     monkeypatch.setattr("cifar_tl.predict.ThreadPoolExecutor", lambda threads: Eager(asked))
-    decoded = attempts([SimpleNamespace(path=str(i)) for i in range(100)], threads=2, ahead=30)
+    decoded = attempts([SimpleNamespace(path=str(i)) for i in range(100)], threads=2)
     assert next(decoded)[0] == "0"
-    assert len(asked) == 31
+    assert len(asked) == 5
     decoded.close()
     assert asked[-1] == "cancelled"
 

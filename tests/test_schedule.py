@@ -125,7 +125,10 @@ def test_warmup_rises_linearly_and_never_starts_at_zero():
     [
         (["finetune=full", "finetune.head_lr=1e-5"], ["finetune.head_lr=1e-5"]),
         (["finetune=full", "finetune.head_lr_unfrozen=1e-5"], []),
+        (["finetune=full", "finetune.head_lr=1e-5", "finetune.head_lr_unfrozen=null"], []),
         (["finetune=linear_probe", "finetune.backbone_lr=1", "finetune.batchnorm=train"], [1, 2]),
+        (["finetune=linear_probe", "finetune.momentum=0.5"], [1]),
+        (["finetune=linear_probe", "finetune.momentum=0.5", "finetune.optimizer=sgd"], []),
         (["finetune=full", "finetune.progressive_resizing=[2,3]", "model.upscale=4"], [2]),
         (["finetune.progressive_resizing=[2,3]", "model.upscale=4"], []),
         (["finetune.optimizer=adamw", "finetune.momentum=0.95"], [1]),
@@ -157,6 +160,7 @@ def test_keys_that_change_nothing_are_named(compose, given, without):
         ({"stages": "layer4"}, r"finetune.stages=layer4 is not allowed: .*\[layer3,layer4\]"),
         ({"stages": []}, r"finetune.stages=\[\] unfreezes nothing"),
         ({"unfreeze_at_epoch": None, "stages": ["layer4"]}, r"finetune.stages=\[layer4\] would have no effect"),
+        ({"unfreeze_at_epoch": None, "stages": "layer4"}, "finetune.stages=layer4 would have no effect"),
         ({"unfreeze_at_epoch": None, "stage_epochs": 1}, "finetune.stage_epochs=1 would have no effect"),
         ({"unfreeze_at_epoch": None, "progressive_resizing": [1, 2]}, r"progressive_resizing=\[1,2\] would have no"),
         ({"max_epochs": 0}, "max_epochs"),

@@ -26,6 +26,7 @@ from cifar_tl.checkpoints import BestCheckpoint, PacedCheckpointIO
 from cifar_tl.errors import Interrupted, UserError
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.reports.run_page import write_run_report
+from cifar_tl.runs.record import write_metrics
 from cifar_tl.runs.resume import resume_command, run_lock, with_overrides_of_resumed_run
 from cifar_tl.schedule import FinetuneSchedule
 from cifar_tl.train import draw_report, main, saved_text, train
@@ -250,21 +251,6 @@ def test_a_finished_job_without_a_page_gets_one_where_its_sweep_goes_on(compose,
     result = main(compose(*FAST, f"resume={half}"))
     assert result == json.loads((half / "metrics.json").read_text())["best/val/acc"]
     assert drawn == [half]
-
-
-def test_a_finished_run_is_kept_unless_something_is_changed(compose, half, monkeypatch, caplog):
-    hydra = SimpleNamespace(runtime=SimpleNamespace(output_dir=str(half)), mode=RunMode.RUN, job=SimpleNamespace(num=0))
-    hydra.launcher, changes = SimpleNamespace(_target_="hydra._internal.core_plugins.basic_launcher.BasicLauncher"), []
-    hydra.runtime.choices = {"experiment": "demo"}
-    monkeypatch.setattr("cifar_tl.train.HydraConfig.get", lambda: hydra)
-    monkeypatch.setattr("cifar_tl.train.draw_report", lambda folder: None)
-    monkeypatch.setattr("cifar_tl.train.unsaved_overrides", lambda folder: changes)
-    monkeypatch.setattr("cifar_tl.train.train", lambda *_, **__: {"best/val/acc": -1})
-    caplog.set_level(logging.INFO)
-    assert main(compose(*FAST, f"resume={half}")) == json.loads((half / "metrics.json").read_text())["best/val/acc"]
-    assert "is finished: kept. trainer.max_epochs= trains it longer" in caplog.text
-    changes.append("trainer.max_epochs=9")
-    assert main(compose(*FAST, f"resume={half}")) == -1
 
 
 @pytest.mark.parametrize(("takes", "due"), [(30.0, 90.0), (0.5, 25.5)])
@@ -557,6 +543,29 @@ def test_the_command_to_go_on_repeats_what_the_run_does_not_have_yet(command, re
     assert code == 130
     assert "3 of 5 epochs are saved" in err
     assert err.rstrip().endswith("/run trainer.max_epochs=5 seed=0")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({}, "trainer.max_epochs= lets it train"), ({"epoch": [0]}, "more patience, callbacks=none or another")],
+)
+def test_a_finished_run_is_kept_as_it_is(command, resumable, change, said):
+    run = resumable.parent
+    metrics = json.loads((run / "metrics.json").read_text())
+    write_metrics(run, {**metrics, **change})
+    before = {path: path.read_bytes() for path in run.rglob("*.*") if path.is_file() and path.suffix != ".log"}
+    code, out, err = command("resume=run")
+    assert code == 0, err
+    assert f"is finished: kept. {said}" in out
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_pruned_trial_can_be_completed(command, resumable):
+    run = resumable.parent
+    write_metrics(run, {**json.loads((run / "metrics.json").read_text()), "status": "pruned"})
+    code, _, err = command("resume=run")
+    assert code == 0, err
+    assert json.loads((run / "metrics.json").read_text())["status"] == "finished"
 
 
 @pytest.mark.parametrize("content", [None, b'{"status": "fin', b"null", b"\xff"])

@@ -24,7 +24,7 @@ BATCHNORM_TEXT = dict(
 
 
 class PhaseLog(EpochTimer):
-    """Log a card at the start of each phase and a line at the end of each epoch.
+    """Log a card at the start of each phase and a line at the end of each epoch, and have loggers log in each epoch.
 
     Args:
         schedule: The phases and learning rates.

@@ -195,15 +195,17 @@ class Effect:
 def effects(groups: Sequence[Group], metric: str) -> list[Effect]:
     """Return the effect of every override that differs alone between two groups, the largest first.
 
-    Means are over whatever else was swept: they are fair where every value met the same others, as in a grid.
+    Means are over those groups that have such a counterpart, whatever else was swept: they are fair where every value
+    met the same others, as in a grid.
     """
     tested = [group for group in groups if group.values(metric)]
     found = []
     for key in dict.fromkeys(key for group in tested for key in group.overrides):
-        if not _differs_alone(key, tested):
+        paired = _with_counterpart(key, tested)
+        if not paired:
             continue
         by_value: dict[str, list[list[float]]] = {}
-        for group in tested:
+        for group in paired:
             by_value.setdefault(group.overrides.get(key, "(not given)"), []).append(group.values(metric))
         rows = {}
         for value, results in by_value.items():
@@ -213,13 +215,13 @@ def effects(groups: Sequence[Group], metric: str) -> list[Effect]:
     return sorted(found, key=lambda effect: -effect.spread)
 
 
-def _differs_alone(key: str, groups: Sequence[Group]) -> bool:
-    """Return whether two groups have other values of an override and are equal in all others."""
-    values: dict[tuple[tuple[str, str], ...], set[str | None]] = {}
+def _with_counterpart(key: str, groups: Sequence[Group]) -> list[Group]:
+    """Return the groups from which another one differs in this override alone."""
+    equal_else: dict[tuple[tuple[str, str], ...], list[Group]] = {}
     for group in groups:
         others = {name: value for name, value in group.overrides.items() if name != key}
-        values.setdefault(_settings(others), set()).add(group.overrides.get(key))
-    return any(len(given) > 1 for given in values.values())
+        equal_else.setdefault(_settings(others), []).append(group)
+    return [g for alike in equal_else.values() if len({a.overrides.get(key) for a in alike}) > 1 for g in alike]
 
 
 def _settings(overrides: Mapping[str, str]) -> tuple[tuple[str, str], ...]:

@@ -139,7 +139,7 @@ def _paired(groups: Sequence[Group]) -> Table:
 
 
 def _effects(groups: Sequence[Group]) -> Table:
-    """Return what each value of each override does to the test accuracy."""
+    """Return what each value of an override does to the test accuracy, of those that differ alone somewhere."""
     rows = [
         [f"{effect.key}={value}", str(count), percent(mean), percent_range(low, high), f"{100 * effect.spread:.2f}"]
         for effect in effects(groups, "test/acc")
@@ -149,7 +149,8 @@ def _effects(groups: Sequence[Group]) -> Table:
         "Which override mattered",
         ["override", "n", "test acc, mean", "range", "points between best and worst value"],
         rows,
-        "Means over everything else that was swept; the override with the largest effect first.",
+        "Means over everything else that was swept; the override with the largest effect first. Those that never "
+        "differ alone between two settings are left out.",
     )
 
 

@@ -44,12 +44,13 @@ def classes(run: Run, folder: FigureFolder) -> dict[str, Any] | None:
     rows = []
     for i, (name, (share, low, high)) in enumerate(zip(names, found, strict=True)):
         trusted = percent_range(*wilson_interval(precision[i], predicted[i]), 1)
-        found_of = [f"{100 * share:.1f}", percent_range(low, high, 1)] if examples[i] else ["-", "-"]
-        scores = [*found_of, f"{100 * precision[i]:.1f}", trusted, f"{100 * f1[i]:.1f}" if examples[i] else "-"]
-        rows.append([name, f"{examples[i]:,}", *scores])
+        scores = [f"{100 * share:.1f}", percent_range(low, high, 1), f"{100 * precision[i]:.1f}", trusted]
+        scores.append(f"{100 * f1[i]:.1f}")
+        rows.append([name, f"{examples[i]:,}", *(scores if examples[i] else ["-"] * len(scores))])
     there = [i for i, count in enumerate(examples) if count]
     means = [f"{100 * fmean(values[i] for i in there):.1f}" for values in (recall, precision, f1)]
-    rows.append(["mean", f"{matrix.sum():,}", means[0], "", means[1], "", means[2]])
+    mean = "mean" if len(there) == len(names) else f"mean of {len(there)}"
+    rows.append([mean, f"{matrix.sum():,}", means[0], "", means[1], "", means[2]])
     order = sorted(there, key=lambda i: -recall[i])
     best, worst = order[0], order[-1]
     confusion = folder.draw(

@@ -89,9 +89,10 @@ def with_overrides_of_resumed_run(arguments: list[str], outputs: Path = Path("ou
         raise UserError(f"resume={given[-1]}: {folder} is a sweep's folder. Add -m to go on with all its jobs.")
     if not saved.is_file():
         run = next((path.parent for path in (folder, folder.parent) if path.name == LAST.parent.name), None)
-        if run is None and (found := sorted(folder.glob(f"*/{LAST}"))):
-            run = found[-1].parents[1]
         inside = f" Give the run's folder, {run}." if run else ""
+        if found := sorted(folder.glob(f"*/{LAST}"), key=lambda path: path.stat().st_mtime):
+            newest = f", the newest of {len(found)}" if len(found) > 1 else ""
+            inside = f" There is {found[-1].parents[1]}{newest}."
         raise UserError(f"resume={given[-1]}: {folder} is no run's folder: it has no .hydra/overrides.yaml.{inside}")
     if not (folder / LAST).is_file():
         raise UserError(
@@ -220,10 +221,11 @@ def _is_about(keys: tuple[str, ...], override: str) -> bool:
     return override.lstrip("+~").startswith(keys)
 
 
-def kept_result(folder: Path) -> float | None:
-    """Return the best validation accuracy of a run that is finished or pruned, None of one that is neither."""
+def kept_result(folder: Path, pruned: bool = True) -> float | None:
+    """Return the best validation accuracy of a run that is finished, or pruned if that counts; None of another one."""
     metrics = _metrics(folder)
-    return float(metrics["best/val/acc"]) if metrics.get("status") in ("finished", "pruned") else None
+    kept = ("finished", "pruned") if pruned else ("finished",)
+    return float(metrics["best/val/acc"]) if metrics.get("status") in kept else None
 
 
 def _metrics(folder: Path) -> dict[str, Any]:

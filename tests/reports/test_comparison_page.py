@@ -126,10 +126,12 @@ def test_which_override_mattered(tmp_path):
 
 
 def test_overrides_that_only_vary_together_are_no_cause(tmp_path):
-    for name, overrides in (("0", ["a=0", "b=0", "c=0"]), ("1", ["a=1", "b=1", "c=0"]), ("2", ["a=1", "b=1"])):
-        make_run(tmp_path / name, overrides)
-    groups = group_runs(read_runs(find_runs(tmp_path)))
-    assert [effect.key for effect in effects(groups, "test/acc")] == ["c"]
+    runs = [["a=0", "b=0", "c=0"], ["a=1", "b=1", "c=0"], ["a=1", "b=1"]]
+    for overrides, accuracy in zip(runs, (0.9, 0.5, 0.6), strict=True):
+        make_run(tmp_path / str(len(overrides)) / overrides[0], overrides, **{"test/acc": accuracy})
+    (effect,) = effects(group_runs(read_runs(find_runs(tmp_path))), "test/acc")
+    assert effect.key == "c"
+    assert {value: mean for value, (mean, *_) in effect.values.items()} == {"0": 0.5, "(not given)": 0.6}
 
 
 @pytest.mark.slow
