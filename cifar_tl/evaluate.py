@@ -66,8 +66,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
     Returns:
         `test/acc`, `test/acc_interval`, `test/loss`, `test/ece` and the per-class metrics of the single view, as the
-        run had them, `test_sha256`, the run's where the images are the run's, and what was measured on what: `epoch`
-        and `checkpoint_sha256`, `data`, `test_images`, `precision`, device and commit. Then, if asked for:
+        run had them, `test_sha256`, the run's where the images are the run's, and what was measured on what:
+        `checkpoint_epoch` and `checkpoint_sha256`, `data`, `test_images`, `precision`, device and commit. Then, if asked for:
         `test/flip/*` and `test/flip_shift/*`; `temperature`, `val/*` and `*/calibrated/*`; `cifar10.1_v6/*`;
         `cifar10_c/*`.
 
@@ -124,7 +124,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
             log.info("  %-12s %s", name, class_text(*values) if count else "no test images")
         origin = {
             "checkpoint_sha256": sha256,
-            "epoch": trained.epoch,
+            "checkpoint_epoch": trained.epoch,
             "data": data.name if data.name == "synthetic" else str(Path(data.root).expanduser().absolute()),
             "test_images": examples,
             "precision": resolve_precision(precision, accelerator),

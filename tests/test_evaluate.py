@@ -429,7 +429,7 @@ def test_metrics_are_left_as_json(command, root, cifar_checkpoint):
     assert "evaluation.json" in out
     assert result["checkpoint_sha256"] == hashlib.sha256(cifar_checkpoint.read_bytes()).hexdigest()
     assert (result["data"], result["test_images"], result["precision"]) == ("synthetic", 20, "32-true")
-    assert {"epoch", "device", "versions", "git_commit"} <= result.keys()
+    assert {"checkpoint_epoch", "device", "versions", "git_commit"} <= result.keys()
 
 
 def test_the_loss_does_not_depend_on_the_size_of_batches(compose, tiny_checkpoint, tiny_run):

@@ -145,7 +145,8 @@ def test_an_early_end_is_one_of_its_phase_and_images_do_not_grow_before_the_unfr
     monkeypatch.setattr(inspection.figures, "pixels", lambda figure: np.zeros((2, 2, 3), dtype=np.uint8))  # fast
     grows = ("trainer.max_epochs=8", "finetune.progressive_resizing=[2,3]", "logger=tensorboard")
     ends = ("callbacks=early_stopping", "callbacks.early_stopping.patience=1", "+callbacks.early_stopping.min_delta=1")
-    metrics = train(compose(*TINY, *grows, *ends), tmp_path, "demo")
+    soon = "callbacks.early_stopping.start_epoch=2"
+    metrics = train(compose(*TINY, *grows, *ends, soon), tmp_path, "demo")
     assert metrics["epoch"] == [0, 1, 2, 3]
     assert [e.step for e in events(tmp_path).Images("val/confusion")] == [5, 11]
     trained = load_trained(tmp_path)
