@@ -67,9 +67,9 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     Returns:
         `test/acc`, `test/acc_interval`, `test/loss`, `test/ece` and the per-class metrics of the single view, as the
         run had them, `test_sha256`, the run's where the images are the run's, and what was measured on what:
-        `checkpoint_epoch` and `checkpoint_sha256`, `data`, `test_images`, `precision`, device and commit. Then, if asked for:
-        `test/flip/*` and `test/flip_shift/*`; `temperature`, `val/*` and `*/calibrated/*`; `cifar10.1_v6/*`;
-        `cifar10_c/*`.
+        `checkpoint_epoch` and `checkpoint_sha256`, `data`, `test_images`, `precision`, device and commit. Then, if
+        asked for: `test/flip/*` and `test/flip_shift/*`; `temperature`, `val/*` and `*/calibrated/*`;
+        `cifar10.1_v6/*`; `cifar10_c/*`.
 
     Raises:
         UserError: The checkpoint or the data is missing or broken.
