@@ -116,7 +116,7 @@ def main(cfg: DictConfig) -> float:
     run_goes_on = hydra.mode is RunMode.RUN and cfg.resume is not None and not unsaved_overrides(folder)
     if sweep_goes_on or run_goes_on or (slurm.restarted() and cfg.resume is None):
         if (result := kept_result(folder, pruned=not run_goes_on)) is not None:
-            log.info("%s is finished: kept%s", folder, way_on(folder) if run_goes_on else "")
+            log.info("%s", finished_text(folder) if run_goes_on else f"{folder} is finished: kept")
             if not (folder / REPORT).is_file():  # stopped when all but the page was there
                 draw_report(folder)
             return result
@@ -135,12 +135,12 @@ def main(cfg: DictConfig) -> float:
     return float(metrics["best/val/acc"])
 
 
-def way_on(folder: Path) -> str:
-    """Return what goes on with a finished run, in words that follow others."""
+def finished_text(folder: Path) -> str:
+    """Return that a finished run is kept, and how it is trained longer or measured again."""
     metrics = read_metrics(folder)
     early = metrics["epoch"][-1] + 1 < metrics["plan"][-1]["end"]
     longer = "more patience, callbacks=none or another trainer.max_time lets" if early else "trainer.max_epochs= lets"
-    return f". {longer} it train longer; cifar_tl.evaluate measures it again"
+    return f"{folder} is finished: kept. {longer} it train longer; cifar_tl.evaluate measures it again"
 
 
 def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
