@@ -111,7 +111,10 @@ class ResNet50Classifier(L.LightningModule):
         Returns:
             Logits, (batch, classes), before the softmax.
         """
-        logits: Tensor = self.head(images if images.ndim == 2 else self.backbone(images))
+        features = images if images.ndim == 2 else self.backbone(images)
+        # float32 under mixed precision, too: logits of eight bits would tie, and the order of classes decide
+        with torch.autocast(features.device.type, enabled=False):
+            logits: Tensor = self.head(features.to(self.dtype))
         return logits
 
     def on_train_start(self) -> None:

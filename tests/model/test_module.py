@@ -186,6 +186,16 @@ def test_logits_come_out_and_probabilities_are_predicted(module):
     torch.testing.assert_close(probabilities, logits.softmax(1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_have_the_digits_of_the_weights_also_where_a_backbone_computes_in_bfloat16(dtype):
+    module = make_module().to(dtype)
+    features = torch.randn(64, 2048).bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = module(features)
+    assert logits.dtype == dtype
+    torch.testing.assert_close(logits, module.head(features.to(dtype)), rtol=0, atol=0)
+
+
 def test_one_hot_and_back():
     targets = torch.tensor([3, 0])
     assert class_indices(one_hot(targets, 10)).tolist() == [3, 0]
