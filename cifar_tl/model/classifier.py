@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cifar_tl.errors import check_choice
+from cifar_tl.model.head import logits_of
 
 INPUTS = {
     "uint8": "uint8, (batch, 3, 32, 32), RGB, 0 to 255",
@@ -48,5 +49,4 @@ class ImageClassifier(nn.Module):
         Returns:
             Logits, (batch, classes); their softmax is the probabilities.
         """
-        logits: Tensor = self.head(self.backbone(images.float() * self.scale + self.offset))
-        return logits
+        return logits_of(self.head, self.backbone(images.float() * self.scale + self.offset))

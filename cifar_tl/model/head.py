@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from cifar_tl.errors import check_int, check_number
 
@@ -27,3 +28,22 @@ def dense_head(in_features: int, widths: Sequence[int], num_classes: int, dropou
             layers.append(nn.Dropout(dropout))
         in_features = width
     return nn.Sequential(*layers, nn.Linear(in_features, num_classes))
+
+
+def logits_of(head: nn.Module, features: Tensor) -> Tensor:
+    """Apply a head, in float32 under mixed precision, too.
+
+    Logits of bfloat16 have eight bits: among 10,000 images a few have two best ones, and the order of classes decides.
+
+    Args:
+        head: From features to logits.
+        features: (batch, length).
+
+    Returns:
+        (batch, classes).
+    """
+    device = features.device.type
+    if not torch.is_autocast_enabled(device):
+        return head(features)  # type: ignore[no-any-return]
+    with torch.autocast(device, enabled=False):
+        return head(features.float())  # type: ignore[no-any-return]

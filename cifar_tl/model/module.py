@@ -21,7 +21,7 @@ from torchmetrics.classification import (
 from cifar_tl.data.batch import Batch, class_indices
 from cifar_tl.errors import check_choice, check_number
 from cifar_tl.model.backbone import FEATURES, Backbone
-from cifar_tl.model.head import dense_head
+from cifar_tl.model.head import dense_head, logits_of
 from cifar_tl.model.optim import build_optimizer, match_parameters, parameter_groups, restore_options
 
 CONVENTIONS = ("torch", "keras")
@@ -111,11 +111,7 @@ class ResNet50Classifier(L.LightningModule):
         Returns:
             Logits, (batch, classes), before the softmax.
         """
-        features = images if images.ndim == 2 else self.backbone(images)
-        # float32 under mixed precision, too: logits of eight bits would tie, and the order of classes decide
-        with torch.autocast(features.device.type, enabled=False):
-            logits: Tensor = self.head(features.to(self.dtype))
-        return logits
+        return logits_of(self.head, images if images.ndim == 2 else self.backbone(images))
 
     def on_train_start(self) -> None:
         """Fit the optimizer's state, if it came from a checkpoint, to this device and to this config."""

@@ -8,6 +8,7 @@ from cifar_tl.build import build_module
 from cifar_tl.checkpoints import load_trained
 from cifar_tl.data.batch import class_indices, one_hot
 from cifar_tl.errors import UserError
+from cifar_tl.model.classifier import ImageClassifier
 from cifar_tl.model.head import dense_head
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.model.optim import build_optimizer, match_parameters, optimizer_text, parameter_groups
@@ -186,14 +187,17 @@ def test_logits_come_out_and_probabilities_are_predicted(module):
     torch.testing.assert_close(probabilities, logits.softmax(1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_have_the_digits_of_the_weights_also_where_a_backbone_computes_in_bfloat16(dtype):
-    module = make_module().to(dtype)
-    features = torch.randn(64, 2048).bfloat16()
+def test_logits_are_float32_also_where_the_backbone_computes_in_bfloat16(module):
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    classifier = ImageClassifier(module.backbone, module.head, (0.5,) * 3, (0.25,) * 3, "uint8")
+    module.eval()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = module(features)
-    assert logits.dtype == dtype
-    torch.testing.assert_close(logits, module.head(features.to(dtype)), rtol=0, atol=0)
+        features = module.backbone((images / 255 - 0.5) / 0.25)
+        outputs = [module((images / 255 - 0.5) / 0.25), module(features), classifier(images)]
+    assert features.dtype == torch.bfloat16
+    for logits in outputs:
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits, module.head(features.float()), rtol=0, atol=1e-2)
 
 
 def test_one_hot_and_back():
