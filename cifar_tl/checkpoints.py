@@ -24,6 +24,7 @@ from cifar_tl.errors import UserError, first_line
 from cifar_tl.files import check_intact, replacing
 from cifar_tl.model.classifier import ImageClassifier
 from cifar_tl.model.module import ResNet50Classifier
+from cifar_tl.model.weights import file_sha256
 
 BEST, LAST = "best.ckpt", "last.ckpt"
 FORMAT = 1
@@ -225,6 +226,7 @@ class Trained:
 
     Attributes:
         path: The checkpoint.
+        sha256: Of the file, as it was before it was read: a run that goes on may have replaced it since.
         module: In eval mode, on the CPU.
         config: Of its run; keys that it does not have, being older, have today's defaults.
         saved_config: The same as it was saved.
@@ -233,6 +235,7 @@ class Trained:
     """
 
     path: Path
+    sha256: str
     module: ResNet50Classifier
     config: DictConfig
     saved_config: dict[str, Any]
@@ -263,6 +266,7 @@ def load_trained(path: Path) -> Trained:
         UserError: No such file, a broken one, somebody else's, or one of a version with another model.
     """
     path = find_checkpoint(path)
+    sha256 = file_sha256(path)
     checkpoint = read_checkpoint(path)
     try:
         saved_config = checkpoint["cifar_tl"]["config"]
@@ -280,7 +284,7 @@ def load_trained(path: Path) -> Trained:
             f"checkpoint {path} does not fit this version of cifar_tl "
             f"({type(error).__name__}: {first_line(error)}). Use the version that wrote it, or train again."
         ) from error
-    return Trained(path, module.eval(), config, saved_config, facts, epoch)
+    return Trained(path, sha256, module.eval(), config, saved_config, facts, epoch)
 
 
 def completed(saved: dict[str, Any]) -> DictConfig:

@@ -62,6 +62,14 @@ PATH_KEYS = {
 """Keys of all commands whose values are text, whatever they look like."""
 
 
+def say(text: str) -> None:
+    """Print text, letters that the console does not have as escapes: folders may have any names."""
+    try:
+        print(text, flush=True)
+    except UnicodeEncodeError as error:
+        print(text.encode(error.encoding, "backslashreplace").decode(error.encoding), flush=True)
+
+
 class StdoutHandler(logging.Handler):
     """Print log lines to what stdout is at that moment, so that a live progress bar can move out of their way.
 
@@ -74,11 +82,8 @@ class StdoutHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record; a console that is gone, or has no such letters, never ends a run."""
-        text = self.format(record)
         try:
-            print(text, flush=True)
-        except UnicodeEncodeError as error:
-            print(text.encode(error.encoding, "backslashreplace").decode(error.encoding), flush=True)
+            say(self.format(record))
         except BrokenPipeError:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115  # for the rest of the process
 

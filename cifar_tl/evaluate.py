@@ -39,7 +39,6 @@ from cifar_tl.hardware import (
     select_gpu,
 )
 from cifar_tl.model.tta import AUGMENTED, SINGLE, View, mean_logits
-from cifar_tl.model.weights import file_sha256
 from cifar_tl.runs.formatting import percent, percent_range, result_text
 from cifar_tl.runs.metrics import Ints, fit_temperature, scores
 from cifar_tl.runs.record import finite, git_state, metrics_of_test
@@ -76,7 +75,6 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """
     quieten_lightning()
     checkpoint = find_checkpoint(check_path("checkpoint", cfg.checkpoint))
-    sha256 = file_sha256(checkpoint)  # before a run that goes on replaces it
     trained = load_trained(checkpoint)
     data = trained.config.data
     if cfg.data.root is not None:
@@ -123,7 +121,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         ):
             log.info("  %-12s %s", name, class_text(*values) if count else "no test images")
         origin = {
-            "checkpoint_sha256": sha256,
+            "checkpoint_sha256": trained.sha256,
             "checkpoint_epoch": trained.epoch,
             "data": data.name if data.name == "synthetic" else str(Path(data.root).expanduser().absolute()),
             "test_images": examples,

@@ -28,10 +28,9 @@ from cifar_tl.build import build_datamodule
 from cifar_tl.checkpoints import Trained, find_checkpoint, load_trained
 from cifar_tl.data.loader import ArrayLoader
 from cifar_tl.data.splits import make_generator
-from cifar_tl.errors import UserError, check_choice, check_int, check_number, check_path
+from cifar_tl.errors import UserError, check_choice, check_int, check_number, check_path, first_line
 from cifar_tl.files import check_writable, replacing, writing_for
 from cifar_tl.model.classifier import INPUTS
-from cifar_tl.model.weights import file_sha256
 
 log = logging.getLogger(__name__)
 
@@ -156,21 +155,26 @@ def check_opset(opset: object, format: str) -> int | None:
 def parity_images(trained: Trained, root: Path | None, limit: int) -> tuple[Tensor, str]:
     """Return images to compare on, (images, 3, 32, 32), uint8, and what they are.
 
-    They are the run's validation images; random ones if its data is not there. Nothing is downloaded.
+    They are the run's validation images; random ones if these cannot be read. Nothing is downloaded.
+
+    Raises:
+        UserError: A `root` without them, or for a run that needs none.
     """
+    if root is not None and "root" not in trained.config.data:
+        raise UserError(f"data.root={root} would have no effect: the run's images are generated.")
     config = trained.config.copy()
     config.data.update({"download": False} | ({"root": str(root)} if root is not None else {}))
     try:
         datamodule = build_datamodule(config)
         datamodule.prepare_data()
         datamodule.setup("validate")
-    except UserError:
+    except UserError as error:
         if root is not None:
             raise  # somebody said where
         images = torch.randint(0, 256, (limit, 3, 32, 32), dtype=torch.uint8, generator=make_generator(0))
         return (
             images,
-            f"{limit:,} random images: the run's data is not at {config.data.get('root')}, data.root= says where",
+            f"{limit:,} random images, data.root= saying where the run's are: {first_line(error).rstrip(':.')}",
         )
     images = datamodule.images("val", torch.arange(min(limit, datamodule.sizes["val"])))
     which = "of the run" if trained.facts["split_sha256"] == datamodule.split_sha256 else "that are not the run's"
@@ -181,7 +185,7 @@ def metadata(trained: Trained, input: str) -> dict[str, str]:
     """Return what travels in the file: strings, JSON where it has structure."""
     provenance = {
         "cifar_tl": __version__,
-        "checkpoint_sha256": file_sha256(trained.path),
+        "checkpoint_sha256": trained.sha256,
         "epoch": trained.epoch,
         "facts": trained.facts,
         # where a run was logged says nothing of the model, and may be somebody's server, with a password

@@ -68,6 +68,7 @@ from cifar_tl.runs.record import METRICS, flat, read_metrics, write_metrics
 from cifar_tl.runs.resume import (
     is_first_process,
     kept_result,
+    longer_text,
     resume_command,
     run_lock,
     save_overrides,
@@ -137,10 +138,7 @@ def main(cfg: DictConfig) -> float:
 
 def finished_text(folder: Path) -> str:
     """Return that a finished run is kept, and how it is trained longer or measured again."""
-    metrics = read_metrics(folder)
-    early = metrics["epoch"][-1] + 1 < metrics["plan"][-1]["end"]
-    longer = "more patience, callbacks=none or another trainer.max_time lets" if early else "trainer.max_epochs= lets"
-    return f"{folder} is finished: kept. {longer} it train longer; cifar_tl.evaluate measures it again"
+    return f"{folder} is finished: kept. {longer_text(read_metrics(folder))}cifar_tl.evaluate measures it again"
 
 
 def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Mistakes that people make, and what they get: a readable error, exit code 1, nothing lost."""
 
 import importlib.util
+import io
 import json
 import os
 import re
@@ -14,11 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL, TINY
+from handmade import make_run
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from cifar_tl import cli
 from cifar_tl.__main__ import main as cifar_tl_main
 from cifar_tl.data import download
+from cifar_tl.reports.__main__ import main as reports
+from cifar_tl.reports.sweep_table import COLUMNS, TABLE, SweepTable
+from cifar_tl.runs.table import write_csv
 
 OWN = ("experiment=demo", "data=folder")
 
@@ -364,3 +369,17 @@ def test_a_command_without_its_dot_is_an_error(capsys):
     out, err = capsys.readouterr()
     assert (out, err.splitlines()[0]) == ("", "error: python -m cifar_tl carries nothing out: train experiment=demo")
     assert "python -m cifar_tl.train " in err
+
+
+def test_folders_with_names_that_a_console_does_not_have_are_printed_as_escapes(tmp_path, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict", write_through=True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    folder = make_run(tmp_path / os.fsdecode(b"caf\xe9"), seed=0)
+    assert reports([str(folder)]) == 0
+    table = SweepTable()
+    table._folder = folder.parent
+    write_csv(folder.parent / TABLE, [COLUMNS, [folder.name, *["1"] * (len(COLUMNS) - 1)]])
+    table.finish()
+    printed = stream.buffer.getvalue().decode()
+    assert "caf\\udce9/report.html" in printed
+    assert "sweep_report.html" in printed

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -19,9 +20,10 @@ from cifar_tl import cli
 from cifar_tl.checkpoints import load_trained
 from cifar_tl.data.synthetic import Synthetic
 from cifar_tl.errors import UserError
-from cifar_tl.export import EXPORTERS, export, main, parity_images, quiet
+from cifar_tl.export import EXPORTERS, export, main, metadata, parity_images, quiet
 from cifar_tl.model.backbone import Backbone
 from cifar_tl.model.classifier import ImageClassifier
+from cifar_tl.model.weights import file_sha256
 
 FORMATS = list(EXPORTERS)
 IMAGES = Synthetic(10, 12).test()[0]
@@ -233,7 +235,7 @@ def test_without_the_data_random_images_are_compared_and_it_is_said(compose, tin
     cfg = compose(f"checkpoint='{tmp_path}/best.ckpt'", "format=torch_export", "parity_images=7", config_name="export")
     with caplog.at_level("INFO"):
         export(cfg, tmp_path)
-    assert "same class for 7 of 7: 7 random images: the run's data is not at nowhere" in caplog.text
+    assert "same class for 7 of 7: 7 random images, data.root= saying where the run's are: " in caplog.text
 
 
 def test_the_images_to_compare_on_are_where_they_are_said_to_be(compose, tiny_checkpoint, tmp_path):
@@ -244,11 +246,29 @@ def test_the_images_to_compare_on_are_where_they_are_said_to_be(compose, tiny_ch
             Image.new("RGB", (32, 32), (number, 0, 0)).save(path)
     config = OmegaConf.create(OmegaConf.to_container(compose("data=folder", "data.root=nowhere", "data.val_size=2")))
     trained = replace(load_trained(tiny_checkpoint), config=config)
-    assert "7 random images: the run's data is not at nowhere" in parity_images(trained, None, 7)[1]
+    assert (
+        "7 random images, data.root= saying where the run's are: data.root=nowhere: no"
+        in parity_images(trained, None, 7)[1]
+    )
     images, what = parity_images(trained, tmp_path, 7)
     assert (images.shape, what) == ((2, 3, 32, 32), "2 validation images that are not the run's")
     with pytest.raises(UserError, match="elsewhere"):
         parity_images(trained, tmp_path / "elsewhere", 7)
+    (tmp_path / "train" / "dog" / "3.png").write_bytes(b"broken")
+    trained.config.data.root = str(tmp_path)
+    assert parity_images(trained, None, 7)[1].endswith(f"{tmp_path} cannot be used as it is")
+
+
+def test_a_run_on_generated_images_takes_no_place_of_others(tiny_checkpoint, tmp_path):
+    with pytest.raises(UserError, match="would have no effect: the run's images are generated"):
+        parity_images(load_trained(tiny_checkpoint), tmp_path, 7)
+
+
+def test_a_checkpoint_is_known_by_the_hash_of_what_was_read(tiny_checkpoint, tmp_path):
+    copy = shutil.copy(tiny_checkpoint, tmp_path / "best.ckpt")
+    trained = load_trained(copy)
+    copy.write_bytes(b"of a run that went on")
+    assert json.loads(metadata(trained, "uint8")["provenance"])["checkpoint_sha256"] == file_sha256(tiny_checkpoint)
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,22 @@ def test_a_sweep_goes_on_as_it_was_started(tmp_path):
         with_overrides_of_resumed_run([f"resume={tmp_path}"])
 
 
+@pytest.mark.parametrize("extra", [["callbacks.early_stopping.patience=3"], ["+callbacks.early_stopping.min_delta=0"]])
+def test_a_run_goes_on_without_its_callbacks_and_their_keys(tmp_path, extra):
+    for name, text in (
+        (".hydra/overrides.yaml", json.dumps(["experiment=demo", "callbacks=early_stopping", *extra])),
+        ("checkpoints/last.ckpt", ""),
+    ):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    arguments = with_overrides_of_resumed_run([f"resume={tmp_path}", "callbacks=none"])
+    kept = [a for a in arguments if not a.startswith(("resume=", "hydra."))]
+    assert kept == ["experiment=demo", "callbacks=none"]
+    assert cli.compose("train", kept).callbacks == {}
+    others = with_overrides_of_resumed_run([f"resume={tmp_path}", "logger=none"])
+    assert {"callbacks=early_stopping", *extra} <= {*others}
+
+
 @pytest.mark.slow
 def test_failed_jobs_leave_the_table_the_page_and_every_reason(command, tmp_path):
     code, out, err = command("-m", "data.eval_batch_size=0,500,-1", *FAST, "hydra.sweep.dir=sweep")
@@ -547,7 +563,11 @@ def test_the_command_to_go_on_repeats_what_the_run_does_not_have_yet(command, re
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({}, "trainer.max_epochs= lets it train"), ({"epoch": [0]}, "more patience, callbacks=none or another")],
+    [
+        ({}, "trainer.max_epochs= lets it train longer, at rates of the longer schedule; cifar_tl.evaluate measures"),
+        ({"epoch": [0]}, "More patience, callbacks=none or another"),
+        ({"plan": [{"end": 3, "upscale": 2}]}, "cifar_tl.evaluate measures it again"),
+    ],
 )
 def test_a_finished_run_is_kept_as_it_is(command, resumable, change, said):
     run = resumable.parent

@@ -19,6 +19,7 @@ from joblib.externals.loky import get_reusable_executor
 
 from cifar_tl import cli
 from cifar_tl.errors import UserError
+from cifar_tl.reports.run_training import repeat
 from cifar_tl.reports.sweep_table import SweepTable
 from cifar_tl.runs.folder import read_run
 from cifar_tl.runs.resume import with_overrides_of_resumed_run
@@ -292,7 +293,11 @@ def test_a_sweep_that_is_refused_leaves_its_folder_to_the_corrected_one(command,
 
 def test_a_job_of_a_sweep_goes_on_and_is_repeated_alone(tmp_path):
     make_run(tmp_path / "0", ["sweep=seeds", "model.dropout=0.1"], seed=1)
-    assert read_run(tmp_path / "0").command == "python -m cifar_tl.train model.dropout=0.1 seed=1"
+    run = read_run(tmp_path / "0")
+    assert run.command == "python -m cifar_tl.train model.dropout=0.1 seed=1"
+    assert "job of" in dict(repeat(run)["facts"])
+    make_run(tmp_path / "1", ["sweep=optuna", "callbacks.pruning.pruner.n_warmup_steps=5"], seed=1)
+    assert read_run(tmp_path / "1").command == "python -m cifar_tl.train seed=1"
     assert cli._of_several(["sweep=seeds"]) == {"sweep"}
     assert cli._of_several(["sweep=seeds", "seed=1", f"resume={tmp_path / '0'}"]) == set()
 

@@ -6,6 +6,7 @@ import signal
 import sys
 from pathlib import Path
 
+from cifar_tl.cli import say
 from cifar_tl.errors import UserError
 from cifar_tl.runs.folder import find_runs
 from cifar_tl.runs.record import METRICS
@@ -36,7 +37,7 @@ def main(arguments: list[str]) -> int:
     try:
         written, undrawn = report(given.folders, given.output)
         for path in written:
-            print(path, flush=True)
+            say(str(path))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

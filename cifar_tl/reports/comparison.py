@@ -33,7 +33,8 @@ class Group:
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Put runs whose overrides differ in the seed alone together; groups are in the order of their first runs.
 
-    What was changed in files of `conf` between two such runs is an override, too.
+    What was changed in files of `conf` between two such runs is an override, too; so is the place of their data, where
+    these are others.
     """
     given = [_by_key([f"folder={run.folder}"] if run.overrides is None else run.overrides) for run in runs]
     alike: dict[tuple[tuple[str, str], ...], list[int]] = {}
@@ -42,10 +43,16 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     for at, key in [(at, key) for same in alike.values() for key in _edited(runs, same) for at in same]:
         value = runs[at].config.get(key) if runs[at].config else "not recorded"
         given[at][key] = "null" if value is None else str(value)
+    for same in alike.values():
+        hashes = [runs[at].metrics.get("split_sha256") for at in same]
+        if len(set(hashes) - {None}) > 1:
+            for at, sha256 in zip(same, hashes, strict=True):
+                given[at]["data.root"] = f"{runs[at].config.get('data.root')} ({(sha256 or 'not recorded')[:12]})"
     keys = dict.fromkeys(key for overrides in given for key in overrides if key != "seed")
     differing = [key for key in keys if len({overrides.get(key) for overrides in given}) > 1]
     last = [key.rsplit(".", 1)[-1] for key in differing]
-    short = {key: name if last.count(name) == 1 else key for key, name in zip(differing, last, strict=True)}
+    clear = [last.count(name) == 1 and not name.startswith("_") for name in last]  # _target_ would be in no legend
+    short = {key: name if alone else key for key, name, alone in zip(differing, last, clear, strict=True)}
     groups: dict[tuple[tuple[str, str], ...], Group] = {}
     for run, overrides in zip(runs, given, strict=True):
         settings = dict(_settings(overrides))
@@ -247,5 +254,8 @@ def _edited(runs: Sequence[Run], same: Sequence[int]) -> list[str]:
 
 def _by_key(overrides: Sequence[str]) -> dict[str, str]:
     """Return overrides by key, without those that change no result."""
-    pairs = ((key.lstrip("+"), value) for key, _, value in (override.partition("=") for override in overrides))
+    pairs = (
+        (key.lstrip("+~"), "removed" if key.startswith("~") else value)
+        for key, _, value in (override.partition("=") for override in overrides)
+    )
     return {key: value for key, value in pairs if matters(key) and key != "sweep"}  # what that sets has its own key

@@ -135,6 +135,8 @@ def repeat(run: Run) -> dict[str, Any]:
     ):
         if values:
             rows.append((name, ", ".join(f"{key} {value}" for key, value in values.items())))
+    if run.sweep:
+        rows.append(("job of", f"sweep={run.sweep}; what its file sets besides the keys above is not in the command"))
     files = [name for name in RUN_FILES if (run.folder / name).is_file()]
     return {"command": run.command, "facts": rows, "files": files}
 

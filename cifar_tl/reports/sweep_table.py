@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cifar_tl.cli import Failure, SweepCallback
+from cifar_tl.cli import Failure, SweepCallback, say
 from cifar_tl.files import lock
 from cifar_tl.runs.folder import read_overrides
 from cifar_tl.runs.record import faults, read_metrics
@@ -110,7 +110,10 @@ class SweepTable(SweepCallback):
             for name in ("best val/acc", "test/acc", "minutes"):
                 line[name] = f"{float(line[name]):.4f}" if line[name] else "-"
             table.add_row(*(Text(line[name]) for name in COLUMNS))
-        Console().print(table)
+        console = Console()
+        with console.capture() as captured:
+            console.print(table)
+        say(captured.get().removesuffix("\n"))
         self._draw_report()
 
     def withdraw(self) -> None:
@@ -132,6 +135,6 @@ class SweepTable(SweepCallback):
         from cifar_tl.reports.__main__ import report  # late: every command imports this file, also `--help`
 
         try:
-            print(f"report  {next(path for path in report([self._folder])[0] if path.parent == self._folder)}")
+            say(f"report  {next(path for path in report([self._folder])[0] if path.parent == self._folder)}")
         except Exception as error:
-            print(f"The report was not drawn ({error}). Again: python -m cifar_tl.reports {self._folder}")
+            say(f"The report was not drawn ({error}). Again: python -m cifar_tl.reports {self._folder}")

@@ -95,11 +95,17 @@ class Run:
         return counts if counts.shape == (len(self.classes),) * 2 and counts.sum() > 0 else None
 
     @property
+    def sweep(self) -> str | None:
+        """The choice in conf/sweep of whose jobs the run was one; None of another run."""
+        return next((o.removeprefix("sweep=") for o in self.overrides or () if o.startswith("sweep=")), None)
+
+    @property
     def command(self) -> str | None:
         """The command that repeats the run, also if it was one of a sweep."""
         if self.overrides is None:
             return None
-        its_own = [override for override in self.overrides if not override.startswith("sweep=")]
+        of_sweep = ("sweep=", "callbacks.pruning.") if self.sweep else ()
+        its_own = [override for override in self.overrides if not override.lstrip("+~").startswith(of_sweep)]
         return " ".join(["python -m cifar_tl.train", *map(shlex.quote, [*config_flags(self.folder), *its_own])])
 
 

@@ -105,6 +105,9 @@ def with_overrides_of_resumed_run(arguments: list[str], outputs: Path = Path("ou
                 f"out; to keep the run as it is, copy its folder and resume the copy."
             )
     theirs = [a for a in _saved_overrides(saved) if not a.startswith("resume=")]
+    for group in ("callbacks", "logger"):  # another choice there has other keys
+        if any(_is_about((f"{group}=",), a) for a in ours):
+            theirs = [a for a in theirs if not _is_about((f"{group}=", f"{group}."), a)]
     # Hydra would save its config and overrides before anything is checked: see save_overrides
     how = ["hydra.output_subdir=null", f"hydra.run.dir={quoted(folder)}"]
     return [*_config_folder(folder, ours), *theirs, *ours, f"resume={quoted(folder)}", *how]
@@ -219,6 +222,15 @@ def _saved_overrides(path: Path, *keys: str) -> list[str]:
 def _is_about(keys: tuple[str, ...], override: str) -> bool:
     """Return whether an override begins with one of some keys, set, added with + or taken out with ~."""
     return override.lstrip("+~").startswith(keys)
+
+
+def longer_text(metrics: dict[str, Any]) -> str:
+    """Return how a finished run can be trained longer, as the beginning of a sentence; nothing if it cannot be."""
+    if metrics["epoch"][-1] + 1 < metrics["plan"][-1]["end"]:
+        return "More patience, callbacks=none or another trainer.max_time lets it train longer; "
+    if any(phase.get("upscale") is not None for phase in metrics["plan"]):
+        return ""  # its epochs are shared out among sizes
+    return "trainer.max_epochs= lets it train longer, at rates of the longer schedule; "
 
 
 def kept_result(folder: Path, pruned: bool = True) -> float | None:
@@ -360,6 +372,6 @@ def _newest_run(outputs: Path, changed: bool) -> Path:
     if finished and not changed:
         raise UserError(
             f"resume=last: {folder}, the newest run, is finished, and there is nothing to go on with. "
-            f"trainer.max_epochs= trains it longer; python -m cifar_tl.evaluate checkpoint={folder} measures it again."
+            f"{longer_text(_metrics(folder))}python -m cifar_tl.evaluate checkpoint={folder} measures it again."
         )
     return folder

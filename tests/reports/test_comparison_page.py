@@ -91,6 +91,29 @@ def test_a_run_without_overrides_is_of_the_setting_of_those_that_have_a_seed(tmp
     assert len(group.runs) == 2
 
 
+def test_runs_on_other_data_are_no_seeds_of_one_setting(tmp_path):
+    runs = read_runs([make_run(tmp_path / str(n), [f"data.root={n}"], seed=n) for n in (0, 1)])
+    (group,) = group_runs(runs)  # the same data at two places
+    assert len(group.runs) == 2
+    for number, run in enumerate(runs):
+        run.config = {"data.root": str(number)}
+        run.metrics["split_sha256"] = f"{number}" * 64
+    assert [group.label for group in group_runs(runs)] == ["root=0 (000000000000)", "root=1 (111111111111)"]
+
+
+def test_keys_that_were_taken_out_are_told_from_those_set_to_nothing(tmp_path):
+    given = [[], ["~logger.csv"], ["~trainer.max_time"]]
+    runs = read_runs([make_run(tmp_path / str(n), overrides, seed=n) for n, overrides in enumerate(given)])
+    assert [(g.label, len(g.runs)) for g in group_runs(runs)] == [("as it stands", 2), ("max_time=removed", 1)]
+
+
+def test_settings_that_begin_with_an_underscore_are_in_the_legend(tmp_path):
+    given = [["callbacks.c._target_=a.B"], ["callbacks.c._target_=a.C"]]
+    labels = [g.label for g in group_runs(read_runs([make_run(tmp_path / str(n), o) for n, o in enumerate(given)]))]
+    drawn = figures.runs_over_each_other("Accuracy", {label: [(range(2), [0.5, 0.6])] for label in labels}, [1])
+    assert [text.get_text() for text in drawn.axes[0].get_legend().get_texts()] == [f"{x} (n=1)" for x in labels]
+
+
 def test_runs_of_other_seeds_or_images_are_not_paired(tmp_path):
     a, b = make_run(tmp_path / "a", ["x=1"], seed=1), make_run(tmp_path / "b", ["x=2"], seed=2)
     one, two = group_runs(read_runs([a, b]))
@@ -211,12 +234,13 @@ def test_unfair_comparisons_are_named(tmp_path):
         str(make_run(tmp_path / str(i), ["x=1"], seed=3, status="failed", split_sha256=str(i), **those))
         for i, those in enumerate(facts)
     ]
+    runs.append(str(make_run(tmp_path / "again", ["x=1"], seed=3, split_sha256="0", test_sha256="0")))
     assert main(runs) == 0
     page = (tmp_path / "sweep_report.html").read_text()
     assert "The runs are of different train/validation splits." in page
     assert "The runs are of different test sets." in page
     assert "has a seed twice" in page
-    assert "2 of 2 runs are of a checkout with changes" in page
+    assert "2 of 3 runs are of a checkout with changes" in page
     assert "The runs are of different devices." in page
     assert "The runs are of different precisions." in page
 
@@ -260,11 +284,13 @@ def test_another_training_split_does_not_keep_runs_from_being_paired_on_the_same
     assert paired_difference(one, two) is not None
 
 
-def test_one_run_of_other_data_among_the_seeds_is_enough(tmp_path):
+def test_one_run_of_other_data_among_the_seeds_is_a_setting_of_its_own(tmp_path):
     for job, (x, seed) in enumerate([(1, 0), (1, 1), (2, 0), (2, 1)]):
         make_run(tmp_path / str(job), [f"x={x}"], seed, split_sha256="b" if job == 3 else "a")
-    one, two = group_runs(read_runs([tmp_path / str(job) for job in range(4)]))
-    assert paired_difference(one, two) is None
+    one, two, other = group_runs(read_runs([tmp_path / str(job) for job in range(4)]))
+    assert [len(group.runs) for group in (one, two, other)] == [2, 1, 1]
+    assert paired_difference(one, two).seeds == [0]
+    assert paired_difference(one, other) is None
 
 
 @pytest.mark.slow
