@@ -172,10 +172,8 @@ def parity_images(trained: Trained, root: Path | None, limit: int) -> tuple[Tens
         if root is not None:
             raise  # somebody said where
         images = torch.randint(0, 256, (limit, 3, 32, 32), dtype=torch.uint8, generator=make_generator(0))
-        return (
-            images,
-            f"{limit:,} random images, data.root= saying where the run's are: {first_line(error).rstrip(':.')}",
-        )
+        reason = first_line(error).rstrip(":.")
+        return images, f"{limit:,} random images, data.root= saying where the run's are: {reason}"
     images = datamodule.images("val", torch.arange(min(limit, datamodule.sizes["val"])))
     which = "of the run" if trained.facts["split_sha256"] == datamodule.split_sha256 else "that are not the run's"
     return images, f"{len(images):,} validation images {which}"
