@@ -40,6 +40,7 @@ from cifar_tl.callbacks.predictions_recorder import PredictionsRecorder
 from cifar_tl.callbacks.run_recorder import RunRecorder
 from cifar_tl.callbacks.tensorboard_figures import TensorBoardFigures
 from cifar_tl.checkpoints import checkpoint_callbacks
+from cifar_tl.cli import TRAINER_KEYS
 from cifar_tl.data.augment import Augment
 from cifar_tl.data.cifar10 import Cifar10
 from cifar_tl.data.datamodule import CIFAR10DataModule, Source
@@ -55,13 +56,6 @@ from cifar_tl.schedule import STAGES, FinetuneSchedule
 
 FROZEN_AUGMENT = ("none", "flip", "full")
 
-TRAINER_KEYS = {
-    *("accelerator", "devices", "num_nodes", "strategy", "precision", "sync_batchnorm", "benchmark", "deterministic"),
-    *("max_epochs", "max_time", "limit_train_batches", "check_val_every_n_epoch"),
-    *("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"),
-    *("log_every_n_steps", "enable_progress_bar", "enable_model_summary", "profiler", "detect_anomaly"),
-}
-"""What a run can honour of Lightning's Trainer, without a difference between its record and what was done."""
 FLAGS = {
     *("sync_batchnorm", "benchmark", "deterministic"),
     *("enable_progress_bar", "enable_model_summary", "detect_anomaly"),
@@ -411,7 +405,7 @@ def check_strategy(trainer: L.Trainer, schedule: FinetuneSchedule, batchnorm: st
         )
     synchronized = strategy._layer_sync is not None and strategy.root_device.type == "cuda"
     if batchnorm == "adapt" or (batchnorm == "train" and not synchronized):
-        gpus = " On GPUs, trainer.sync_batchnorm=true shares them." if batchnorm == "train" else ""
+        gpus = " GPUs share them, unless trainer.sync_batchnorm=false was given." if batchnorm == "train" else ""
         raise UserError(
             f"finetune.batchnorm={batchnorm} is not possible in {processes} processes: each would take the statistics "
             f"of its own share of a batch, and train another model than one process does.{gpus} Give "

@@ -44,12 +44,33 @@ log = logging.getLogger(__name__)
 
 EXTENSIBLE = ("trainer.", "callbacks.", "logger.", "hydra.", "hydra/")
 """Where `+key=value` may add keys of a run; the other commands have Hydra's alone, and evaluation the Trainer's."""
+TRAINER_KEYS = {
+    *("accelerator", "devices", "num_nodes", "strategy", "precision", "sync_batchnorm", "benchmark", "deterministic"),
+    *("max_epochs", "max_time", "limit_train_batches", "check_val_every_n_epoch"),
+    *("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"),
+    *("log_every_n_steps", "enable_progress_bar", "enable_model_summary", "profiler", "detect_anomaly"),
+}
+"""What a run can honour of Lightning's Trainer, without a difference between its record and what was done."""
+ALTERNATIVES = {
+    **dict.fromkeys(("lr", "learning_rate"), " The learning rates are finetune.head_lr and finetune.backbone_lr."),
+    **dict.fromkeys(("epochs", "num_epochs", "n_epochs"), " Did you mean trainer.max_epochs?"),
+    **dict.fromkeys(("gpus", "num_gpus", "n_gpus"), " Did you mean trainer.devices?"),
+    **dict.fromkeys(("scheduler", "lr_scheduler"), " Did you mean finetune.schedule?"),
+    **dict.fromkeys(("model", "backbone", "arch"), " The backbone is ResNet-50; CONTRIBUTING says how to replace it."),
+    "data": " Images of other classes: data=folder.",
+}
+"""What to say of some keys that there are not, by their last part, and of choices of a group that there are not."""
 RECIPES = ("experiment", "ablate", "sweep")
 """Groups whose files have keys of all groups."""
 DISK_ERRORS = (errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST, errno.EDQUOT)
 READING_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE)
 """What reading meets, too."""
 SHORT_FLAGS = {"-c": "--cfg", "-p": "--package", "-cp": "--config-path", "-cn": "--config-name", "-cd": "--config-dir"}
+FLAGS = {
+    *("--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun", "--info"),
+    *("--shell-completion", "--config-path", "--config-name", "--config-dir", "--experimental-rerun"),
+}
+"""All long ones of Hydra's."""
 FLAGS_WITH_VALUE = (*SHORT_FLAGS.values(), "--experimental-rerun")
 """Of Hydra's; that of `--info` may be left out."""
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
@@ -242,7 +263,7 @@ def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: li
             _refuse_dashed_keys(arguments, config_name)
             _refuse_added_keys(arguments, config_name)
             _refuse_several_choices(arguments)
-            arguments = [_set_or_add(argument) for argument in arguments]
+            arguments = [_set_or_add(argument, config_name) for argument in arguments]
             if config_name == "train":
                 arguments = with_folder_of_slurm_job(arguments)
             sys.argv = [before[0], *map(_path_as_text, _flags_first(with_overrides_of_resumed_run(arguments)))]
@@ -402,9 +423,23 @@ def _flags_first(arguments: list[str]) -> list[str]:
     return sorted(arguments, key=lambda argument: not argument.startswith("-"))
 
 
-def _set_or_add(argument: str) -> str:
-    """Return `key=value` for `++key=value` where keys cannot be added: Hydra then refuses one that is not there."""
-    return argument.removeprefix("++") if not argument.removeprefix("++").startswith(EXTENSIBLE) else argument
+def _set_or_add(argument: str, config_name: str) -> str:
+    """Return `key=value` for `++key=value` where keys cannot be added: Hydra then refuses one that is not there.
+
+    Keys of Lightning's Trainer that conf/trainer does not have are added, or set where a run has them, with a + or
+    without.
+    """
+    key = argument.lstrip("+").partition("=")[0]
+    addable = TRAINER_KEYS - _keys_of_trainer_files() if config_name in ("train", "evaluate") else set()
+    if key.startswith("trainer.") and key.removeprefix("trainer.") in addable:
+        return f"++{argument.lstrip('+')}"
+    return argument.removeprefix("++") if not key.startswith(EXTENSIBLE) else argument
+
+
+@cache
+def _keys_of_trainer_files() -> set[str]:
+    """Return the keys that files of conf/trainer have."""
+    return {str(key) for path in (conf_folder() / "trainer").glob("*.yaml") for key in OmegaConf.load(path)}
 
 
 def _explained(error: BaseException, config_name: str) -> str | None:
@@ -507,9 +542,13 @@ def _refuse_dashed_keys(arguments: list[str], config_name: str) -> None:
     """Refuse `--key`, which Hydra may take for an abbreviation of a flag: --experiment for --experimental-rerun."""
     known = {*_groups(), *map(str, OmegaConf.load(conf_folder() / f"{config_name}.yaml"))}
     for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key.startswith("--") and key.removeprefix("--") in known:
-            raise UserError(f"{argument}: keys have no dashes. Give {key.removeprefix('--')}={value or 'VALUE'}.")
+        flag, _, value = argument.partition("=")
+        if flag.startswith("--") and flag not in FLAGS:
+            key = flag.removeprefix("--")
+            given = f" Give {key}={value or 'VALUE'}."
+            flags = [flag.removeprefix("--") for flag in FLAGS]
+            meant = "" if key in known else suggest(key, flags).replace("mean ", "mean --")
+            raise UserError(f"{argument}: keys have no dashes.{meant or given}")
 
 
 @cache
@@ -554,7 +593,7 @@ def explain(error: HydraException | OmegaConfBaseException, config_name: str) ->
         given = text.split("'")[1]
         known = _keys(compose(config_name)) + _groups()
         if given not in known:
-            return f"Unknown config key {given}.{suggest(given, known)} --cfg job prints all keys."
+            return f"Unknown config key {given}.{_closest_key(given, known)} --cfg job prints all keys."
         return (
             f"{given} is no key of what is chosen for {given.partition('.')[0]}: drop it, or choose another one. --cfg "
             f"job prints the keys that there are."
@@ -563,12 +602,21 @@ def explain(error: HydraException | OmegaConfBaseException, config_name: str) ->
         group, given = missing[1], missing[2]
         there = re.search(r"Available options in '\w+':\n(.*?)\nConfig search", text, re.S)  # none for lists of choices
         choices = there[1].split() if there else sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
-        return f"{group}={given}: there is no such choice. Choose {', '.join(choices)}.{suggest(given, choices)}"
+        more = ALTERNATIVES.get(group) or suggest(given, choices)
+        return f"{group}={given}: there is no such choice. Choose {', '.join(choices)}.{more}"
     if missing := re.search(r"In '([^']+)': Could not find '(?!hydra/)\w+/(\w+)/([^']+)'", text):
         return (
             f"conf/{missing[1]}.yaml: {missing[2]}: {missing[3]} in its defaults is looked for in its own folder. "
             f"Choose from a group with '- override /{missing[2]}: {missing[3]}'."
         )
+    if text.startswith("Ambiguous value"):
+        key, _, values = text.split("'", 1)[1].split("'\n")[0].partition("=")
+        return (
+            f"{key}={values}: several values are several runs, with -m before them. '{key}=[{values}]' is a list of "
+            f"them, and a text with commas is quoted twice: \"{key}='{values}'\"."
+        )
+    if missing := re.match(r"Cannot find primary config '([^']+)'", text):
+        return f"{missing[1]} is no config of a command. A recipe is experiment=NAME; --help lists them."
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key}= is missing: give it."
     if missing := re.search(r"Could not find 'hydra/(launcher|sweeper)/([^']+)'", text):
@@ -593,6 +641,21 @@ def explain(error: HydraException | OmegaConfBaseException, config_name: str) ->
     if isinstance(error.__cause__, OmegaConfBaseException):
         text += f" {error.__cause__}"
     return "\n".join(line for line in text.splitlines() if line.strip() and "object_type=" not in line)
+
+
+def _closest_key(given: str, known: Sequence[str]) -> str:
+    """Return what somebody may have meant by a key that there is not: ` Did you mean X?`, advice, or nothing."""
+    group, _, rest = given.partition(".")
+    name = rest.partition(".")[0]
+    if name and group in ("callbacks", "logger") and (conf_folder() / group / f"{name}.yaml").is_file():
+        return f" {group}={name} chooses it first."
+    last = given.rsplit(".", 1)[-1].lower()
+    if last in ALTERNATIVES:
+        return ALTERNATIVES[last]
+    trainer = [f"trainer.{key}" for key in sorted(TRAINER_KEYS) if any(k.startswith("trainer.") for k in known)]
+    choosable = [key for key in (*known, *trainer) if "." in key or not rest]
+    same = [key for key in choosable if key.rsplit(".", 1)[-1] == last]
+    return f" Did you mean {same[0]}?" if len({*same}) == 1 else suggest(given, choosable)
 
 
 def _meant(value: str, config_name: str) -> str:

@@ -60,6 +60,11 @@ class Phases(list[Phase]):
         if unfreeze_at_epoch is None:
             _check_unused(stage_epochs, upscales, stages)
             unfreeze_at_epoch = max_epochs
+        elif isinstance(unfreeze_at_epoch, str):
+            raise UserError(
+                f"finetune.unfreeze_at_epoch={unfreeze_at_epoch} is not allowed: give a whole number of at least 0, or "
+                f"null for a backbone that stays frozen."
+            )
         elif check_int("finetune.unfreeze_at_epoch", unfreeze_at_epoch, 0) >= max_epochs:
             raise UserError(
                 f"finetune.unfreeze_at_epoch={unfreeze_at_epoch} is never reached: trainer.max_epochs={max_epochs} "

@@ -18,6 +18,7 @@ class Cifar10:
         download: whether `prepare` may use the network.
     """
 
+    own_val = 0
     classes: tuple[str, ...] = (
         "airplane",
         "automobile",

@@ -35,6 +35,10 @@ class Source(Protocol):
     def classes(self) -> Sequence[str]:
         """Class names, in the order of their indices."""
 
+    @property
+    def own_val(self) -> int:
+        """Images at the end of `train`, once it has been read, that are for validation; 0: some are cut from it."""
+
     def prepare(self) -> None:
         """Fetch what has to be fetched."""
 
@@ -56,7 +60,7 @@ class CIFAR10DataModule(L.LightningDataModule):
         batch_size: Images per training step, of all processes together: one setting is one training on any number, but
             for a last step of fewer images than processes.
         eval_batch_size: Images per step of validation and test; results do not depend on it.
-        val_size: Images cut from the training set for validation, stratified.
+        val_size: Images cut from the training set for validation, stratified, unless the source has some of its own.
         limit: At most so many images for each of training, validation and test, stratified; None for all.
         train_limit: At most so many for training, stratified; None for `limit` alone.
         split_seed: Of the split and the subsets, apart from the run's seed, so that runs of all seeds share a split.
@@ -169,7 +173,9 @@ class CIFAR10DataModule(L.LightningDataModule):
         if stage in ("fit", "validate") and "train" not in self.splits:
             sets = self.source.read(["train", "test"] if fitting else ["train"])
             images, targets = sets["train"]
-            train, val = split_train_val(targets, self.val_size, self.limit, self.split_seed, self.train_limit)
+            train, val = split_train_val(
+                targets, self.val_size, self.limit, self.split_seed, self.train_limit, self.source.own_val
+            )
             if fitting:
                 self._check_classes(targets, train, val)
             self.indices |= {"train": train, "val": val}
@@ -199,7 +205,8 @@ class CIFAR10DataModule(L.LightningDataModule):
     def _check_classes(self, targets: Tensor, train: Tensor, val: Tensor) -> None:
         limits = {"data.limit": self.limit, "data.train_limit": self.train_limit}
         asked = [f"{key}={size}" for key, size in limits.items() if size is not None]
-        given = f"data.val_size={self.val_size}" + (f" with {' and '.join(asked)}" if asked else "")
+        cut = "its own validation split" if self.source.own_val else f"data.val_size={self.val_size}"
+        given = cut + (f" with {' and '.join(asked)}" if asked else "")
         missing = check_every_class_trains(self.classes, targets, train, val, given)
         if missing:
             log.warning(

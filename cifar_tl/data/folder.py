@@ -1,4 +1,4 @@
-"""Class folders of images, `train/CLASS/*` and `test/CLASS/*`, brought to 32x32."""
+"""Class folders of images, `train/CLASS/*`, `test/CLASS/*` and perhaps `val/CLASS/*`, brought to 32x32."""
 
 import logging
 import os
@@ -25,6 +25,8 @@ from cifar_tl.errors import UserError, check_int
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "test")
+VAL_FOLDERS = ("val", "valid", "validation")
+"""Names that a folder of validation images may have."""
 SHOWN_PROBLEMS = 100
 CHECKED_AT_ONCE = 64
 """Files per task of a worker process."""
@@ -54,6 +56,8 @@ class Reading:
 class ImageFolders:
     """A folder of images in torchvision's ImageFolder layout, once for training and once for testing.
 
+    Images of a third one, of a name in VAL_FOLDERS, are for validation, and behind those of `train`.
+
     Which files are images is told by their content. Images that are not 32x32 are resized to it (bicubic). What is
     skipped, left out and resized is logged. One of the two splits may be missing as long as nobody reads it.
 
@@ -72,11 +76,16 @@ class ImageFolders:
         self._folders = {split: self._class_folders(split) for split in SPLITS if (self.root / split).is_dir()}
         if not self._folders:
             raise UserError(f"data.root={self.root}{self._what_is_there()}{self._layout()}")
-        first, *others = self._folders.values()
+        self._val = [name for name in VAL_FOLDERS if is_folder(self.root / name)]
+        if len(self._val) > 1:
+            raise UserError(f"data.root={self.root} has the folders {' and '.join(self._val)}: keep one of them.")
+        self._folders |= {split: self._class_folders(split) for split in self._val}
+        first, *others = self._folders
         for other in others:
-            if first.keys() != other.keys():
-                raise UserError(self._difference())
-        self.classes = tuple(sorted(first))
+            if self._folders[first].keys() != self._folders[other].keys():
+                raise UserError(self._difference(first, other))
+        self.classes = tuple(sorted(self._folders[first]))
+        self.own_val = 0
         self._files: dict[str, list[Path]] = {}
 
     def _class_folders(self, split: str) -> dict[str, Path]:
@@ -125,26 +134,19 @@ class ImageFolders:
         ]
         return f" Its folders are: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}." if names else ""
 
-    def _difference(self) -> str:
-        train, test = (set(self._folders[split]) for split in SPLITS)
+    def _difference(self, a: str, b: str) -> str:
+        ours, theirs = (set(self._folders[split]) for split in (a, b))
         lines = []
-        for one, names in (("train", train - test), ("test", test - train)):
+        for one, names in ((a, ours - theirs), (b, theirs - ours)):
             if names:
                 lines.append(f"only in {one}: {', '.join(sorted(names))}")
         return (
-            f"data.root={self.root}: train and test have different classes; {'; '.join(lines)}. Each class needs a "
+            f"data.root={self.root}: {a} and {b} have different classes; {'; '.join(lines)}. Each class needs a "
             f"folder of the same name in both (names are compared with upper and lower case)."
         )
 
     def prepare(self) -> None:
-        """Name a folder of validation images, which is not read; the other files are read when the splits are."""
-        for path in (self.root / name for name in ("val", "valid", "validation")):
-            if is_folder(path):
-                log.warning(
-                    "warning: %s is not read: images to validate on are taken from train (data.val_size). To use its "
-                    "images, move them into train.",
-                    path,
-                )
+        """Fetch nothing: the files are read when the splits are."""
 
     def read(self, splits: Sequence[str]) -> dict[str, tuple[Tensor | LazyImages, Tensor]]:
         """Decode every image of some splits and return them by split; one error names all that cannot be used.
@@ -192,17 +194,21 @@ class ImageFolders:
         start = time.perf_counter()
         candidates: list[Path] = []
         labels: list[int] = []
-        for entry in os.scandir(self.root / split):
-            if reason := skipped_by_name(entry.name):
-                skipped[reason] += 1
-            elif not is_folder(entry.path):
-                left_out["beside the class folders"] += 1
-        for label, name in enumerate(self.classes):
-            found = walk(self._folders[split][name])
-            skipped.update(found.skipped)
-            problems |= {folder: f"folder cannot be listed: {reason}" for folder, reason in found.unlisted.items()}
-            candidates += found.files
-            labels += [label] * len(found.files)
+        for_validation: list[bool] = []
+        places = [split, *self._val] if split == "train" else [split]
+        for place in places:
+            for entry in os.scandir(self.root / place):
+                if reason := skipped_by_name(entry.name):
+                    skipped[reason] += 1
+                elif not is_folder(entry.path):
+                    left_out["beside the class folders"] += 1
+            for label, name in enumerate(self.classes):
+                found = walk(self._folders[place][name])
+                skipped.update(found.skipped)
+                problems |= {folder: f"folder cannot be listed: {reason}" for folder, reason in found.unlisted.items()}
+                candidates += found.files
+                labels += [label] * len(found.files)
+                for_validation += [place in self._val] * len(found.files)
 
         readings = list(_read_in_workers(candidates, self.workers) if self.workers else _read_all(candidates))
         kept = [at for at, reading in enumerate(readings) if reading.digest]
@@ -222,14 +228,21 @@ class ImageFolders:
                 instead = f" ({counts_text(others[label])})" if others[label] else ""
                 problems.setdefault(self._folders[split][name], f"no images in it{instead}")
 
+        own_val = ""
+        if split == "train" and self._val:
+            self.own_val = sum(for_validation[at] for at in kept)
+            own_val = f" ({self.own_val:,} of them in {self._val[0]}, to validate on)"
+            if self.own_val in (0, len(kept)):
+                problems[self.root / (split if self.own_val else self._val[0])] = "no images in it"
         self._files[split] = files = [candidates[at] for at in kept]
         if not files:
             return torch.empty(0, 3, SIZE, SIZE, dtype=torch.uint8), targets
         resized = sum(reading.resized for reading in readings)
         log.info(
-            "read       %s: %s images, %s resized to %dx%d, %.1f s",
-            self.root / split,
+            "read       %s: %s images%s, %s resized to %dx%d, %.1f s",
+            " and ".join(str(self.root / place) for place in places),
             f"{len(files):,}",
+            own_val,
             f"{resized:,}",
             SIZE,
             SIZE,

@@ -50,7 +50,7 @@ def stratified_subset(targets: Tensor, size: int, seed: int) -> Tensor:
 
 
 def split_train_val(
-    targets: Tensor, val_size: int, limit: int | None, seed: int, train_limit: int | None = None
+    targets: Tensor, val_size: int, limit: int | None, seed: int, train_limit: int | None = None, own_val: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Cut validation from the training examples, then keep at most `limit` of each.
 
@@ -60,6 +60,7 @@ def split_train_val(
         limit: At most so many for training and for validation each, None for all.
         seed: The same seed gives the same split.
         train_limit: At most so many for training, None for `limit` alone; fewer are some of more.
+        own_val: Examples at the end that are for validation already; 0 chooses `val_size` at random, stratified.
 
     Returns:
         Sorted indices for training and for validation; no example is in both.
@@ -67,11 +68,11 @@ def split_train_val(
     Raises:
         UserError: Nothing would be left to train on.
     """
-    if val_size >= len(targets):
+    if val_size >= len(targets) and not own_val:
         raise UserError(
             f"data.val_size={val_size} leaves nothing to train on: there are {len(targets)} examples. Lower it."
         )
-    val = stratified_subset(targets, val_size, seed)
+    val = torch.arange(len(targets))[-own_val:] if own_val else stratified_subset(targets, val_size, seed)
     is_train = torch.ones(len(targets), dtype=torch.bool)
     is_train[val] = False
     train = is_train.nonzero().squeeze(1)
@@ -140,7 +141,7 @@ def check_every_class_trains(
         targets: (examples,), class indices of the official training set.
         train: Indices of the training images.
         val: Indices of the validation images.
-        given: The keys that say how many are taken, with their values, for the error.
+        given: What says how many are taken, for the error: keys with their values.
 
     Returns:
         The classes without validation images: their validation metrics mean nothing.
@@ -155,10 +156,12 @@ def check_every_class_trains(
         if not left[label]
     ]:
         limits = [key for key in ("data.limit", "data.train_limit") if f"{key}=" in given]
-        advice = ", ".join(["Lower data.val_size", *(f"raise {key}" for key in limits)])
+        lower = ["lower data.val_size"] if "data.val_size=" in given else []
+        ways = ", ".join([*lower, *(f"raise {key}" for key in limits)])
+        advice = f"{ways}, or add images" if ways else "add images"
         raise UserError(
             f"{given} leaves nothing to train on for {len(starved)} of {len(classes)} classes: {_some(starved)}; "
-            f"training images in all: {len(train)}. {advice}, or add images of these classes."
+            f"training images in all: {len(train)}. {advice.capitalize()} of these classes."
         )
     return [name for label, name in enumerate(classes) if not held_out[label]]
 

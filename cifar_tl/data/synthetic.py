@@ -17,6 +17,7 @@ class Synthetic:
         test_size: Images in the test set.
     """
 
+    own_val = 0
     classes = tuple(f"{angle} degrees" for angle in range(0, 180, 18))
 
     def __init__(self, train_size: int, test_size: int) -> None:

@@ -22,8 +22,8 @@ def dense_head(in_features: int, widths: Sequence[int], num_classes: int, dropou
     """
     check_number("model.dropout", dropout, 0, below=1)
     layers: list[nn.Module] = []
-    for width in widths:
-        layers += [nn.Linear(in_features, check_int("model.head", width, 1)), nn.ReLU()]
+    for index, width in enumerate(widths):
+        layers += [nn.Linear(in_features, check_int(f"model.head[{index}]", width, 1)), nn.ReLU()]
         if dropout > 0:
             layers.append(nn.Dropout(dropout))
         in_features = width

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cifar_tl.build import build_datamodule
 from cifar_tl.data import folder as class_folders
 from cifar_tl.data.augment import Augment
 from cifar_tl.data.batch import IMAGENET_MEAN, IMAGENET_STD
@@ -40,13 +41,42 @@ def test_folders_are_classes_and_pixels_are_kept(root):
     assert np.array_equal(images[0, :, 5, 5], [10, 20, 30])
 
 
+@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
-def test_a_folder_of_validation_images_is_said_not_to_be_read(root, caplog, name):
-    ImageFolders(root, workers=0).prepare()
-    assert caplog.text == ""
-    save(root / name / "cat" / "1.png")
-    ImageFolders(root, workers=0).prepare()
-    assert f"{root / name} is not read: images to validate on are taken from train" in caplog.text
+def test_a_folder_of_validation_images_is_the_validation_split(root, compose, caplog, name, workers):
+    save(root / name / "cat" / "7.png", color=(0, 9, 0))
+    save(root / name / "cat" / "8.png", color=(0, 8, 0))
+    save(root / name / "dog" / "9.png", color=(0, 0, 9))
+    data = build_datamodule(compose("data=folder", f"data.root='{root}'", f"data.workers={workers}"))
+    with caplog.at_level("INFO"):
+        data.setup("fit")
+    assert f"5 images (3 of them in {name}, to validate on)" in caplog.text
+    assert (data.sizes["train"], data.sizes["val"]) == (2, 3)
+    assert data.targets("val").tolist() == [0, 0, 1]
+    assert data.images("val")[:, :, 0, 0].tolist() == [[0, 9, 0], [0, 8, 0], [0, 0, 9]]
+    assert data.source.name("train", 4) == f"{name}/dog/9.png"
+    save(root / "test" / "cat" / "2.png", color=(0, 9, 0))
+    again = build_datamodule(compose("data=folder", f"data.root='{root}'", "data.limit=2"))
+    again.setup("fit")
+    assert (again.sizes["train"], again.sizes["val"]) == (2, 2)
+    assert again.split_sha256 != data.split_sha256
+
+
+def test_a_folder_of_validation_images_that_does_not_fit_is_refused(root):
+    save(root / "val" / "cat" / "1.png")
+    with pytest.raises(UserError, match="val needs at least two class folders"):
+        ImageFolders(root, workers=0)
+    save(root / "val" / "hen" / "1.png")
+    with pytest.raises(UserError, match="train and val have different classes; only in train: dog; only in val: hen"):
+        ImageFolders(root, workers=0)
+    (root / "val" / "hen").rename(root / "val" / "dog")
+    for path in (root / "val").rglob("*.png"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"val: no images in it"):
+        ImageFolders(root, workers=0).read(["train"])
+    (root / "valid").mkdir()
+    with pytest.raises(UserError, match="has the folders val and valid: keep one of them"):
+        ImageFolders(root, workers=0)
 
 
 def test_an_image_that_is_replaced_while_a_run_goes_on_ends_it(root):
