@@ -40,7 +40,7 @@ from cifar_tl.callbacks.predictions_recorder import PredictionsRecorder
 from cifar_tl.callbacks.run_recorder import RunRecorder
 from cifar_tl.callbacks.tensorboard_figures import TensorBoardFigures
 from cifar_tl.checkpoints import checkpoint_callbacks
-from cifar_tl.cli import TRAINER_KEYS
+from cifar_tl.cli import TRAINER_KEYS, compose
 from cifar_tl.data.augment import Augment
 from cifar_tl.data.cifar10 import Cifar10
 from cifar_tl.data.datamodule import CIFAR10DataModule, Source
@@ -177,6 +177,19 @@ def build_unfreeze(cfg: DictConfig) -> BackboneUnfreeze:
     )
 
 
+def build_guard(cfg: DictConfig) -> FreezeGuard:
+    """Build the callback that checks what the one of `build_unfreeze` says."""
+    finetune = cfg.finetune
+    return FreezeGuard(
+        unfreeze_at_epoch=finetune.unfreeze_at_epoch,
+        stage_epochs=finetune.stage_epochs,
+        progressive_resizing=finetune.progressive_resizing,
+        batchnorm=finetune.batchnorm,
+        max_epochs=check_int("trainer.max_epochs", cfg.trainer.max_epochs, 1),
+        stages=finetune.stages,
+    )
+
+
 def build_callbacks(
     cfg: DictConfig, datamodule: CIFAR10DataModule, facts: Mapping[str, Any], folder: Path
 ) -> list[L.Callback]:
@@ -204,14 +217,7 @@ def build_callbacks(
         OwnSignals(),
         EpochSeed(cfg.seed),
         build_unfreeze(cfg),
-        FreezeGuard(
-            finetune.unfreeze_at_epoch,
-            finetune.stage_epochs,
-            finetune.progressive_resizing,
-            finetune.batchnorm,
-            max_epochs,
-            finetune.stages,
-        ),
+        build_guard(cfg),
         FeatureCache(
             datamodule,
             unfreeze_at_epoch,
@@ -476,6 +482,10 @@ def keys_without_effect(cfg: DictConfig, given: Sequence[str]) -> list[str]:
     if cfg.trainer.get("gradient_clip_val") is None:
         reasons["trainer.gradient_clip_algorithm"] = "nothing is clipped without +trainer.gradient_clip_val"
     by_key = {argument.lstrip("+").partition("=")[0]: argument for argument in given}
+    if by_key.get("ablate", "ablate=none") != "ablate=none":
+        whole = plain(compose("train", [argument for argument in given if not argument.startswith("ablate=")]))
+        if {**whole, "resume": cfg.resume} == plain(cfg):
+            reasons["ablate"] = "the recipe does without that already"
     return [f"{by_key[key]} has no effect: {why}." for key, why in reasons.items() if key in by_key]
 
 

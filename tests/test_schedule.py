@@ -139,6 +139,10 @@ def test_warmup_rises_linearly_and_never_starts_at_zero():
         (["+trainer.gradient_clip_algorithm=norm"], [0]),
         (["+trainer.gradient_clip_algorithm=norm", "+trainer.gradient_clip_val=1"], []),
         (["experiment=seed_baseline"], []),
+        (["experiment=seed_baseline", "ablate=bn_train"], [1]),
+        (["experiment=hires", "ablate=lower_rate"], [1]),
+        (["ablate=lower_rate", "experiment=best32"], []),
+        (["ablate=none"], []),
     ],
 )
 def test_keys_that_change_nothing_are_named(compose, given, without):
