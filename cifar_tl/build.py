@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from inspect import Parameter, getmro, isclass, signature
@@ -27,6 +28,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch.nn.parallel import DistributedDataParallel
 
 from cifar_tl import slurm
@@ -40,7 +42,7 @@ from cifar_tl.callbacks.predictions_recorder import PredictionsRecorder
 from cifar_tl.callbacks.run_recorder import RunRecorder
 from cifar_tl.callbacks.tensorboard_figures import TensorBoardFigures
 from cifar_tl.checkpoints import checkpoint_callbacks
-from cifar_tl.cli import TRAINER_KEYS, compose
+from cifar_tl.cli import TRAINER_ALTERNATIVES, TRAINER_KEYS, compose
 from cifar_tl.data.augment import Augment
 from cifar_tl.data.cifar10 import Cifar10
 from cifar_tl.data.datamodule import CIFAR10DataModule, Source
@@ -61,22 +63,6 @@ FLAGS = {
     *("enable_progress_bar", "enable_model_summary", "detect_anomaly"),
 }
 """Those that are true or false: Lightning takes any other value for one of them, and does not say for which."""
-
-ALTERNATIVES = {
-    "fast_dev_run": "It keeps no checkpoint, so that there is nothing to test. experiment=demo goes through everything "
-    "in a minute; data.limit=100 trainer.max_epochs=2 finetune.unfreeze_at_epoch=1 shortens a run.",
-    **dict.fromkeys(
-        ("limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches"),
-        "data.limit=100 takes 100 images of every split, and the record says so.",
-    ),
-    "max_steps": "trainer.max_epochs counts epochs, and +trainer.limit_train_batches shortens each of "
-    "them. A run that was started with it goes on with resume=RUN '~trainer.max_steps'.",
-    "val_check_interval": "trainer.check_val_every_n_epoch counts whole epochs.",
-    "callbacks": "Callbacks are a group of their own: +callbacks.NAME._target_=CLASS.",
-    "logger": "Loggers are a group of their own: logger=csv, or +logger.NAME._target_=CLASS.",
-    "default_root_dir": "hydra.run.dir=FOLDER is the run's folder.",
-}
-"""What to give instead of some other keys."""
 
 
 def build_schedule(cfg: DictConfig) -> FinetuneSchedule:
@@ -359,7 +345,7 @@ def check_trainer(trainer: Mapping[Any, Any]) -> None:
     for key in trainer:
         if key not in TRAINER_KEYS:
             allowed = f"{suggest(str(key), TRAINER_KEYS)} Keys: {', '.join(sorted(TRAINER_KEYS))}."
-            raise UserError(f"trainer.{key} is not supported. {ALTERNATIVES.get(key) or allowed.strip()}")
+            raise UserError(f"trainer.{key} is not supported. {TRAINER_ALTERNATIVES.get(key) or allowed.strip()}")
     check_choice("trainer.precision", trainer.get("precision", "auto"), PRECISIONS)
     check_int("trainer.accumulate_grad_batches", trainer.get("accumulate_grad_batches", 1), 1)
     check_int("trainer.log_every_n_steps", trainer.get("log_every_n_steps", 1), 1)
@@ -449,12 +435,13 @@ def check_batch_size(cfg: DictConfig, processes: int) -> None:
         )
 
 
-def keys_without_effect(cfg: DictConfig, given: Sequence[str]) -> list[str]:
+def keys_without_effect(cfg: DictConfig, given: Sequence[str], own_val: bool = False) -> list[str]:
     """Return a sentence for each key that was given and is known to change nothing, because of another one.
 
     Args:
         cfg: As composed from conf/train.yaml.
         given: Overrides of the command line; what a recipe says beside them is not a mistake of the user's.
+        own_val: Whether the data has a validation split of its own.
     """
     finetune, start = cfg.finetune, cfg.finetune.unfreeze_at_epoch
     reasons = {}
@@ -482,10 +469,14 @@ def keys_without_effect(cfg: DictConfig, given: Sequence[str]) -> list[str]:
     if cfg.trainer.get("gradient_clip_val") is None:
         reasons["trainer.gradient_clip_algorithm"] = "nothing is clipped without +trainer.gradient_clip_val"
     by_key = {argument.lstrip("+").partition("=")[0]: argument for argument in given}
+    if own_val:
+        reasons["data.val_size"] = "the data has a validation split of its own"
     if by_key.get("ablate", "ablate=none") != "ablate=none":
-        whole = plain(compose("train", [argument for argument in given if not argument.startswith("ablate=")]))
-        if {**whole, "resume": cfg.resume} == plain(cfg):
-            reasons["ablate"] = "the recipe does without that already"
+        with suppress(HydraException, OmegaConfBaseException):  # what else is given needs it
+            whole = plain(compose("train", [argument for argument in given if not argument.startswith("ablate=")]))
+            whole |= {"resume": cfg.resume, "trainer": {**whole["trainer"], "devices": cfg.trainer.devices}}
+            if whole == plain(cfg):
+                reasons["ablate"] = "the run is the same without it"
     return [f"{by_key[key]} has no effect: {why}." for key, why in reasons.items() if key in by_key]
 
 

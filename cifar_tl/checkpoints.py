@@ -226,7 +226,7 @@ class Trained:
 
     Attributes:
         path: The checkpoint.
-        sha256: Of the file, as it was before it was read: a run that goes on may have replaced it since.
+        sha256: Of the file, from just before it was read: a run that goes on replaces it.
         module: In eval mode, on the CPU.
         config: Of its run; keys that it does not have, being older, have today's defaults.
         saved_config: The same as it was saved.

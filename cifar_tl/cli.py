@@ -31,6 +31,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from cifar_tl import slurm
 from cifar_tl.errors import GpuLostError, Interrupted, UserError, check_path, suggest
+from cifar_tl.files import say
 from cifar_tl.runs.resume import (
     is_first_process,
     quoted,
@@ -51,6 +52,21 @@ TRAINER_KEYS = {
     *("log_every_n_steps", "enable_progress_bar", "enable_model_summary", "profiler", "detect_anomaly"),
 }
 """What a run can honour of Lightning's Trainer, without a difference between its record and what was done."""
+TRAINER_ALTERNATIVES = {
+    "fast_dev_run": "It keeps no checkpoint, so that there is nothing to test. experiment=demo goes through everything "
+    "in a minute; data.limit=100 trainer.max_epochs=2 finetune.unfreeze_at_epoch=1 shortens a run.",
+    **dict.fromkeys(
+        ("limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches"),
+        "data.limit=100 takes 100 images of every split, and the record says so.",
+    ),
+    "max_steps": "trainer.max_epochs counts epochs, and +trainer.limit_train_batches shortens each of "
+    "them. A run that was started with it goes on with resume=RUN '~trainer.max_steps'.",
+    "val_check_interval": "trainer.check_val_every_n_epoch counts whole epochs.",
+    "callbacks": "Callbacks are a group of their own: +callbacks.NAME._target_=CLASS.",
+    "logger": "Loggers are a group of their own: logger=csv, or +logger.NAME._target_=CLASS.",
+    "default_root_dir": "hydra.run.dir=FOLDER is the run's folder.",
+}
+"""What to give instead of some other keys of the Trainer."""
 ALTERNATIVES = {
     **dict.fromkeys(("lr", "learning_rate"), " The learning rates are finetune.head_lr and finetune.backbone_lr."),
     **dict.fromkeys(("epochs", "num_epochs", "n_epochs"), " Did you mean trainer.max_epochs?"),
@@ -81,14 +97,6 @@ PATH_KEYS = {
     *("hydra.run.dir", "hydra.sweep.dir"),
 }
 """Keys of all commands whose values are text, whatever they look like."""
-
-
-def say(text: str) -> None:
-    """Print text, letters that the console does not have as escapes: folders may have any names."""
-    try:
-        print(text, flush=True)
-    except UnicodeEncodeError as error:
-        print(text.encode(error.encoding, "backslashreplace").decode(error.encoding), flush=True)
 
 
 class StdoutHandler(logging.Handler):
@@ -263,7 +271,7 @@ def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: li
             _refuse_dashed_keys(arguments, config_name)
             _refuse_added_keys(arguments, config_name)
             _refuse_several_choices(arguments)
-            arguments = [_set_or_add(argument, config_name) for argument in arguments]
+            arguments = [set_or_add(argument, config_name) for argument in arguments]
             if config_name == "train":
                 arguments = with_folder_of_slurm_job(arguments)
             sys.argv = [before[0], *map(_path_as_text, _flags_first(with_overrides_of_resumed_run(arguments)))]
@@ -423,23 +431,17 @@ def _flags_first(arguments: list[str]) -> list[str]:
     return sorted(arguments, key=lambda argument: not argument.startswith("-"))
 
 
-def _set_or_add(argument: str, config_name: str) -> str:
+def set_or_add(argument: str, config_name: str) -> str:
     """Return `key=value` for `++key=value` where keys cannot be added: Hydra then refuses one that is not there.
 
-    Keys of Lightning's Trainer that conf/trainer does not have are added, or set where a run has them, with a + or
-    without.
+    Keys of Lightning's Trainer that conf/trainer/auto.yaml does not have are added, or set where a run has them, with
+    a + or without.
     """
     key = argument.lstrip("+").partition("=")[0]
-    addable = TRAINER_KEYS - _keys_of_trainer_files() if config_name in ("train", "evaluate") else set()
-    if key.startswith("trainer.") and key.removeprefix("trainer.") in addable:
+    known = OmegaConf.load(conf_folder() / "trainer" / "auto.yaml")
+    if config_name == "train" and key.startswith("trainer.") and key[len("trainer.") :] in TRAINER_KEYS - {*known}:
         return f"++{argument.lstrip('+')}"
     return argument.removeprefix("++") if not key.startswith(EXTENSIBLE) else argument
-
-
-@cache
-def _keys_of_trainer_files() -> set[str]:
-    """Return the keys that files of conf/trainer have."""
-    return {str(key) for path in (conf_folder() / "trainer").glob("*.yaml") for key in OmegaConf.load(path)}
 
 
 def _explained(error: BaseException, config_name: str) -> str | None:
@@ -520,7 +522,7 @@ def _refuse_added_keys(arguments: list[str], config_name: str) -> None:
     }
     for argument in arguments:
         key = argument.lstrip("+").partition("=")[0]
-        # sets a key, if there is one: see _set_or_add
+        # sets a key, if there is one: see set_or_add
         twice = argument.startswith("++") and not key.startswith(EXTENSIBLE)
         if argument.startswith("+") and not twice and not key.startswith(places):
             raise UserError(
@@ -543,12 +545,14 @@ def _refuse_dashed_keys(arguments: list[str], config_name: str) -> None:
     known = {*_groups(), *map(str, OmegaConf.load(conf_folder() / f"{config_name}.yaml"))}
     for argument in arguments:
         flag, _, value = argument.partition("=")
-        if flag.startswith("--") and flag not in FLAGS:
-            key = flag.removeprefix("--")
-            given = f" Give {key}={value or 'VALUE'}."
-            flags = [flag.removeprefix("--") for flag in FLAGS]
-            meant = "" if key in known else suggest(key, flags).replace("mean ", "mean --")
-            raise UserError(f"{argument}: keys have no dashes.{meant or given}")
+        if not flag.startswith("--") or flag in {*FLAGS, "--"}:
+            continue
+        key = flag.removeprefix("--")
+        if key in known:
+            raise UserError(f"{argument}: keys have no dashes. Give {key}={value or 'VALUE'}.")
+        close = suggest(key, [flag.removeprefix("--") for flag in FLAGS]).replace("mean ", "mean --")
+        meant = close or _closest_key(key, [*_keys(compose(config_name)), *_groups()])
+        raise UserError(f"{argument}: keys have no dashes, as in KEY=VALUE.{meant}")
 
 
 @cache
@@ -602,7 +606,7 @@ def explain(error: HydraException | OmegaConfBaseException, config_name: str) ->
         group, given = missing[1], missing[2]
         there = re.search(r"Available options in '\w+':\n(.*?)\nConfig search", text, re.S)  # none for lists of choices
         choices = there[1].split() if there else sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
-        more = ALTERNATIVES.get(group) or suggest(given, choices)
+        more = (suggest(given, choices) if len(choices) > 1 else "") + ALTERNATIVES.get(group, "")
         return f"{group}={given}: there is no such choice. Choose {', '.join(choices)}.{more}"
     if missing := re.search(r"In '([^']+)': Could not find '(?!hydra/)\w+/(\w+)/([^']+)'", text):
         return (
@@ -611,10 +615,9 @@ def explain(error: HydraException | OmegaConfBaseException, config_name: str) ->
         )
     if text.startswith("Ambiguous value"):
         key, _, values = text.split("'", 1)[1].split("'\n")[0].partition("=")
-        return (
-            f"{key}={values}: several values are several runs, with -m before them. '{key}=[{values}]' is a list of "
-            f"them, and a text with commas is quoted twice: \"{key}='{values}'\"."
-        )
+        groups = {*_groups()} - {"logger", "callbacks"}
+        taken = "" if key in groups else f" '{key}=[{values}]' is a list of them."
+        return f"{key}={values}: several values are several runs, with -m before them.{taken}"
     if missing := re.match(r"Cannot find primary config '([^']+)'", text):
         return f"{missing[1]} is no config of a command. A recipe is experiment=NAME; --help lists them."
     if isinstance(error, MissingMandatoryValue):
@@ -644,18 +647,26 @@ def explain(error: HydraException | OmegaConfBaseException, config_name: str) ->
 
 
 def _closest_key(given: str, known: Sequence[str]) -> str:
-    """Return what somebody may have meant by a key that there is not: ` Did you mean X?`, advice, or nothing."""
+    """Return what somebody may have meant by a key that there is not: ` Did you mean X?`, advice, or nothing.
+
+    Args:
+        given: The key.
+        known: Those of the command, and its groups.
+    """
     group, _, rest = given.partition(".")
-    name = rest.partition(".")[0]
-    if name and group in ("callbacks", "logger") and (conf_folder() / group / f"{name}.yaml").is_file():
-        return f" {group}={name} chooses it first."
-    last = given.rsplit(".", 1)[-1].lower()
-    if last in ALTERNATIVES:
-        return ALTERNATIVES[last]
-    trainer = [f"trainer.{key}" for key in sorted(TRAINER_KEYS) if any(k.startswith("trainer.") for k in known)]
-    choosable = [key for key in (*known, *trainer) if "." in key or not rest]
-    same = [key for key in choosable if key.rsplit(".", 1)[-1] == last]
-    return f" Did you mean {same[0]}?" if len({*same}) == 1 else suggest(given, choosable)
+    name, last = rest.partition(".")[0], given.rsplit(".", 1)[-1].lower()
+    if "finetune.head_lr" in known:  # of a run
+        added = group in ("callbacks", "logger") and f"{group}.{name}" not in known
+        if added and (conf_folder() / group / f"{name}.yaml").is_file():
+            return f" Choose {group}={name} first; its keys are in conf/{group}/{name}.yaml."
+        if group == "trainer" and last in TRAINER_ALTERNATIVES:
+            return f" {TRAINER_ALTERNATIVES[last]}"
+        if last in ALTERNATIVES:
+            return ALTERNATIVES[last]
+        known = [*known, *(f"trainer.{key}" for key in sorted(TRAINER_KEYS))]
+    choosable = [key for key in known if key != given and ("." in key or not rest)]
+    same = {key for key in choosable if key.rsplit(".", 1)[-1] == last}
+    return f" Did you mean {same.pop()}?" if len(same) == 1 else suggest(given, choosable)
 
 
 def _meant(value: str, config_name: str) -> str:

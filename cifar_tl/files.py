@@ -108,3 +108,11 @@ def writing_for(path: Path, key: str = "output") -> Iterator[None]:
         no_folder = isinstance(error, FileExistsError | NotADirectoryError)
         reason = f"{path.parent} is no folder" if no_folder else error.strerror or error
         raise UserError(f"{key}={path} cannot be written: {reason}. Give another place.") from error
+
+
+def say(text: str) -> None:
+    """Print text, letters that the console does not have as escapes: folders may have any names."""
+    try:
+        print(text, flush=True)
+    except UnicodeEncodeError as error:
+        print(text.encode(error.encoding, "backslashreplace").decode(error.encoding), flush=True)

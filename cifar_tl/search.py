@@ -151,14 +151,15 @@ class OptunaSweeper(Sweeper):
         fixed: list[str] = []
         lines = [*(f"{key!s}={value}" for key, value in self.params.items()), *arguments]
         for override in OverridesParser.create(config_loader=self.config_loader).parse_overrides(lines):
-            swept.pop(override.get_key_element(), None)
+            key = override.get_key_element().lstrip("+")  # of one key, whichever way it was given
+            swept.pop(key, None)
             if override.is_sweep_override():
-                swept[override.get_key_element()] = override
+                swept[key] = override
             else:
                 fixed.append(str(override.input_line))
         if not swept:
             raise UserError("Nothing to search: give sweeps such as 'model.dropout=interval(0, 0.5)'.")
-        space: dict[str, Any] = {key: distribution(override) for key, override in swept.items()}
+        space: dict[str, Any] = {o.get_key_element(): distribution(o) for o in swept.values()}
         # what cannot be composed is to be found out before there is a study, which cannot be corrected any more
         values = {key: list(getattr(d, "choices", None) or [d.low]) for key, d in space.items()}
         for i in range(max(map(len, values.values()))):

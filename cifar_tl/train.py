@@ -204,7 +204,8 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     for logger in trainer.loggers:
         logger.log_hyperparams({"experiment": experiment, **plain(cfg)})
     log.info("%s", plan_text(cfg, datamodule, facts, folder))
-    for sentence in keys_without_effect(cfg, HydraConfig.get().overrides.task if HydraConfig.initialized() else []):
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    for sentence in keys_without_effect(cfg, given, bool(datamodule.source.own_val)):
         log.warning("warning: %s", sentence)
     sizes = f"data.batch_size={cfg.data.batch_size}, or data.eval_batch_size={cfg.data.eval_batch_size}"
     try:

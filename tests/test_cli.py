@@ -21,6 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from cifar_tl import cli
 from cifar_tl.__main__ import main as cifar_tl_main
 from cifar_tl.data import download
+from cifar_tl.data.__main__ import main as data
 from cifar_tl.reports.__main__ import main as reports
 from cifar_tl.reports.sweep_table import COLUMNS, TABLE, SweepTable
 from cifar_tl.runs.table import write_csv
@@ -380,6 +381,8 @@ def test_folders_with_names_that_a_console_does_not_have_are_printed_as_escapes(
     table._folder = folder.parent
     write_csv(folder.parent / TABLE, [COLUMNS, [folder.name, *["1"] * (len(COLUMNS) - 1)]])
     table.finish()
+    assert data(["verify", "--root", str(folder)]) == 1
     printed = stream.buffer.getvalue().decode()
+    assert printed.count("caf\\udce9/cifar-10-batches-py") > 1
     assert "caf\\udce9/report.html" in printed
     assert "sweep_report.html" in printed

@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 
 from cifar_tl import cli
@@ -149,6 +151,22 @@ def test_keys_that_change_nothing_are_named(compose, given, without):
     expected = [given[key] if isinstance(key, int) else key for key in without]
     said = keys_without_effect(compose(*given), given)
     assert [sentence.partition(" has no effect: ")[0] for sentence in said] == expected
+
+
+def test_an_ablation_that_other_keys_need_has_an_effect(compose, tmp_path, monkeypatch):
+    conf = shutil.copytree(cli.conf_folder(), tmp_path / "conf")
+    text = "# @package _global_\ndefaults:\n  - override /callbacks: early_stopping\n"
+    (conf / "ablate" / "patience.yaml").write_text(text)
+    monkeypatch.setattr(cli, "conf_folder", lambda: conf)
+    given = ["ablate=patience", "callbacks.early_stopping.patience=2"]
+    assert keys_without_effect(compose(*given), given) == []
+
+
+def test_a_size_of_validation_beside_a_validation_split_is_named(compose):
+    given = ["data.val_size=7"]
+    assert keys_without_effect(compose(*given), given) == []
+    (said,) = keys_without_effect(compose(*given), given, own_val=True)
+    assert said == "data.val_size=7 has no effect: the data has a validation split of its own."
 
 
 @pytest.mark.parametrize(

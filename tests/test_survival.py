@@ -136,6 +136,17 @@ def test_a_run_goes_on_without_its_callbacks_and_their_keys(tmp_path, extra):
     assert {"callbacks=early_stopping", *extra} <= {*others}
 
 
+def test_a_run_goes_on_with_another_trainer_and_without_the_nodes_of_the_first(tmp_path):
+    stays = ["trainer.precision=bf16-mixed", "sweep=optuna", "callbacks.pruning.pruner.n_warmup_steps=7"]
+    given = ["trainer=ddp", "++trainer.num_nodes=2", "trainer.devices=4", *stays]
+    for name, text in ((".hydra/overrides.yaml", json.dumps(given)), ("checkpoints/last.ckpt", "")):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    arguments = with_overrides_of_resumed_run([f"resume={tmp_path}", "trainer=auto", "callbacks=none"])
+    kept = [a for a in arguments if not a.startswith(("resume=", "hydra."))]
+    assert kept == [*stays, "trainer=auto", "callbacks=none"]
+
+
 @pytest.mark.slow
 def test_failed_jobs_leave_the_table_the_page_and_every_reason(command, tmp_path):
     code, out, err = command("-m", "data.eval_batch_size=0,500,-1", *FAST, "hydra.sweep.dir=sweep")
@@ -567,6 +578,7 @@ def test_the_command_to_go_on_repeats_what_the_run_does_not_have_yet(command, re
         ({}, "trainer.max_epochs= lets it train longer, at rates of the longer schedule; cifar_tl.evaluate measures"),
         ({"epoch": [0]}, "More patience, callbacks=none or another"),
         ({"plan": [{"end": 3, "upscale": 2}]}, "cifar_tl.evaluate measures it again"),
+        ({"plan": []}, "cifar_tl.evaluate measures it again"),
     ],
 )
 def test_a_finished_run_is_kept_as_it_is(command, resumable, change, said):

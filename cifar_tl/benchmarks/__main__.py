@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from cifar_tl.files import say
 from cifar_tl.runs.table import markdown
 
 
@@ -100,7 +101,7 @@ def main(arguments: list[str]) -> int:
         kept = f" What had been measured is in {output}." if (output / "bench.json").is_file() else ""
         print(f"\nInterrupted.{kept}", file=sys.stderr)
         return 130
-    print(f"written to {output}/bench.json and bench.md")
+    say(f"written to {output}/bench.json and bench.md")
     return 0
 
 

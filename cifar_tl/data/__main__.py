@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from cifar_tl.data import download
 from cifar_tl.errors import UserError
+from cifar_tl.files import say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,14 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _fetch(root: str) -> int:
     download.ensure(root, download=True)
-    print(f"CIFAR-10 is complete in {download.FOLDER} under {root}: {len(download.FILES)} files, every MD5 right")
+    say(f"CIFAR-10 is complete in {download.FOLDER} under {root}: {len(download.FILES)} files, every MD5 right")
     return 0
 
 
 def _verify(root: str) -> int:
     files = download.verify(root)
     for file in files:
-        print(file.message)
+        say(file.message)
     return 0 if all(file.state == "ok" for file in files) else 1
 
 

@@ -52,8 +52,9 @@ class Source(Protocol):
 class CIFAR10DataModule(L.LightningDataModule):
     """CIFAR-10 at 32x32, never resized, or a stand-in.
 
-    Validation is cut from the training set. The test set is read before training, so that what is wrong with it does
-    not come out hours later; until testing starts it is only compared with the training images, pixel for pixel.
+    Validation is cut from the training set, if the source has none of its own. The test set is read before training, so
+    that what is wrong with it does not come out hours later; until testing starts it is only compared with the training
+    images, pixel for pixel.
 
     Args:
         source: Where images come from.

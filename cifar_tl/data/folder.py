@@ -76,15 +76,11 @@ class ImageFolders:
         self._folders = {split: self._class_folders(split) for split in SPLITS if (self.root / split).is_dir()}
         if not self._folders:
             raise UserError(f"data.root={self.root}{self._what_is_there()}{self._layout()}")
-        self._val = [name for name in VAL_FOLDERS if is_folder(self.root / name)]
-        if len(self._val) > 1:
-            raise UserError(f"data.root={self.root} has the folders {' and '.join(self._val)}: keep one of them.")
-        self._folders |= {split: self._class_folders(split) for split in self._val}
         first, *others = self._folders
         for other in others:
-            if self._folders[first].keys() != self._folders[other].keys():
-                raise UserError(self._difference(first, other))
+            self._compare(first, other)
         self.classes = tuple(sorted(self._folders[first]))
+        self._val = [name for name in VAL_FOLDERS if is_folder(self.root / name)]
         self.own_val = 0
         self._files: dict[str, list[Path]] = {}
 
@@ -112,7 +108,7 @@ class ImageFolders:
     def _layout(self) -> str:
         return (
             f" Lay images out as {self.root}/train/CLASS/* and {self.root}/test/CLASS/*, with at least two class "
-            f"folders in each."
+            f"folders in each; images to validate on may be in {self.root}/val/CLASS/*."
         )
 
     def _what_is_there(self) -> str:
@@ -134,13 +130,16 @@ class ImageFolders:
         ]
         return f" Its folders are: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}." if names else ""
 
-    def _difference(self, a: str, b: str) -> str:
+    def _compare(self, a: str, b: str) -> None:
+        """Refuse two folders of different classes."""
         ours, theirs = (set(self._folders[split]) for split in (a, b))
         lines = []
         for one, names in ((a, ours - theirs), (b, theirs - ours)):
             if names:
                 lines.append(f"only in {one}: {', '.join(sorted(names))}")
-        return (
+        if not lines:
+            return
+        raise UserError(
             f"data.root={self.root}: {a} and {b} have different classes; {'; '.join(lines)}. Each class needs a "
             f"folder of the same name in both (names are compared with upper and lower case)."
         )
@@ -156,6 +155,8 @@ class ImageFolders:
         """
         if missing := [split for split in splits if split not in self._folders]:
             raise UserError(f"data.root={self.root} has no folder {missing[0]}.{self._folders_there()}{self._layout()}")
+        if "train" in splits:
+            self._look_at_val()
         warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of a file's faults is said here
         if self.workers:
             log.info("data.workers=%d: every image is decoded once now, to find what is broken", self.workers)
@@ -177,6 +178,14 @@ class ImageFolders:
         if problems:
             raise UserError(self._problems_text(problems))
         return result
+
+    def _look_at_val(self) -> None:
+        """Refuse folders of validation images that do not fit to the others."""
+        if len(self._val) > 1:
+            raise UserError(f"data.root={self.root} has the folders {' and '.join(self._val)}: keep one of them.")
+        for name in self._val:
+            self._folders[name] = self._class_folders(name)
+            self._compare("train", name)
 
     def name(self, split: str, index: int) -> str:
         """Return the path of an image of a split that has been read, from the root."""
@@ -213,15 +222,17 @@ class ImageFolders:
         readings = list(_read_in_workers(candidates, self.workers) if self.workers else _read_all(candidates))
         kept = [at for at, reading in enumerate(readings) if reading.digest]
         others: dict[int, Counter[str]] = {label: Counter() for label in range(len(self.classes))}
-        for path, label, reading in zip(candidates, labels, readings, strict=True):
-            if reading.left_out:
+        for path, label, held_out, reading in zip(candidates, labels, for_validation, readings, strict=True):
+            if reading.left_out and held_out:
+                left_out[reading.left_out] += 1
+            elif reading.left_out:
                 others[label][reading.left_out] += 1
             if reading.guessed_bits:
                 guessed_bits[f"{reading.guessed_bits}-bit"] += 1
             if reading.problem:
                 problems[path] = reading.problem
         targets = torch.tensor([labels[at] for at in kept], dtype=torch.int64)
-        counts = Counter(labels)
+        counts = Counter(label for label, held_out in zip(labels, for_validation, strict=True) if not held_out)
         for label, name in enumerate(self.classes):
             left_out.update(others[label])
             if counts[label] == others[label].total():
@@ -232,8 +243,8 @@ class ImageFolders:
         if split == "train" and self._val:
             self.own_val = sum(for_validation[at] for at in kept)
             own_val = f" ({self.own_val:,} of them in {self._val[0]}, to validate on)"
-            if self.own_val in (0, len(kept)):
-                problems[self.root / (split if self.own_val else self._val[0])] = "no images in it"
+            if not self.own_val:
+                problems[self.root / self._val[0]] = "no images in it"
         self._files[split] = files = [candidates[at] for at in kept]
         if not files:
             return torch.empty(0, 3, SIZE, SIZE, dtype=torch.uint8), targets
@@ -261,7 +272,7 @@ class ImageFolders:
             [
                 f"data.root={self.root} cannot be used as it is:",
                 *lines,
-                "Replace or remove the files; fill an empty class folder, or remove it from train and test alike.",
+                "Replace or remove the files; fill an empty class folder, or remove it from all splits alike.",
             ]
         )
 

@@ -6,8 +6,8 @@ import signal
 import sys
 from pathlib import Path
 
-from cifar_tl.cli import say
 from cifar_tl.errors import UserError
+from cifar_tl.files import say
 from cifar_tl.runs.folder import find_runs
 from cifar_tl.runs.record import METRICS
 from cifar_tl.runs.resume import MULTIRUN

@@ -10,6 +10,9 @@ from cifar_tl.runs.folder import Run
 from cifar_tl.runs.metrics import paired_interval
 from cifar_tl.runs.record import matters
 
+DATA_HASHES = ("split_sha256", "test_sha256")
+"""In a run's metrics: of the images that it was trained and validated on, and tested on."""
+
 
 @dataclass
 class Group:
@@ -43,11 +46,10 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     for at, key in [(at, key) for same in alike.values() for key in _edited(runs, same) for at in same]:
         value = runs[at].config.get(key) if runs[at].config else "not recorded"
         given[at][key] = "null" if value is None else str(value)
-    for same in alike.values():
-        hashes = [runs[at].metrics.get("split_sha256") for at in same]
-        if len(set(hashes) - {None}) > 1:
-            for at, sha256 in zip(same, hashes, strict=True):
-                given[at]["data.root"] = f"{runs[at].config.get('data.root')} ({(sha256 or 'not recorded')[:12]})"
+    if any(_of_several_data([runs[at] for at in same]) for same in alike.values()):
+        for run, overrides in zip(runs, given, strict=True):
+            digests = [str(run.metrics.get(key, "-"))[:8] for key in DATA_HASHES]
+            overrides["data.root"] = f"{run.config.get('data.root')} ({' '.join(digests)})"
     keys = dict.fromkeys(key for overrides in given for key in overrides if key != "seed")
     differing = [key for key in keys if len({overrides.get(key) for overrides in given}) > 1]
     last = [key.rsplit(".", 1)[-1] for key in differing]
@@ -229,6 +231,11 @@ def _with_counterpart(key: str, groups: Sequence[Group]) -> list[Group]:
         others = {name: value for name, value in group.overrides.items() if name != key}
         equal_else.setdefault(_settings(others), []).append(group)
     return [g for alike in equal_else.values() if len({a.overrides.get(key) for a in alike}) > 1 for g in alike]
+
+
+def _of_several_data(runs: Sequence[Run]) -> bool:
+    """Return whether runs have other images; what an older record does not say counts as the same."""
+    return any(len({run.metrics.get(key) for run in runs} - {None}) > 1 for key in DATA_HASHES)
 
 
 def _settings(overrides: Mapping[str, str]) -> tuple[tuple[str, str], ...]:

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cifar_tl.cli import Failure, SweepCallback, say
-from cifar_tl.files import lock
+from cifar_tl.cli import Failure, SweepCallback
+from cifar_tl.files import lock, say
 from cifar_tl.runs.folder import read_overrides
 from cifar_tl.runs.record import faults, read_metrics
 from cifar_tl.runs.resume import JOURNAL, MULTIRUN, SWEEP_FOLDER, is_first_process, quoted, resume_command

@@ -111,7 +111,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
         UserError: It cannot be done.
     """
     try:
-        return cli.compose("train", overrides)
+        return cli.compose("train", [cli.set_or_add(override, "train") for override in overrides])
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"{' '.join(overrides)}: {cli.explain(error, 'train')}") from error
 

@@ -21,7 +21,7 @@ from cifar_tl.runs.predictions import (
     read_predictions,
 )
 from cifar_tl.runs.record import METRICS, TEST_KEYS, faults, flat, metrics_of_test, read_metrics
-from cifar_tl.runs.resume import config_flags
+from cifar_tl.runs.resume import PRUNING, config_flags
 
 OVERRIDES = Path(".hydra") / "overrides.yaml"
 CONFIG = Path(".hydra") / "config.yaml"
@@ -104,7 +104,7 @@ class Run:
         """The command that repeats the run, also if it was one of a sweep."""
         if self.overrides is None:
             return None
-        of_sweep = ("sweep=", "callbacks.pruning.") if self.sweep else ()
+        of_sweep = ("sweep=", PRUNING) if self.sweep else ()
         its_own = [override for override in self.overrides if not override.lstrip("+~").startswith(of_sweep)]
         return " ".join(["python -m cifar_tl.train", *map(shlex.quote, [*config_flags(self.folder), *its_own])])
 

@@ -31,6 +31,16 @@ CHANGEABLE_ON_RESUME = ("hydra/launcher=", "hydra.launcher.", "hydra.sweeper.n_t
 """Beginnings of what may be changed when a sweep goes on: where its jobs run, and how many trials a search has."""
 
 
+OF_A_CHOICE = {
+    "callbacks": ("callbacks.",),
+    "logger": ("logger.",),
+    "trainer": ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
+}
+"""Beginnings of the keys that mean nothing once another choice of their group is given."""
+PRUNING = "callbacks.pruning."
+"""Of keys that a search brings, not a choice of callbacks."""
+
+
 def is_first_process() -> bool:
     """Return whether this is the first, or the only, of the processes that train together."""
     return all(os.environ.get(variable, "0") == "0" for variable in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
@@ -105,9 +115,9 @@ def with_overrides_of_resumed_run(arguments: list[str], outputs: Path = Path("ou
                 f"out; to keep the run as it is, copy its folder and resume the copy."
             )
     theirs = [a for a in _saved_overrides(saved) if not a.startswith("resume=")]
-    for group in ("callbacks", "logger"):  # another choice there has other keys
+    for group, keys in OF_A_CHOICE.items():
         if any(_is_about((f"{group}=",), a) for a in ours):
-            theirs = [a for a in theirs if not _is_about((f"{group}=", f"{group}."), a)]
+            theirs = [a for a in theirs if not _is_about((f"{group}=", *keys), a) or _is_about((PRUNING,), a)]
     # Hydra would save its config and overrides before anything is checked: see save_overrides
     how = ["hydra.output_subdir=null", f"hydra.run.dir={quoted(folder)}"]
     return [*_config_folder(folder, ours), *theirs, *ours, f"resume={quoted(folder)}", *how]
@@ -226,6 +236,8 @@ def _is_about(keys: tuple[str, ...], override: str) -> bool:
 
 def longer_text(metrics: dict[str, Any]) -> str:
     """Return how a finished run can be trained longer, as the beginning of a sentence; nothing if it cannot be."""
+    if not metrics.get("epoch") or not metrics.get("plan"):  # damaged
+        return ""
     if metrics["epoch"][-1] + 1 < metrics["plan"][-1]["end"]:
         return "More patience, callbacks=none or another trainer.max_time lets it train longer; "
     if any(phase.get("upscale") is not None for phase in metrics["plan"]):

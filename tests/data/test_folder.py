@@ -62,13 +62,14 @@ def test_a_folder_of_validation_images_is_the_validation_split(root, compose, ca
     assert again.split_sha256 != data.split_sha256
 
 
-def test_a_folder_of_validation_images_that_does_not_fit_is_refused(root):
+def test_a_folder_of_validation_images_that_does_not_fit_is_refused_by_who_reads_it(root):
     save(root / "val" / "cat" / "1.png")
-    with pytest.raises(UserError, match="val needs at least two class folders"):
-        ImageFolders(root, workers=0)
+    ImageFolders(root, workers=0).read(["test"])
+    with pytest.raises(UserError, match=r"val needs at least two class folders.*may be in .*val/CLASS"):
+        ImageFolders(root, workers=0).read(["train"])
     save(root / "val" / "hen" / "1.png")
     with pytest.raises(UserError, match="train and val have different classes; only in train: dog; only in val: hen"):
-        ImageFolders(root, workers=0)
+        ImageFolders(root, workers=0).read(["train"])
     (root / "val" / "hen").rename(root / "val" / "dog")
     for path in (root / "val").rglob("*.png"):
         path.unlink()
@@ -76,7 +77,15 @@ def test_a_folder_of_validation_images_that_does_not_fit_is_refused(root):
         ImageFolders(root, workers=0).read(["train"])
     (root / "valid").mkdir()
     with pytest.raises(UserError, match="has the folders val and valid: keep one of them"):
-        ImageFolders(root, workers=0)
+        ImageFolders(root, workers=0).read(["train"])
+
+
+def test_validation_images_do_not_stand_for_training_images(root):
+    for name in ("cat", "dog"):
+        save(root / "val" / name / "9.png", color=(9, 9, 9))
+    (root / "train" / "dog" / "1.png").unlink()
+    with pytest.raises(UserError, match="train/dog: no images in it"):
+        ImageFolders(root, workers=0).read(["train"])
 
 
 def test_an_image_that_is_replaced_while_a_run_goes_on_ends_it(root):

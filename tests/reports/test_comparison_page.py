@@ -97,8 +97,8 @@ def test_runs_on_other_data_are_no_seeds_of_one_setting(tmp_path):
     assert len(group.runs) == 2
     for number, run in enumerate(runs):
         run.config = {"data.root": str(number)}
-        run.metrics["split_sha256"] = f"{number}" * 64
-    assert [group.label for group in group_runs(runs)] == ["root=0 (000000000000)", "root=1 (111111111111)"]
+        run.metrics |= {"split_sha256": "a" * 64, "test_sha256": f"{number}" * 64}
+    assert [group.label for group in group_runs(runs)] == ["root=0 (aaaaaaaa 00000000)", "root=1 (aaaaaaaa 11111111)"]
 
 
 def test_keys_that_were_taken_out_are_told_from_those_set_to_nothing(tmp_path):
@@ -291,6 +291,7 @@ def test_one_run_of_other_data_among_the_seeds_is_a_setting_of_its_own(tmp_path)
     assert [len(group.runs) for group in (one, two, other)] == [2, 1, 1]
     assert paired_difference(one, two).seeds == [0]
     assert paired_difference(one, other) is None
+    assert {"x", "data.root"} == {effect.key for effect in effects([one, two, other], "test/acc")}
 
 
 @pytest.mark.slow
