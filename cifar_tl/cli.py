@@ -438,9 +438,10 @@ def set_or_add(argument: str, config_name: str) -> str:
     a + or without.
     """
     key = argument.lstrip("+").partition("=")[0]
-    known = OmegaConf.load(conf_folder() / "trainer" / "auto.yaml")
-    if config_name == "train" and key.startswith("trainer.") and key[len("trainer.") :] in TRAINER_KEYS - {*known}:
-        return f"++{argument.lstrip('+')}"
+    group, _, name = key.partition(".")
+    if config_name == "train" and group == "trainer" and name in TRAINER_KEYS:
+        if name not in OmegaConf.load(conf_folder() / "trainer" / "auto.yaml"):
+            return f"++{argument.lstrip('+')}"
     return argument.removeprefix("++") if not key.startswith(EXTENSIBLE) else argument
 
 
