@@ -439,9 +439,9 @@ def set_or_add(argument: str, config_name: str) -> str:
     """
     key = argument.lstrip("+").partition("=")[0]
     group, _, name = key.partition(".")
-    if config_name == "train" and group == "trainer" and name in TRAINER_KEYS:
-        if name not in OmegaConf.load(conf_folder() / "trainer" / "auto.yaml"):
-            return f"++{argument.lstrip('+')}"
+    of_trainer = config_name == "train" and group == "trainer" and name in TRAINER_KEYS
+    if of_trainer and name not in OmegaConf.load(conf_folder() / "trainer" / "auto.yaml"):
+        return f"++{argument.lstrip('+')}"
     return argument.removeprefix("++") if not key.startswith(EXTENSIBLE) else argument
 
 
