@@ -206,7 +206,11 @@ def test_the_last_run_is_not_another_one_where_the_newest_saved_nothing(tmp_path
 
 def test_the_last_run_is_not_tested_again_where_it_is_finished(tmp_path):
     leave_run(tmp_path / "run", status="finished")
-    with pytest.raises(UserError, match=r"is finished.*trainer\.max_epochs= trains it longer"):
+    with pytest.raises(UserError, match=r"is finished.*go on with\. python -m cifar_tl\.evaluate"):
+        with_overrides_of_resumed_run(["resume=last"], tmp_path)
+    whole = {"status": "finished", "epoch": [0, 1], "plan": [{"end": 2, "upscale": None}]}
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps(whole))
+    with pytest.raises(UserError, match=r"is finished.*trainer\.max_epochs= lets it train longer, at rates of the"):
         with_overrides_of_resumed_run(["resume=last"], tmp_path)
     assert "trainer.max_epochs=30" in with_overrides_of_resumed_run(["resume=last", "trainer.max_epochs=30"], tmp_path)
 

@@ -294,7 +294,7 @@ def test_gpus_share_the_statistics_that_train_and_no_processes_send_those_that_d
     check_strategy(built, schedule, "train")
     now = "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel).parameters
     assert built.strategy._ddp_kwargs["forward_sync_buffers" if now else "broadcast_buffers"] is False
-    with pytest.raises(UserError, match=r"On GPUs, trainer.sync_batchnorm=true shares them\."):
+    with pytest.raises(UserError, match=r"GPUs share them, unless trainer.sync_batchnorm=false was given\."):
         check_strategy(build_trainer({**trainer, "sync_batchnorm": False}, logger=False), schedule, "train")
     with pytest.raises(UserError, match="adapt is not possible in 4 processes"):
         check_strategy(built, schedule, "adapt")
