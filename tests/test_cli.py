@@ -386,3 +386,24 @@ def test_folders_with_names_that_a_console_does_not_have_are_printed_as_escapes(
     assert printed.count("caf\\udce9/cifar-10-batches-py") > 1
     assert "caf\\udce9/report.html" in printed
     assert "sweep_report.html" in printed
+
+
+@pytest.mark.parametrize(
+    ("given", "passed"),
+    [
+        ("trainer.max_time=00:01:00:00", "++trainer.max_time=00:01:00:00"),
+        ("+trainer.num_nodes=2", "++trainer.num_nodes=2"),
+        ("trainer.max_epochs=3", "trainer.max_epochs=3"),
+        ("++finetune.head_lr=1", "finetune.head_lr=1"),
+        ("+trainer.gpus=2", "+trainer.gpus=2"),
+        ("~trainer.max_time", "~trainer.max_time"),
+    ],
+)
+def test_keys_of_the_trainer_are_added_or_set_whichever_way_they_are_given(given, passed):
+    assert cli.set_or_add(given, "train") == passed
+    assert cli.set_or_add(given, "evaluate") == given.replace("++finetune", "finetune")
+
+
+def test_a_key_of_the_trainer_that_a_run_was_started_with_can_be_given_again():
+    twice = [cli.set_or_add(f"{plus}trainer.max_time={time}", "train") for plus, time in (("+", "a"), ("+", "b"))]
+    assert cli.compose("train", twice).trainer.max_time == "b"

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import hydra
 import optuna
@@ -29,7 +30,7 @@ from cifar_tl.reports.__main__ import main as report
 from cifar_tl.reports.sweep_table import SweepTable
 from cifar_tl.runs.record import write_metrics
 from cifar_tl.runs.resume import JOURNAL, kept_result
-from cifar_tl.search import distribution, open_study
+from cifar_tl.search import OptunaSweeper, distribution, open_study
 from cifar_tl.train import train
 
 SEARCH = ("-m", "sweep=optuna", "model.dropout=interval(0, 0.5)", "hydra.sweep.dir=search")
@@ -403,3 +404,12 @@ def test_an_epoch_without_validation_reports_nothing_to_optuna():
             pruning.on_validation_end(trainer, None)
         pruning.on_train_epoch_end(trainer, None)
     assert list(reported) == [1, 3]
+
+
+def test_a_key_that_is_given_is_not_searched_whichever_way_both_are_written():
+    sweeper = OptunaSweeper.__new__(OptunaSweeper)
+    sweeper.params = {"+trainer.gradient_clip_val": "interval(0, 1)", "model.dropout": "interval(0, 0.5)"}
+    sweeper.config_loader, sweeper.config = Mock(), None
+    space, fixed = sweeper._space(["++trainer.gradient_clip_val=0.5"])
+    assert (list(space), fixed) == (["model.dropout"], ["++trainer.gradient_clip_val=0.5"])
+    assert list(sweeper._space([])[0]) == ["+trainer.gradient_clip_val", "model.dropout"]
