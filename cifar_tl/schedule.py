@@ -104,8 +104,8 @@ class Phases(list[Phase]):
         text = f"{key}=[{','.join(map(str, upscales))}]"
         for upscale in upscales:
             check_int(f"each factor of {key}", upscale, 1)
-        if any(after <= before for before, after in pairwise(upscales)):
-            raise UserError(f"{text}: each factor has to be larger than the one before it.")
+        if any(after < before for before, after in pairwise(upscales)):
+            raise UserError(f"{text}: no factor can be smaller than the one before it.")
         if stage_epochs:
             raise UserError(f"{text} and finetune.stage_epochs={stage_epochs} are not possible together: set one.")
         if epochs < len(upscales):
@@ -113,10 +113,17 @@ class Phases(list[Phase]):
                 f"{text} needs an epoch of fine-tuning for each factor, and there are {epochs}: see trainer.max_epochs "
                 f"and finetune.unfreeze_at_epoch."
             )
-        starts = [self.unfreeze_at_epoch + math.ceil(i * epochs / len(upscales)) for i in range(len(upscales) + 1)]
+        factors, parts = list(upscales), len(upscales)
+        starts = [self.unfreeze_at_epoch + math.ceil(i * epochs / parts) for i in range(parts + 1)]
         return [
-            Phase(f"fine-tune at {32 * upscale}x{32 * upscale}", start, end, self.stages, upscale)
-            for upscale, start, end in zip(upscales, starts, starts[1:], strict=False)
+            Phase(
+                f"fine-tune at {32 * factor}x{32 * factor}",
+                starts[factors.index(factor)],
+                starts[factors.index(factor) + factors.count(factor)],
+                self.stages,
+                factor,
+            )
+            for factor in sorted(set(factors))
         ]
 
     def at(self, epoch: int) -> Phase:
@@ -168,8 +175,8 @@ class FinetuneSchedule:
         schedule: `constant` or `cosine` (to zero), within each segment.
         warmup_epochs: Epochs of linear warm-up at the start of each segment, fractions allowed.
         stage_epochs: Epochs between the unfreezing of two stages; 0 unfreezes all at once.
-        progressive_resizing: Factors by which the model enlarges its images, each for the same share of fine-tuning;
-            None leaves its images as they are.
+        progressive_resizing: Factors by which the model enlarges its images, each for the same share of fine-tuning,
+            and for two shares if given twice; None leaves its images as they are.
         stages: Those of STAGES that unfreeze; None for all.
 
     Raises:

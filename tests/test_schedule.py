@@ -78,10 +78,15 @@ def test_images_grow_in_equal_parts_of_finetuning():
     assert [p.upscale for p in plan(unfreeze_at_epoch=0, progressive_resizing=[1, 4]).phases] == [1, 4]
 
 
+def test_a_size_that_is_given_more_than_once_is_one_longer_phase():
+    phases = plan(progressive_resizing=[2, 4, 4, 4]).phases
+    assert [(p.start, p.end, p.upscale) for p in phases] == [(0, 10, None), (10, 13, 2), (13, 20, 4)]
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"progressive_resizing": [2, 2]}, r"progressive_resizing=\[2,2\]: each factor has to be larger"),
+        ({"progressive_resizing": [3, 2]}, r"progressive_resizing=\[3,2\]: no factor can be smaller"),
         ({"progressive_resizing": [0, 2]}, "each factor of finetune.progressive_resizing=0 is not allowed"),
         ({"progressive_resizing": [2, 3], "stage_epochs": 1}, "not possible together"),
         ({"progressive_resizing": [2, 3], "unfreeze_at_epoch": 19}, "needs an epoch of fine-tuning for each factor"),
