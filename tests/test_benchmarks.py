@@ -106,7 +106,6 @@ def test_a_devices_peak_is_that_of_its_longest_name(name, peak):
 
 @pytest.mark.resnet50
 def test_the_share_of_a_devices_peak_is_of_what_a_step_computes(monkeypatch):
-    assert step.flops_per_image() == pytest.approx(0.497e9, rel=0.01)
     monkeypatch.setattr(step, "device_name", lambda device: "NVIDIA H100 PCIe")
     rows = [{"median": 1e6}]
     step.add_share_of_peak(rows, SimpleNamespace(device="cuda"))

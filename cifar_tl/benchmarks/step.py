@@ -9,8 +9,8 @@ from typing import Any
 import lightning as L
 import torch
 from torch.nn.functional import cross_entropy
-from torch.utils.flop_counter import FlopCounterMode
 
+from cifar_tl.arithmetic import flops_per_image
 from cifar_tl.benchmarks.setting import Setting, summary, take_turns
 from cifar_tl.benchmarks.torchvision_way import Classifier, dataloader
 from cifar_tl.build import build_datamodule, build_module, build_unfreeze
@@ -18,7 +18,6 @@ from cifar_tl.callbacks.epoch_seed import EpochSeed
 from cifar_tl.callbacks.freeze_guard import CHECKED_STEPS, FreezeGuard
 from cifar_tl.data.batch import Batch
 from cifar_tl.hardware import device_name, prepare_for, resolve_precision
-from cifar_tl.model.backbone import Backbone
 from cifar_tl.model.module import ResNet50Classifier
 
 WARM_UP = CHECKED_STEPS + 1
@@ -214,13 +213,6 @@ def candidates(setting: Setting, batch_size: int) -> tuple[Candidates, Candidate
         return {f"batch {batch_size}: {name}": function for name, function in functions.items()}
 
     return named(loops), named(shares)
-
-
-def flops_per_image() -> float:
-    """Return the floating-point operations of a fine-tune step per image, 2 per multiply-add, without the head's."""
-    with FlopCounterMode(display=False) as counter:
-        Backbone(upscale=1)(torch.zeros(2, 3, 32, 32)).sum().backward()
-    return float(counter.get_total_flops()) / 2
 
 
 def peak_bf16(name: str) -> float | None:

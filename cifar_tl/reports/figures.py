@@ -355,51 +355,44 @@ def cliff(title: str, recipes: Mapping[str, tuple[Sequence[int], Sequence[float]
 
 
 @dataclass(frozen=True)
-class Timed:
-    """What a recipe came to on a device, and how long it took.
+class Result:
+    """What a recipe came to, and what it took.
 
     Attributes:
-        recipe: Its name.
-        minutes: Of all epochs, on average over the seeds.
+        label: Of the recipe.
+        cost: In the unit of the figure's axis.
         accuracy: A share.
         low: Lower end of its range.
         high: Upper end.
-        device: On which it ran.
-        images_per_s: Of fine-tuning, if there was any.
+        device: On which it ran; empty where the cost is the same on all.
     """
 
-    recipe: str
-    minutes: float
+    label: str
+    cost: float
     accuracy: float
     low: float
     high: float
-    device: str
-    images_per_s: float | None
-
-    @property
-    def label(self) -> str:
-        """Its name, and how fast it was."""
-        return self.recipe if self.images_per_s is None else f"{self.recipe}, {self.images_per_s:,.0f} images/s"
+    device: str = ""
 
 
-def pareto_front(results: Sequence[Timed]) -> list[Timed]:
-    """Return, by time, the results that are better than all that are as fast or faster; of equal ones the first."""
-    front: list[Timed] = []
-    for result in sorted(results, key=lambda result: (result.minutes, -result.accuracy)):
+def pareto_front(results: Sequence[Result]) -> list[Result]:
+    """Return, by cost, the results that are better than all that cost as much or less; of equal ones the first."""
+    front: list[Result] = []
+    for result in sorted(results, key=lambda result: (result.cost, -result.accuracy)):
         if not front or result.accuracy > front[-1].accuracy:
             front.append(result)
     return front
 
 
 @_styled
-def frontier(title: str, results: Sequence[Timed], references: Mapping[str, float], note: str) -> Figure:
-    """Draw accuracies over minutes, with a line along each device's Pareto front.
+def frontier(title: str, cost: str, results: Sequence[Result], references: Mapping[str, float]) -> Figure:
+    """Draw accuracies over what they cost, with a line along each device's Pareto front.
 
     Args:
         title: Of the figure.
+        cost: Label of the horizontal axis, with the unit.
         results: One or more.
-        references: Shares to compare with, by name.
-        note: What else is to be known.
+        references: Shares to compare with, by name; a * marks those whose epoch was chosen on the test set.
     """
     figure, axes = _axes(4.2, width=7)
     for name, share in references.items():
@@ -416,26 +409,25 @@ def frontier(title: str, results: Sequence[Timed], references: Mapping[str, floa
         )
     devices = list(dict.fromkeys(r.device for r in results))
     for color, r in zip(cycle(COLORS), results, strict=False):
-        axes.plot([r.minutes] * 2, [r.low, r.high], color=color, linewidth=1.2)
+        axes.plot([r.cost] * 2, [r.low, r.high], color=color, linewidth=1.2)
         marker = MARKERS[devices.index(r.device) % len(MARKERS)]
         label = r.label if len(devices) == 1 else f"{r.label}, {r.device}"
-        axes.plot([r.minutes], [r.accuracy], marker, color=color, markersize=6, label=label)
+        axes.plot([r.cost], [r.accuracy], marker, color=color, markersize=6, label=label)
     for device in devices:
         front = pareto_front([r for r in results if r.device == device])
-        axes.plot(
-            [r.minutes for r in front], [r.accuracy for r in front], color=INK, linewidth=0.8, alpha=0.5, zorder=1
-        )
+        axes.plot([r.cost for r in front], [r.accuracy for r in front], color=INK, linewidth=0.8, alpha=0.5, zorder=1)
     shares = [*references.values(), *(share for r in results for share in (r.accuracy, r.low, r.high))]
     axes.set_ylim(min(shares) - 0.02, max(shares) + 0.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xscale("log")
-    first, last = min(r.minutes for r in results) / 2, max(r.minutes for r in results) * 2
+    first, last = min(r.cost for r in results) / 2, max(r.cost for r in results) * 2
     axes.set_xlim(first, last)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if last < 1000 * first else (1,)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title(title)
-    axes.set_xlabel("minutes of all epochs" + (f" on {results[0].device}" if len(devices) == 1 else ""))
+    axes.set_xlabel(f"{cost} on {devices[0]}" if len(devices) == 1 and devices[0] else cost)
+    note = "Mean over the seeds and their range; with one seed, 95% interval. * Epoch chosen on the test set."
     figure.supxlabel(note, fontsize=7, x=0.99, ha="right", alpha=0.75)
     axes.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(0, -0.17), borderaxespad=0, ncols=2)
     return figure

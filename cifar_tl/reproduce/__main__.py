@@ -60,13 +60,16 @@ def reproduce(cfg: DictConfig, passed: Sequence[str], folder: Path) -> None:
     if tables_only and not any(kept_result(job.folder) is not None for job in jobs):
         raise UserError(f"{folder} has no finished run of these parts. Without tables_only=true they are trained.")
     failed = [] if tables_only else run_jobs(jobs)
-    from cifar_tl.reproduce.tables import write_tables  # late: `--help` should not wait for matplotlib
+    from cifar_tl.reproduce.frontier import draw_frontier  # late: `--help` should not wait for matplotlib
+    from cifar_tl.reproduce.tables import write_tables
 
     written = write_tables(jobs, folder)
     if publishing:
         if reasons := unpublishable(jobs, folder):
             raise UserError(f"not published: {' '.join(reasons)}")
-        written += publish([path for path in written if path.suffix == ".csv"], cli.conf_folder().parent)
+        checkout = cli.conf_folder().parent
+        written += publish([path for path in written if path.suffix == ".csv"], checkout)
+        written.append(draw_frontier(checkout))
     for path in written:
         log.info("%s", path)
     if failed:

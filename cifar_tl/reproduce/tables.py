@@ -54,9 +54,9 @@ def write_tables(jobs: Sequence[Job], folder: Path) -> list[Path]:
             texts.append(f"![Validation accuracy around the unfreeze: {jumps}]({CLIFF}.png)")
         if part == "results" and (timed := timed_results(groups)):
             title = "Test accuracy against time"
-            note = "Mean over the seeds and their range; with one seed, 95% interval. * Epoch chosen on the test set."
             alt_text = f"{title}: {in_words(timed)}"
-            svg.save(figures.frontier(title, timed, PUBLISHED, note), folder, FRONTIER, alt_text)
+            figure = figures.frontier(title, "minutes of all epochs", timed, PUBLISHED)
+            svg.save(figure, folder, FRONTIER, alt_text)
             written += [folder / f"{FRONTIER}.{ending}" for ending in ("svg", "png")]
             texts.append(f"![{alt_text}]({FRONTIER}.png)")
     written[0].write_text("\n\n".join(texts) + "\n")
@@ -110,7 +110,7 @@ def results(groups: Sequence[Group]) -> Table:
     return Table("Results", head, rows, note)
 
 
-def timed_results(groups: dict[str, list[Group]]) -> list[figures.Timed]:
+def timed_results(groups: dict[str, list[Group]]) -> list[figures.Result]:
     """Return the test accuracy and the minutes of each recipe, by scale, on each device that it was run on.
 
     Of files of conf/experiment alone: what has another name is a variation of one, to show something else.
@@ -122,29 +122,22 @@ def timed_results(groups: dict[str, list[Group]]) -> list[figures.Timed]:
         for device in dict.fromkeys(map(_device, tested)):
             its = Group(group.label, group.overrides, [run for run in tested if _device(run) == device])
             tuned = [run for run in its.runs if any(phase["stages"] for phase in run.metrics.get("plan", [])[-1:])]
-            found.append(
-                figures.Timed(
-                    _label(group, scale, groups),
-                    _minutes(its),
-                    fmean(its.values("test/acc")),
-                    *_range(its),
-                    device,
-                    _images_per_s(tuned) if tuned else None,
-                )
-            )
+            label = _label(group, scale, groups) + (f", {_images_per_s(tuned):,.0f} images/s" if tuned else "")
+            accuracy = fmean(its.values("test/acc"))
+            found.append(figures.Result(label, _minutes(its), accuracy, *_range(its), device))
     return found
 
 
-def in_words(results: Sequence[figures.Timed]) -> str:
-    """Return what figures.frontier shows, as text."""
+def in_words(results: Sequence[figures.Result]) -> str:
+    """Return what figures.frontier shows of minutes, as text."""
     said, fronts = [], []
     for device in dict.fromkeys(result.device for result in results):
         its = [result for result in results if result.device == device]
         said += [
-            f"{r.label}: {percent(r.accuracy)} ({percent_range(r.low, r.high)}) in {r.minutes:.1f} minutes on {device}"
+            f"{r.label}: {percent(r.accuracy)} ({percent_range(r.low, r.high)}) in {r.cost:.1f} minutes on {device}"
             for r in its
         ]
-        fronts.append(f"{', '.join(r.recipe for r in figures.pareto_front(its))} on {device}")
+        fronts.append(f"{', '.join(r.label.split(',')[0] for r in figures.pareto_front(its))} on {device}")
     lines = [f"{name.replace('*', ' (epoch chosen on the test set)')}: {100 * y:g}%" for name, y in PUBLISHED.items()]
     return f"{'; '.join(said)}. On the Pareto front: {'; '.join(fronts)}. To compare with: {'; '.join(lines)}."
 

@@ -6,7 +6,7 @@ from matplotlib.text import Text
 from omegaconf import OmegaConf
 
 from cifar_tl.reports import svg
-from cifar_tl.reports.figures import Timed, pareto_front
+from cifar_tl.reports.figures import Result, pareto_front
 from cifar_tl.reports.original import PUBLISHED
 from cifar_tl.reproduce.jobs import Job
 from cifar_tl.reproduce.tables import write_tables
@@ -153,9 +153,9 @@ def test_the_legend_covers_no_point(drawn):
         ([], []),
     ],
 )
-def test_the_front_is_what_no_other_is_as_fast_and_as_good_as(results, front):
-    timed = [Timed(str(i), minutes, y, y, y, "a device", None) for i, (minutes, y) in enumerate(results)]
-    assert [int(result.recipe) for result in pareto_front(timed)] == front
+def test_the_front_is_what_no_other_is_as_cheap_and_as_good_as(results, front):
+    made = [Result(str(i), cost, y, y, y) for i, (cost, y) in enumerate(results)]
+    assert [int(result.label) for result in pareto_front(made)] == front
 
 
 def test_a_variation_of_a_recipe_has_no_point(drawn):

@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from cifar_tl.errors import UserError
+from cifar_tl.reproduce.frontier import PICTURE, description, published_results
 from cifar_tl.reproduce.publish import DOCUMENTS, MARKED, PROVENANCE, RESULTS, filled, publish
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +39,13 @@ def test_every_marked_table_is_its_csv(name):
     assert MARKED.search(text)
     assert filled(text, ROOT / RESULTS) == text, "python -m cifar_tl.reproduce tables_only=true publish=true fills it"
     assert text.count("<!-- table:") == text.count("<!-- /table -->") == len(MARKED.findall(text))
+
+
+@pytest.mark.resnet50
+def test_the_picture_is_of_the_csv_and_the_recipes():
+    with Image.open(ROOT / PICTURE) as picture:
+        drawn = picture.text["Description"]
+    assert drawn == description(published_results(ROOT)), "publish=true draws it"
 
 
 def test_every_csv_is_shown_and_says_where_its_numbers_come_from():

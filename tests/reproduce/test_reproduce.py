@@ -21,6 +21,7 @@ from cifar_tl.errors import Interrupted, UserError
 from cifar_tl.reports.__main__ import main as report
 from cifar_tl.reproduce import __main__ as reproduce
 from cifar_tl.reproduce import jobs
+from cifar_tl.reproduce.frontier import published_results
 from cifar_tl.reproduce.jobs import Job
 from cifar_tl.reproduce.publish import PROVENANCE
 from cifar_tl.reproduce.tables import spearman, write_tables
@@ -48,8 +49,8 @@ def recipes(tmp_path_factory, monkeypatch):
     """Few recipes and published rows, whatever the checkout has."""
     folder = shutil.copytree(cli.conf_folder(), tmp_path_factory.mktemp("checkout") / "conf")
     published = folder / "experiment" / "results" / "results.csv"
-    rows = [["config", "test acc", *PROVENANCE]] + [
-        [name, *["-"] * (1 + len(PROVENANCE))] for name in ("best64", "best32")
+    rows = [["config", "test acc", "range", *PROVENANCE]] + [
+        [name, "94.30", "93.90 to 94.70", *["-"] * len(PROVENANCE)] for name in ("best64", "best32")
     ]
     published.write_text("".join(",".join(row) + "\n" for row in rows))
     (folder / "experiment" / "README.md").write_text("")
@@ -148,10 +149,10 @@ def test_only_publish_writes_into_the_checkout(command, recipes):
     root = recipes.parent
     (root / "pyproject.toml").touch()
     (root / "README.md").write_text("<!-- table: results | best32 -->\n<!-- /table -->\n")
-    before = {path: path.read_text() for path in root.rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
     passed = ("model.weights=null", "trainer=cpu")  # every table says these
     assert command("only=[results]", passed=passed)[0] == 0
-    assert {path: path.read_text() for path in root.rglob("*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
     code, out, err = command("only=[results]", "tables_only=true", "publish=true", passed=passed)
     assert code == 0, err
     assert command.called == []
@@ -168,6 +169,13 @@ def test_only_publish_writes_into_the_checkout(command, recipes):
     ]
     assert "minutes" in rows("results")[0]
     assert "minutes" not in committed
+    assert str(root / ".github" / "images" / "frontier.png") in out
+    drawn = {result.label.split(",")[0]: result for result in published_results(root)}
+    assert list(drawn) == ["best64", "best32", "seed_baseline"]
+    its = drawn["best64"]
+    assert (its.accuracy, its.low, its.high) == pytest.approx((0.943, 0.939, 0.947))
+    measured = {row["config"]: float(row["test acc"]) / 100 for row in rows("results")}
+    assert drawn["best32"].accuracy == pytest.approx(measured["best32"])
 
 
 def test_finished_runs_are_kept_interrupted_ones_go_on_and_others_are_set_aside(command):
