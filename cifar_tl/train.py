@@ -7,13 +7,10 @@ from cifar_tl import cli
 if __name__ == "__main__":  # before what takes seconds to import: --help, --cfg job and mistyped keys do without
     sys.exit(cli.run("cifar_tl.train:main", "train", sys.argv[1:]))
 
-import atexit
 import gc
 import logging
 import shlex
-import signal
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -62,6 +59,7 @@ from cifar_tl.hardware import (
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.model.optim import optimizer_text
 from cifar_tl.model.weights import load_weights
+from cifar_tl.processes import check_sweep, own_processes
 from cifar_tl.reports.run_page import REPORT, write_run_report
 from cifar_tl.runs.formatting import duration_text, percent, result_text
 from cifar_tl.runs.record import METRICS, flat, read_metrics, write_metrics
@@ -209,7 +207,10 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
         log.warning("warning: %s", sentence)
     sizes = f"data.batch_size={cfg.data.batch_size}, or data.eval_batch_size={cfg.data.eval_batch_size}"
     try:
-        with not_outlived(trainer), advice_when_out_of_memory(f"Lower {sizes} if it was validating or testing."):
+        with (
+            own_processes(trainer, folder, goes_on=cfg.resume is not None),
+            advice_when_out_of_memory(f"Lower {sizes} if it was validating or testing."),
+        ):
             trainer.fit(module, datamodule=datamodule, ckpt_path=last if cfg.resume else None, weights_only=True)
             return test_best(trainer, module, datamodule, folder)
     except MisconfigurationException as error:  # of a key, that only the data make impossible
@@ -275,40 +276,6 @@ def refuse_without_training(changed: Mapping[str, Any]) -> None:
             f"change its record alone. Leave it out, or let the run go on by more of what has ended it: "
             f"trainer.max_epochs, a callback's patience or trainer.max_time."
         )
-
-
-def check_sweep(trainer: L.Trainer) -> None:
-    """Refuse jobs of several processes in sweeps whose command line cannot be repeated for each of them.
-
-    Raises:
-        UserError: Lightning would start the others, and they would not do the same job.
-    """
-    if trainer.world_size == 1 or trainer.strategy.launcher is None or not HydraConfig.initialized():
-        return
-    hydra = HydraConfig.get()
-    single = (
-        ("hydra/launcher=local", hydra.launcher._target_.endswith(".JoblibLauncher")),
-        ("sweep=optuna", hydra.sweeper._target_.endswith(".OptunaSweeper")),
-    )
-    for choice, chosen in single:
-        if chosen and hydra.mode is RunMode.MULTIRUN:
-            raise UserError(
-                f"{choice} is for jobs of one process, and trainer.devices={trainer.num_devices} on "
-                f"{trainer.num_nodes} node(s) makes {trainer.world_size}. Give trainer.devices=1 (with "
-                f"hydra/launcher=local, jobs take GPUs in turn), or hydra/launcher=slurm, whose jobs may have several."
-            )
-
-
-@contextmanager
-def not_outlived(trainer: L.Trainer) -> Iterator[None]:
-    """End the processes that Lightning has started for other GPUs with this one, if it fails: they may wait for it."""
-    try:
-        yield
-    except BaseException:
-        if (launcher := trainer.strategy.launcher) is not None:
-            # at the very end, for Lightning ends this one where one of them does
-            atexit.register(launcher.kill, signal.SIGKILL)
-        raise
 
 
 def fill_backbone(cfg: DictConfig, module: ResNet50Classifier) -> dict[str, Any]:

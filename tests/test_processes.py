@@ -86,6 +86,49 @@ def test_a_sweep_of_jobs_of_two_processes_each_has_a_clean_folder_per_job(tmp_pa
     assert {path.name for path in tmp_path.iterdir()} == {"outputs"}
 
 
+LOGGER = """
+from lightning.pytorch.loggers import CSVLogger
+
+class Unreachable(CSVLogger):
+    def log_hyperparams(self, params):
+        if params["seed"] == 0:
+            raise ConnectionError("no server")
+"""
+
+
+@pytest.mark.slow
+def test_a_job_of_a_sweep_trains_as_it_does_alone_whatever_was_before_it(tmp_path):
+    """The first job fails in the first process, before the others start; the next ones have 2 and 3 processes."""
+    (tmp_path / "mine.py").write_text(LOGGER)
+    own = (*TINY, "trainer.max_epochs=2", "finetune.unfreeze_at_epoch=1", "finetune.features_folder=null")
+    own += ("trainer=ddp", "trainer.accelerator=cpu", "finetune.batchnorm=frozen", "data.batch_size=60")
+    own += ("+logger.mine._target_=mine.Unreachable", "+logger.mine.save_dir=.")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parent), *sys.path])}
+    del environment["OMP_NUM_THREADS"]
+
+    def command(*arguments):
+        return subprocess.run([*SMALL, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    done = command("-m", *own, "seed=0,1", "trainer.devices=2,3", "hydra.sweep.dir=sweep")
+    assert done.returncode == 1
+    assert "ConnectionError: no server" in done.stderr
+    assert "2 of 4 jobs failed" in done.stderr
+    for job, devices in ((2, 2), (3, 3)):
+        alone = command(*own, "seed=1", f"trainer.devices={devices}", f"hydra.run.dir=alone{devices}")
+        assert alone.returncode == 0, alone.stderr
+        ours, theirs = (
+            json.loads((tmp_path / folder / "metrics.json").read_text())
+            for folder in (f"sweep/{job}", f"alone{devices}")
+        )
+        assert ours["train/loss"] == theirs["train/loss"]
+        assert ours["test/acc"] == theirs["test/acc"]
+        assert [start["threads"] for start in ours["starts"]] == [max(1, len(os.sched_getaffinity(0)) // devices)]
+    (tmp_path / "mine.py").write_text(LOGGER.replace("== 0", "== 9"))  # the server is back
+    done = command("-m", "resume=sweep")
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "sweep").glob("[0-3]/predictions.npz"))) == 4
+
+
 STUCK = """
 import time
 import lightning as L

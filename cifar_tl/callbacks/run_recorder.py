@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
@@ -57,6 +58,7 @@ class RunRecorder(EpochTimer):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note what this run is started with, beside what it was started with before."""
         self._training = True
+        self.facts["threads"] = torch.get_num_threads()  # of which Lightning gives each of several processes its share
         self._note_start(trainer.current_epoch)
         if self.epochs and not self.complete:
             self.warnings.append(

@@ -3,7 +3,6 @@
 import csv
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from cifar_tl.cli import Failure, SweepCallback
 from cifar_tl.files import lock, say
 from cifar_tl.runs.folder import read_overrides
 from cifar_tl.runs.record import faults, read_metrics
-from cifar_tl.runs.resume import JOURNAL, MULTIRUN, SWEEP_FOLDER, is_first_process, quoted, resume_command
+from cifar_tl.runs.resume import JOURNAL, MULTIRUN, is_first_process, resume_command
 from cifar_tl.runs.table import write_csv
 from cifar_tl.search import open_study
 
@@ -41,12 +40,10 @@ class SweepTable(SweepCallback):
         self._failed_before: set[str] = set()
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Note the sweep's folder, on the command line, too, which Lightning repeats for the other GPUs of a job."""
+        """Note the sweep's folder."""
         super().on_multirun_start(config, **kwargs)
         # as Hydra makes those of its jobs, links not followed
         self._folder = Path(os.path.abspath(config.hydra.sweep.dir))  # noqa: PTH100
-        if not any(argument.startswith(SWEEP_FOLDER) for argument in sys.argv):
-            sys.argv = [*sys.argv, f"{SWEEP_FOLDER}{quoted(self._folder)}"]
         if (self._folder / JOURNAL).is_file():  # a search never runs again what it knows to have failed
             trials = open_study(self._folder).trials
             self._failed_before = {str(trial.number) for trial in trials if trial.state.name == "FAIL"}
