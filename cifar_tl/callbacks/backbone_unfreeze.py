@@ -38,7 +38,8 @@ class BackboneUnfreeze(L.Callback):
     Works on any LightningModule with a `backbone` and a `head` whose optimizer has the parameters of both, in groups of
     their own, and of nothing else, from step 0, and no learning rate scheduler, on training data with a length. What
     trains and how fast is a function of the epoch, applied anew at the start of every epoch and of every fit: a resumed
-    run is in the right phase by construction (Lightning issue 21901). Of a backbone or head that has gradients when fit
+    run is in the right phase by construction (Lightning issue 21901). A parameter group's `lr_scale`, if it has one, is
+    a factor of its part's learning rate, as in timm. Of a backbone or head that has gradients when fit
     starts, parameters without them stay as they are; when fit ends, everything else has gradients.
 
     Args:
@@ -189,8 +190,8 @@ class BackboneUnfreeze(L.Callback):
         """Find out whose learning rate each parameter group has, and enter the phase: in mid-epoch no epoch starts.
 
         Raises:
-            UserError: A group with parameters of both, or of neither; none for one of them; a scheduler; training data
-                without a length; too few steps for all phases.
+            UserError: A group with parameters of both, or of neither; none for one of them; learning rates of groups
+                that would be lost; a scheduler; training data without a length; too few steps for all phases.
         """
         members = {name: {id(p) for p in pl_module.get_submodule(name).parameters()} for name in ("head", "backbone")}
         self._modules: list[list[str]] = []
@@ -206,6 +207,7 @@ class BackboneUnfreeze(L.Callback):
                         f"for head and backbone, both from step 0, as parameter_groups() of cifar_tl.model.optim does."
                     )
                 self._modules[-1].append(whose[0])
+            _check_own_rates(optimizer, self._modules[-1])
         trained = {"head", "backbone"} if any(phase.stages for phase in self.schedule.phases) else {"head"}
         for name in sorted(trained - {name for names in self._modules for name in names}):
             if members[name]:
@@ -252,7 +254,24 @@ class BackboneUnfreeze(L.Callback):
         )
         for optimizer, modules in zip(trainer.optimizers, self._modules, strict=True):
             for group, name in zip(optimizer.param_groups, modules, strict=True):
-                group["lr"] = learning_rates[name]
+                group["lr"] = learning_rates[name] * group.get("lr_scale", 1.0)
         # where Lightning writes after this step: it would write what an earlier one has logged, too
         if trainer._logger_connector.should_update_logs or trainer.is_last_batch:
             pl_module.log_dict({f"lr/{name}": value for name, value in learning_rates.items()})
+
+
+def _check_own_rates(optimizer: torch.optim.Optimizer, parts: Sequence[str]) -> None:
+    """Refuse groups of one part that have different learning rates and no `lr_scale`.
+
+    Raises:
+        UserError: BackboneUnfreeze would set them to the same.
+    """
+    for part in set(parts):
+        groups = [group for group, name in zip(optimizer.param_groups, parts, strict=True) if name == part]
+        rates = list(dict.fromkeys(float(group["lr"]) for group in groups if "lr_scale" not in group))
+        if len(rates) > 1:
+            raise UserError(
+                f"Parameter groups of the {part} have learning rates of their own, {', '.join(map(str, rates))}, and "
+                f"BackboneUnfreeze sets those of all groups. Give such a group 'lr_scale', a factor of its part's "
+                f"learning rate, instead of 'lr'."
+            )

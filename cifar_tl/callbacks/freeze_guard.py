@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cifar_tl.callbacks.backbone_unfreeze import BackboneUnfreeze, run_epochs
-from cifar_tl.callbacks.freezing import batchnorms, training_modules
-from cifar_tl.errors import UserError
+from cifar_tl.callbacks.freezing import BATCHNORM_POLICIES, batchnorms, training_modules
+from cifar_tl.errors import UserError, check_choice
 from cifar_tl.schedule import Phases
 
 CHECKED_STEPS = 3
@@ -76,7 +76,7 @@ class FreezeGuard(L.Callback):
         self.stage_epochs = stage_epochs
         self.progressive_resizing = progressive_resizing or ()
         self.stages = stages
-        self.batchnorm = batchnorm
+        self.batchnorm = check_choice("finetune.batchnorm", batchnorm, BATCHNORM_POLICIES)
         self._max_epochs = max_epochs
         self._kept: set[str] = set()
         self._before: dict[str, Tensor] = {}
@@ -174,7 +174,7 @@ class FreezeGuard(L.Callback):
         if moved := (self._watched(pl_module, epoch) - expected) & changed:
             raise FreezeViolationError(
                 f"{where}: {_listing(moved)} changed although frozen. "
-                f"Something unfroze them or left BatchNorm in train mode after BackboneUnfreeze had frozen them."
+                f"Something unfroze them or left BatchNorm in train mode."
             )
         if orphans := {n for n, p in parameters.items() if id(p) not in optimizers}:
             raise FreezeViolationError(

@@ -36,6 +36,13 @@ class WithoutTheBackbone(TheirModule):
         return torch.optim.SGD(self.head.parameters(), lr=0.1)
 
 
+class TheirModuleAtARate(TheirModule):
+    """It trains without BackboneUnfreeze."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
 def loader(batch_size):
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(32, 3, 8, 8, generator=generator) + 1
@@ -509,6 +516,36 @@ def test_an_optimizer_without_one_of_both_is_refused_before_anything_trains(tmp_
         fit(Forgotten(), ours(), 3, tmp_path)
 
 
+class LayerWise(TheirModule):
+    """A learning rate of their own for the backbone's normalization layers, said by `key`."""
+
+    def __init__(self, **own):
+        super().__init__()
+        self.own = own
+
+    def configure_optimizers(self):
+        conv, bn = self.backbone[0], self.backbone[1]
+        groups = [self.head, conv, bn]
+        groups = [{"params": part.parameters()} for part in groups]
+        return torch.optim.SGD([*groups[:2], {**groups[2], **self.own}], lr=0.1)
+
+
+def test_a_groups_share_of_its_parts_learning_rate_is_kept_after_a_resume_too(tmp_path):
+    trainer = fit(LayerWise(lr_scale=0.25), ours(), 3, tmp_path)
+    rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
+    assert rates[2] == pytest.approx(0.25 * rates[1])
+    assert rates[1] > 0
+    trainer.save_checkpoint(tmp_path / "c.ckpt")
+    resumed = fit(LayerWise(lr_scale=0.25), ours(), 4, tmp_path, tmp_path / "c.ckpt")
+    rates = [group["lr"] for group in resumed.optimizers[0].param_groups]
+    assert rates[2] == pytest.approx(0.25 * rates[1])
+
+
+def test_learning_rates_that_would_be_lost_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"groups of the backbone have learning rates of their own, 0.1, 0.01"):
+        fit(LayerWise(lr=0.01), ours(), 3, tmp_path)
+
+
 def test_a_scheduler_beside_it_is_refused(tmp_path):
     class Scheduled(TheirModule):
         def configure_optimizers(self):
@@ -582,6 +619,30 @@ def test_steps_of_accumulated_batches_are_rounded_up(tmp_path):
     steps = {"batch_size": 12, "accumulate_grad_batches": 2, "max_steps": 4}
     with pytest.raises(UserError, match="max_steps=4 ends the run before"):
         fit(TheirModule(), [BackboneUnfreeze(2, 0.1, 0.1)], 4, tmp_path, **steps)
+
+
+def test_a_guard_of_no_policy_of_batchnorm_is_refused():
+    with pytest.raises(UserError, match=r"frozne is not allowed.*frozen"):
+        FreezeGuard(unfreeze_at_epoch=2, batchnorm="frozne")
+
+
+class OwnFreezing(L.Callback):
+    """Somebody else's, which leaves BatchNorm in train mode if it is `careless`."""
+
+    def __init__(self, careless):
+        self.careless = careless
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        frozen = trainer.current_epoch < 2
+        pl_module.backbone.requires_grad_(not frozen)
+        pl_module.backbone.train(not frozen or self.careless)
+
+
+def test_the_guard_checks_ones_own_freezing(tmp_path):
+    fit(TheirModuleAtARate(), [OwnFreezing(careless=False), FreezeGuard(2, batchnorm="train")], 3, tmp_path)
+    with pytest.raises(FreezeViolationError, match=r"running_mean.* left BatchNorm in train mode") as caught:
+        fit(TheirModuleAtARate(), [OwnFreezing(careless=True), FreezeGuard(2, batchnorm="train")], 3, tmp_path)
+    assert "BackboneUnfreeze" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
