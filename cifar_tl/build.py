@@ -435,6 +435,17 @@ def check_batch_size(cfg: DictConfig, processes: int) -> None:
         )
 
 
+def doubts(cfg: DictConfig) -> list[str]:
+    """Return a sentence for what is possible, and hardly meant."""
+    trains = any(phase.stages for phase in build_schedule(cfg).phases)
+    if cfg.model.weights is None and trains and cfg.finetune.batchnorm == "frozen":
+        return [
+            "model.weights=null with finetune.batchnorm=frozen: BatchNorm keeps statistics that were measured of no "
+            "images. finetune.batchnorm=train measures them."
+        ]
+    return []
+
+
 def keys_without_effect(cfg: DictConfig, given: Sequence[str], own_val: bool = False) -> list[str]:
     """Return a sentence for each key that was given and is known to change nothing, because of another one.
 

@@ -37,6 +37,7 @@ from cifar_tl.build import (
     check_root,
     check_strategy,
     check_trainer,
+    doubts,
     keys_without_effect,
     plain,
     quieten_lightning,
@@ -58,7 +59,7 @@ from cifar_tl.hardware import (
 )
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.model.optim import optimizer_text
-from cifar_tl.model.weights import load_weights
+from cifar_tl.model.weights import check_weights, load_weights
 from cifar_tl.processes import check_sweep, own_processes
 from cifar_tl.reports.run_page import REPORT, write_run_report
 from cifar_tl.runs.formatting import duration_text, percent, result_text
@@ -175,8 +176,11 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     if check_flag("model.compile", cfg.model.compile):
         torch.compiler.reset()  # of another run in this process, whose graphs count towards the same limit
         module.backbone.compile(dynamic=False)  # batches have two sizes, of which graphs of any size would be slower
-    weights = fill_backbone(cfg, module) if cfg.resume is None else resumed_weights(cfg, last)
-    datamodule.prepare_data()
+    if cfg.resume is None and cfg.model.weights is not None:
+        check_weights(cfg.model.weights)
+    resumed = {} if cfg.resume is None else resumed_weights(cfg, last)
+    datamodule.prepare_data()  # before weights are downloaded: the data may not be there
+    weights = resumed or fill_backbone(cfg, module)
     datamodule.setup("fit")
     if cfg.resume is not None:
         check_data_of_resumed_run(datamodule, last)
@@ -203,7 +207,7 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
         logger.log_hyperparams({"experiment": experiment, **plain(cfg)})
     log.info("%s", plan_text(cfg, datamodule, facts, folder))
     given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    for sentence in keys_without_effect(cfg, given, bool(datamodule.source.own_val)):
+    for sentence in (*doubts(cfg), *keys_without_effect(cfg, given, bool(datamodule.source.own_val))):
         log.warning("warning: %s", sentence)
     sizes = f"data.batch_size={cfg.data.batch_size}, or data.eval_batch_size={cfg.data.eval_batch_size}"
     try:

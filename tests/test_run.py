@@ -549,3 +549,16 @@ def test_learning_rates_are_logged_as_the_schedule_has_them(compose, tmp_path):
     for name in ("head", "backbone"):
         expected = [build_schedule(cfg).learning_rates(epoch, 2, 3)[name] for epoch in range(4)]
         assert metrics[f"lr/{name}"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_mistakes_are_told_before_anything_is_downloaded(compose, tmp_path, monkeypatch):
+    def download(*args, **kwargs):
+        raise AssertionError("downloaded")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr("cifar_tl.data.download.ensure", download)
+    with pytest.raises(UserError, match=r"data\.root"):
+        train(compose("data=folder", f"data.root={tmp_path / 'nowhere'}"), tmp_path / "run", "default")
+    with pytest.raises(UserError, match=r"model\.weights=nowhere\.pth: no such file"):
+        train(compose("model.weights=nowhere.pth", f"data.root={tmp_path}"), tmp_path / "run", "default")

@@ -3,7 +3,7 @@ import shutil
 import pytest
 
 from cifar_tl import cli
-from cifar_tl.build import keys_without_effect
+from cifar_tl.build import doubts, keys_without_effect
 from cifar_tl.errors import UserError
 from cifar_tl.schedule import STAGES, FinetuneSchedule
 
@@ -156,6 +156,21 @@ def test_keys_that_change_nothing_are_named(compose, given, without):
     expected = [given[key] if isinstance(key, int) else key for key in without]
     said = keys_without_effect(compose(*given), given)
     assert [sentence.partition(" has no effect: ")[0] for sentence in said] == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([], False),
+        (["model.weights=null"], True),
+        (["model.weights=null", "finetune.batchnorm=train"], False),
+        (["model.weights=null", "finetune=linear_probe"], False),
+    ],
+)
+def test_statistics_of_random_weights_are_doubted(compose, given, said):
+    assert [sentence.partition(":")[0] for sentence in doubts(compose(*given))] == [
+        "model.weights=null with finetune.batchnorm=frozen"
+    ] * said
 
 
 def test_an_ablation_that_other_keys_need_has_an_effect(compose, tmp_path, monkeypatch):

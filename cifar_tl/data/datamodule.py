@@ -61,7 +61,8 @@ class CIFAR10DataModule(L.LightningDataModule):
         batch_size: Images per training step, of all processes together: one setting is one training on any number, but
             for a last step of fewer images than processes.
         eval_batch_size: Images per step of validation and test; results do not depend on it.
-        val_size: Images cut from the training set for validation, stratified, unless the source has some of its own.
+        val_size: Images cut from the training set for validation, stratified, unless the source has some of its own;
+            None for a tenth of them, at most 500.
         limit: At most so many images for each of training, validation and test, stratified; None for all.
         train_limit: At most so many for training, stratified; None for `limit` alone.
         split_seed: Of the split and the subsets, apart from the run's seed, so that runs of all seeds share a split.
@@ -86,7 +87,7 @@ class CIFAR10DataModule(L.LightningDataModule):
         source: Source,
         batch_size: int,
         eval_batch_size: int,
-        val_size: int,
+        val_size: int | None,
         limit: int | None,
         train_limit: int | None,
         split_seed: int,
@@ -98,7 +99,7 @@ class CIFAR10DataModule(L.LightningDataModule):
         self.source = source
         self.batch_size = check_int("data.batch_size", batch_size, 1)
         self.eval_batch_size = check_int("data.eval_batch_size", eval_batch_size, 1)
-        self.val_size = check_int("data.val_size", val_size, 1)
+        self.val_size = None if val_size is None else check_int("data.val_size", val_size, 1)
         self.limit = None if limit is None else check_int("data.limit", limit, len(source.classes))
         self.test_limit = self.limit
         self.train_limit = (
@@ -174,8 +175,9 @@ class CIFAR10DataModule(L.LightningDataModule):
         if stage in ("fit", "validate") and "train" not in self.splits:
             sets = self.source.read(["train", "test"] if fitting else ["train"])
             images, targets = sets["train"]
+            val_size = min(500, max(1, len(targets) // 10)) if self.val_size is None else self.val_size
             train, val = split_train_val(
-                targets, self.val_size, self.limit, self.split_seed, self.train_limit, self.source.own_val
+                targets, val_size, self.limit, self.split_seed, self.train_limit, self.source.own_val
             )
             if fitting:
                 self._check_classes(targets, train, val)
@@ -206,7 +208,8 @@ class CIFAR10DataModule(L.LightningDataModule):
     def _check_classes(self, targets: Tensor, train: Tensor, val: Tensor) -> None:
         limits = {"data.limit": self.limit, "data.train_limit": self.train_limit}
         asked = [f"{key}={size}" for key, size in limits.items() if size is not None]
-        cut = "its own validation split" if self.source.own_val else f"data.val_size={self.val_size}"
+        size = "null" if self.val_size is None else self.val_size
+        cut = "its own validation split" if self.source.own_val else f"data.val_size={size}"
         given = cut + (f" with {' and '.join(asked)}" if asked else "")
         missing = check_every_class_trains(self.classes, targets, train, val, given)
         if missing:

@@ -33,14 +33,7 @@ def load_weights(backbone: nn.Module, weights: str, filter_rms: float | None) ->
     Raises:
         UserError: Unknown name, no such file, no network, a file of something else, or no positive `filter_rms`.
     """
-    names = [w.name for w in ResNet50_Weights]
-    path = _torchvision_file(ResNet50_Weights[weights]) if weights in names else check_path("model.weights", weights)
-    if not path.is_file():
-        raise UserError(
-            f"model.weights={weights}: no such file. "
-            f"Give {', '.join(names)}, the path of a ResNet-50 state dict in torchvision's layout, or null for random "
-            f"weights.{suggest(weights, names)}"
-        )
+    path = check_weights(weights) or _torchvision_file(ResNet50_Weights[weights])
     try:
         with warnings.catch_warnings(action="ignore"):  # of pickle protocols, for instance
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -57,6 +50,23 @@ def load_weights(backbone: nn.Module, weights: str, filter_rms: float | None) ->
     if filter_rms is not None:
         rescale_filters(backbone, filter_rms)
     return file_sha256(path)
+
+
+def check_weights(weights: str) -> Path | None:
+    """Return the path of a file of weights, None for a name of torchvision's; nothing is read or downloaded.
+
+    Raises:
+        UserError: Neither.
+    """
+    if weights in (names := [w.name for w in ResNet50_Weights]):
+        return None
+    if not (path := check_path("model.weights", weights)).is_file():
+        raise UserError(
+            f"model.weights={weights}: no such file. "
+            f"Give {', '.join(names)}, the path of a ResNet-50 state dict in torchvision's layout, or null for random "
+            f"weights.{suggest(weights, names)}"
+        )
+    return path
 
 
 @torch.no_grad()

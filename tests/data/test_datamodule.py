@@ -11,6 +11,7 @@ from PIL import Image
 
 from cifar_tl.build import build_datamodule
 from cifar_tl.data.datamodule import CIFAR10DataModule
+from cifar_tl.data.folder import ImageFolders
 from cifar_tl.data.lazy import LazyImages
 from cifar_tl.data.splits import content_hash
 from cifar_tl.errors import UserError
@@ -109,6 +110,21 @@ def test_a_class_without_training_images_is_refused_with_names_and_counts(fitted
 def test_few_labels_leave_validation_and_test_whole(fitted, tmp_path):
     root = write(tmp_path, {"cat": 20, "dog": 20}, {"cat": 5, "dog": 5})
     assert fitted(root, "data.val_size=8", "data.train_limit=6").sizes == {"train": 6, "val": 8, "test": 10}
+
+
+@pytest.mark.parametrize(("each", "validate"), [(4, 1), (25, 5)])
+def test_of_a_small_folder_a_tenth_validates(fitted, tmp_path, each, validate):
+    root = write(tmp_path, {"cat": each, "dog": each}, {"cat": 1, "dog": 1})
+    assert fitted(root, "data.val_size=null").sizes == {"train": 2 * each - validate, "val": validate, "test": 2}
+
+
+def test_of_a_large_folder_500_validate(compose, tmp_path, monkeypatch):
+    images, targets = torch.zeros(6000, 3, 32, 32, dtype=torch.uint8), torch.arange(6000) % 2
+    monkeypatch.setattr(ImageFolders, "read", lambda self, names: dict.fromkeys(names, (images, targets)))
+    root = write(tmp_path, {"cat": 1, "dog": 1}, {"cat": 1, "dog": 1})
+    datamodule = build_datamodule(compose("data=folder", f"data.root='{root}'"))
+    datamodule.setup("validate")
+    assert datamodule.sizes == {"train": 5500, "val": 500}
 
 
 def test_a_class_without_validation_images_is_warned_of(fitted, tmp_path, caplog):
