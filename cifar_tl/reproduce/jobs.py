@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cifar_tl import cli
 from cifar_tl.errors import UserError, check_choice, check_int
+from cifar_tl.reproduce.publish import RELATED
 from cifar_tl.runs.folder import REPLACED, read_run
 from cifar_tl.runs.record import IGNORED_KEYS, config_sha256, flat, matters
 from cifar_tl.runs.resume import LAST, run_lock
@@ -80,11 +81,14 @@ def plan_jobs(cfg: DictConfig, passed: Sequence[str], folder: Path) -> list[Job]
         raise UserError(f"~{lacking[0]} is not allowed: only=[{others}] goes without it.")
     only = [cfg.only] if isinstance(cfg.only, str) else _list("only", cfg.only, "[results]")
     only = [check_choice("only", part, PARTS) for part in (PARTS if cfg.only is None else only)]
+    rows = [cfg.recipes] if isinstance(cfg.recipes, str) else _list("recipes", cfg.recipes, "[best32]")
+    known: dict[str, None] = {}
     for part in PARTS:  # also where few are asked for: a run that parts share has one folder, whichever part asks
         given = cfg[part].recipes
         recipes = _ablations() if given is None else _lists(f"{part}.recipes", given, "['experiment=best32']")
         evaluate = _list(f"{part}.evaluate", cfg[part].get("evaluate"), "['tta=true']")
         for scale, shared in _lists(f"{part}.scales", cfg[part].scales, "['data.limit=10000']").items():
+            known |= dict.fromkeys(map(str, recipes) if part in only else ())
             for recipe, overrides in recipes.items():
                 of_any_seed = compose([*overrides, *shared, *passed])  # which takes longest here
                 for seed in _seeds(cfg, part, recipe):
@@ -95,10 +99,11 @@ def plan_jobs(cfg: DictConfig, passed: Sequence[str], folder: Path) -> list[Job]
                     job = Job(name, folder / name, given, list(passed), config)
                     places = {key: str(OmegaConf.select(config, key)) for key in ("data.root", "model.weights")}
                     job = jobs.setdefault(config_sha256({**_related(config), **places}), job)
-                    if part in only:
+                    if part in only and (not rows or recipe in rows):
                         job.uses.append((part, str(scale), str(recipe)))
-                    if part in only and evaluate:
-                        job.evaluate = evaluate
+                        job.evaluate = evaluate or job.evaluate
+    for row in rows:
+        check_choice("recipes", row, tuple(known))
     if not (asked := [job for job in jobs.values() if job.uses]):
         raise UserError(f"Nothing to run: {', '.join(only)} of conf/reproduce.yaml have no recipe, scale or seed.")
     return asked
@@ -142,14 +147,18 @@ def unpublishable(jobs: Sequence[Job], folder: Path) -> list[str]:
     reasons = []
     if missing := ", ".join(job.name for job in jobs if not read_run(job.folder).finished):
         reasons.append(
-            f"{missing}: not finished. ~PART.recipes.NAME leaves a recipe out, and its row as it is; "
-            f"PART.more_seeds.NAME=[] its other seeds."
+            f"{missing}: not finished. recipes=[NAME] publishes the rows that it names, and leaves others as they are; "
+            f"PART.more_seeds.NAME=[] leaves out other seeds."
         )
     if missing := ", ".join(job.name for job in jobs if job.evaluate and not _evaluated(job)):
         reasons.append(
             f"{missing}: not evaluated again, as the published rows are; without tables_only=true this is done."
         )
     planned = {use: job for job in plan_jobs(cli.compose("reproduce"), [], folder) for use in job.uses}
+    for part in RELATED:
+        asked = {use for job in jobs for use in job.uses if use[0] == part}
+        if lacking := [job.name for use, job in planned.items() if asked and use[0] == part and use not in asked]:
+            reasons.append(f"{part} is published as a whole, and {lacking[0]} is left out.")
     for job in jobs:
         named = next((planned[use] for use in job.uses if use in planned), None)
         if named is None:

@@ -204,14 +204,14 @@ def test_finished_runs_are_kept_interrupted_ones_go_on_and_others_are_set_aside(
 
 
 def test_a_run_that_was_resumed_names_every_commit_and_device(command):
-    command("only=[results]", "~results.recipes.seed_baseline")
+    command("only=[results]", "recipes=[best32]")
     path = Path("outputs/reproduce", RESULTS[1], "metrics.json")
     metrics = json.loads(path.read_text())
     first = {key: metrics.get(key) for key in ("device", "precision", "started", "git_dirty")}
     second = {**first, "epoch": 3, "device": "another", "git_commit": "2" * 40}
     starts = [{**first, "epoch": 0, "git_commit": "1" * 40}, second]
     path.write_text(json.dumps({**metrics, "starts": starts}))
-    command("only=[results]", "~results.recipes.seed_baseline", "tables_only=true")
+    command("only=[results]", "recipes=[best32]", "tables_only=true")
     (row,) = rows("results")
     assert (row["commit"], row["device"]) == ("1111111, 2222222", "a device, another")
 
@@ -219,7 +219,7 @@ def test_a_run_that_was_resumed_names_every_commit_and_device(command):
 def test_other_weights_under_the_same_name_are_other_weights(command, tmp_path):
     weights = tmp_path / "weights.pth"
     weights.write_bytes(b"these")
-    arguments = ("only=[results]", "~results.recipes.seed_baseline", f"model.weights={weights}")
+    arguments = ("only=[results]", "recipes=[best32]", f"model.weights={weights}")
     command(*arguments)
     metrics = Path("outputs/reproduce", RESULTS[1], "metrics.json")
     was = hashlib.sha256(b"these").hexdigest()
@@ -408,10 +408,13 @@ def test_what_the_tables_do_not_show_is_not_published(command, recipes):
     code, _, err = command("only=[ablation]", "publish=true", "ablation.recipes={mine:['model.dropout=0.5']}")
     assert code == 1
     assert "ablation-mine-subset-seed0 is not in conf/reproduce.yaml." in err
+    code, _, err = command("only=[ablation]", "publish=true", "recipes=adamw", "ablation.seeds=[0]")
+    assert code == 1
+    assert "ablation is published as a whole, and ablation-none-subset-seed" in err
     command.failing.append(RESULTS[1])
     code, _, err = command("only=[results]", "publish=true", "results.seeds=[0,1]", passed=PASSED[1:])
     assert code == 1
-    assert f"not published: {RESULTS[1]}: not finished. ~PART.recipes.NAME leaves" in err
+    assert f"not published: {RESULTS[1]}: not finished. recipes=[NAME] publishes" in err
     assert (recipes / "experiment" / "results" / "results.csv").read_text() == before
 
 
@@ -480,6 +483,7 @@ def test_the_report_of_a_sweep_over_ablations_has_their_table(tmp_path):
     [
         ("publish=yes_please", "publish=yes_please is not allowed: give true or false."),
         ("only=[result]", "Did you mean results?"),
+        ("recipes=best33", "Did you mean best32?"),
         ("only=result", "only=result is not allowed: choose results, ablation"),
         ("results.seeds=1", "results.seeds=1 is not allowed: give a list, such as [0,1]."),
         ("only=[results] results.seeds=null", "no recipe, scale or seed"),
@@ -508,7 +512,7 @@ def test_what_is_to_come_is_said_before_the_first_job(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     printed = []
     monkeypatch.setattr(reproduce, "run_job", lambda job, _: printed.append(capsys.readouterr().out))
-    code = reproduce.main(["only=[results]", "~results.recipes.seed_baseline", *PASSED])
+    code = reproduce.main(["only=[results]", "recipes=[best32]", *PASSED])
     assert code == 1  # nothing was run
     assert "results-best32-full-seed0                    20 epochs; to be run" in printed[0]
     assert "Ctrl-C stops" in printed[0]
