@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 from urllib.parse import quote
 
@@ -93,8 +93,10 @@ def _settings(groups: Sequence[Group]) -> Table:
                     group.label,
                     str(len(test)),
                     percent(fmean(test)),
+                    _deviation(test),
                     percent_range(min(test), max(test)),
                     percent(fmean(val)),
+                    _deviation(val),
                     percent_range(min(val), max(val)),
                     *(_mean(group.values(metric)) for metric in ("test/loss", "test/ece")),
                     duration_text(fmean(seconds)) if seconds else "-",
@@ -102,10 +104,19 @@ def _settings(groups: Sequence[Group]) -> Table:
             )
     return Table(
         "Settings",
-        ["setting", "n", "test acc, mean", "range", "val acc, mean", "range", "test loss", "test ECE", "time"],
+        [
+            *("setting", "n", "test acc, mean", "SD", "range", "val acc, mean", "SD", "range"),
+            *("test loss", "test ECE", "time"),
+        ],
         rows,
-        "n runs differ in their seed alone. Best validation accuracy first: choose by it, then read the test column.",
+        "n runs differ in their seed alone; SD is the standard deviation over them (n - 1). "
+        "Best validation accuracy first: choose by it, then read the test column.",
     )
+
+
+def _deviation(values: Sequence[float]) -> str:
+    """Return the standard deviation of shares, in points; `-` for a single one."""
+    return f"{100 * stdev(values):.2f}" if len(values) > 1 else "-"
 
 
 def _paired(groups: Sequence[Group]) -> Table:
