@@ -57,7 +57,8 @@ def test_means_ranges_and_n(sweep):
         assert float(row["test/acc mean"]) == pytest.approx(np.mean(expected))
         assert float(row["test/acc min"]) == min(expected)
         assert float(row["test/acc max"]) == max(expected)
-        shown = f"{100 * np.mean(expected):.2f}% | {100 * np.std(expected, ddof=1):.2f} | {100 * min(expected):.2f} to {100 * max(expected):.2f} |"
+        mean, deviation = 100 * np.mean(expected), 100 * np.std(expected, ddof=1)
+        shown = f"{mean:.2f}% | {deviation:.2f} | {100 * min(expected):.2f} to {100 * max(expected):.2f} |"
         assert f"| backbone_lr={lr} | 3 | {shown}" in (sweep / "sweep_report.md").read_text()
     page = (sweep / "sweep_report.html").read_text()
     assert 'href="3/report.html"' in page
