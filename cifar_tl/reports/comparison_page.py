@@ -267,13 +267,14 @@ def _csv(groups: Sequence[Group]) -> list[list[str | int | float]]:
     keys = list(dict.fromkeys(key for group in groups for key in group.overrides))
     metrics = ("test/acc", "best/val/acc", "test/loss", "test/ece")
     lines: list[list[str | int | float]] = [
-        ["setting", *keys, "n", *(f"{metric} {what}" for metric in metrics for what in ("mean", "min", "max"))]
+        ["setting", *keys, "n", *(f"{metric} {what}" for metric in metrics for what in ("mean", "std", "min", "max"))]
     ]
     for group in groups:
         numbers: list[str | int | float] = []
         for metric in metrics:
             values = group.values(metric)
-            numbers += [fmean(values), min(values), max(values)] if values else ["", "", ""]
+            deviation = stdev(values) if len(values) > 1 else ""
+            numbers += [fmean(values), deviation, min(values), max(values)] if values else [""] * 4
         overrides = [group.overrides.get(key, "") for key in keys]
         lines.append([group.label, *overrides, len(group.values("test/acc")), *numbers])
     return lines

@@ -55,6 +55,7 @@ def test_means_ranges_and_n(sweep):
         row, expected = rows[f"backbone_lr={lr}"], accuracies(strength)
         assert row["n"] == "3"
         assert float(row["test/acc mean"]) == pytest.approx(np.mean(expected))
+        assert float(row["test/acc std"]) == pytest.approx(np.std(expected, ddof=1))
         assert float(row["test/acc min"]) == min(expected)
         assert float(row["test/acc max"]) == max(expected)
         mean, deviation = 100 * np.mean(expected), 100 * np.std(expected, ddof=1)
