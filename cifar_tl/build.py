@@ -352,7 +352,7 @@ def check_trainer(trainer: Mapping[Any, Any]) -> None:
     for key in sorted(FLAGS & trainer.keys()):
         if (key, trainer[key]) not in (("deterministic", "warn"), ("deterministic", None), ("benchmark", None)):
             check_flag(f"trainer.{key}", trainer[key])
-    if isinstance(trainer.get("max_time"), int | float):
+    if not isinstance(trainer.get("max_time"), str | None):
         raise UserError(f"trainer.max_time={trainer['max_time']} is not allowed: give DD:HH:MM:SS.")
     if trainer.get("limit_train_batches") in (0, 0.0):
         raise UserError("trainer.limit_train_batches=0 leaves nothing to train on: give a number of steps, or a share.")

@@ -59,7 +59,7 @@ class CIFAR10DataModule(L.LightningDataModule):
     Args:
         source: Where images come from.
         batch_size: Images per training step, of all processes together: one setting is one training on any number, but
-            for a last step of fewer images than processes.
+            for a last step of fewer images than processes, and for mixup and CutMix, which pair a process's images.
         eval_batch_size: Images per step of validation and test; results do not depend on it.
         val_size: Images cut from the training set for validation, stratified, unless the source has some of its own;
             None for a tenth of them, at most 500.
