@@ -12,13 +12,14 @@ from cifar_tl.schedule import STAGES
 
 
 def training_flops(cfg: DictConfig, images: int) -> float:
-    """Return the floating-point operations of the backbone in all epochs of a run, without validation's.
+    """Return the floating-point operations of the backbone on the training images, in all epochs.
 
-    The head's, the optimizer's and those of augmentation are left out. Features that can be cached are computed once.
+    The head's, the optimizer's and those of augmentation and validation are left out. Where features can be cached,
+    they are computed once per view, as a single process does.
 
     Args:
-        cfg: Of the run, as composed from conf/train.yaml.
-        images: That train.
+        cfg: A recipe, as composed from conf/train.yaml.
+        images: Number of training images.
     """
     views = build_augment(cfg)(0).views
     total = 0.0

@@ -13,6 +13,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from inspect import Parameter, getmro, isclass, signature
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, cast
 
 import lightning as L
@@ -48,7 +49,7 @@ from cifar_tl.data.cifar10 import Cifar10
 from cifar_tl.data.datamodule import CIFAR10DataModule, Source
 from cifar_tl.data.folder import ImageFolders
 from cifar_tl.data.synthetic import Synthetic
-from cifar_tl.errors import UserError, check_choice, check_flag, check_int, check_path, suggest
+from cifar_tl.errors import UserError, check_choice, check_flag, check_int, check_path, first_line, suggest
 from cifar_tl.hardware import PRECISIONS, environment, resolve_accelerator, resolve_precision
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.model.optim import check_optimizer
@@ -131,7 +132,10 @@ def build_module(cfg: DictConfig, classes: Any) -> ResNet50Classifier:
     if not OmegaConf.is_list(cfg.model.head):
         shown = "null" if cfg.model.head is None else cfg.model.head
         raise UserError(f"model.head={shown} is not allowed: give the units of its layers as a list, [128,64] or [].")
-    return ResNet50Classifier(
+    model, options = _model_class(cfg.model._target_), plain(cfg.model.options)
+    if unknown := [name for name in options if not _takes(model, name)]:
+        raise UserError(f"model.options.{unknown[0]}={options[unknown[0]]}: {model.__name__} has no such argument.")
+    return model(
         classes=list(classes),
         upscale=cfg.model.upscale,
         head=list(cfg.model.head),
@@ -141,7 +145,29 @@ def build_module(cfg: DictConfig, classes: Any) -> ResNet50Classifier:
         weight_decay=cfg.finetune.weight_decay,
         label_smoothing=cfg.finetune.label_smoothing,
         conventions=cfg.model.conventions,
+        **options,
     )
+
+
+def _model_class(target: str) -> type[ResNet50Classifier]:
+    """Return the class that `model._target_` names.
+
+    Raises:
+        UserError: It cannot be imported, or is another one than a ResNet50Classifier.
+    """
+    try:
+        found = resolve_name(target)
+    except Exception as error:  # whatever somebody's file raises
+        raise UserError(
+            f"model._target_={target} cannot be imported: {first_line(error)}. Give MODULE.CLASS, MODULE being a file "
+            f"in the current directory or on PYTHONPATH."
+        ) from error
+    if not (isclass(found) and issubclass(found, ResNet50Classifier)):
+        raise UserError(
+            f"model._target_={target} is no subclass of cifar_tl.model.module.ResNet50Classifier, which it has to be: "
+            f"backbone, head, metrics and checkpoints are its."
+        )
+    return found
 
 
 def build_unfreeze(cfg: DictConfig) -> BackboneUnfreeze:
@@ -436,12 +462,12 @@ def check_batch_size(cfg: DictConfig, processes: int) -> None:
 
 
 def doubts(cfg: DictConfig) -> list[str]:
-    """Return a sentence for what is possible, and hardly meant."""
+    """Return a sentence for what is possible, but probably not meant."""
     trains = any(phase.stages for phase in build_schedule(cfg).phases)
     if cfg.model.weights is None and trains and cfg.finetune.batchnorm == "frozen":
         return [
-            "model.weights=null with finetune.batchnorm=frozen: BatchNorm keeps statistics that were measured of no "
-            "images. finetune.batchnorm=train measures them."
+            "model.weights=null with finetune.batchnorm=frozen: BatchNorm keeps its initial statistics, which no "
+            "image was measured for. finetune.batchnorm=train tracks them (on CPUs, in a single process)."
         ]
     return []
 

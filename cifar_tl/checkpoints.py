@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -276,15 +277,23 @@ def load_trained(path: Path) -> Trained:
         if len(facts["classes"]) != len(checkpoint["hyper_parameters"]["classes"]):
             raise ValueError("it names another number of classes than it tells apart")
         config = completed(saved_config)
-        module = ResNet50Classifier(**checkpoint["hyper_parameters"])
+        module = ResNet50Classifier(**_of_its_own(checkpoint["hyper_parameters"], config.model._target_))
         module.load_state_dict(checkpoint["state_dict"])
         epoch = int(checkpoint["epoch"])
     except (KeyError, TypeError, ValueError, RuntimeError, OmegaConfBaseException) as error:
         raise UserError(
             f"checkpoint {path} does not fit this version of cifar_tl "
-            f"({type(error).__name__}: {first_line(error)}). Use the version that wrote it, or train again."
+            f"({type(error).__name__}: {first_line(error)}). Use the version that wrote it, or train again; a model of "
+            f"your own that has other tensors is read by its own load_from_checkpoint."
         ) from error
     return Trained(path, sha256, module.eval(), config, saved_config, facts, epoch)
+
+
+def _of_its_own(values: dict[str, Any], target: str) -> dict[str, Any]:
+    """Return the arguments of ResNet50Classifier among those of a class that is derived from it."""
+    if target == f"{ResNet50Classifier.__module__}.{ResNet50Classifier.__qualname__}":
+        return values
+    return {key: value for key, value in values.items() if key in signature(ResNet50Classifier).parameters}
 
 
 def completed(saved: dict[str, Any]) -> DictConfig:

@@ -43,7 +43,7 @@ from cifar_tl.search import OptunaSweeper
 
 log = logging.getLogger(__name__)
 
-EXTENSIBLE = ("trainer.", "callbacks.", "logger.", "hydra.", "hydra/")
+EXTENSIBLE = ("trainer.", "callbacks.", "logger.", "model.options.", "hydra.", "hydra/")
 """Where `+key=value` may add keys of a run; the other commands have Hydra's alone, and evaluation the Trainer's."""
 TRAINER_KEYS = {
     *("accelerator", "devices", "num_nodes", "strategy", "precision", "sync_batchnorm", "benchmark", "deterministic"),
@@ -266,7 +266,7 @@ def run(task: str | Callable[[DictConfig], Any], config_name: str, arguments: li
         try:
             if multirun and any(argument.startswith("--cfg") for argument in arguments):
                 raise UserError("--cfg prints the config of one run, and -m is for several: leave one of them out.")
-            if not multirun and (alone := sorted(_of_several(arguments))):
+            if not multirun and is_first_process() and (alone := sorted(_of_several(arguments))):
                 raise UserError(f"{alone[0]}= is for several runs, and without -m this would be one: put -m before it.")
             _refuse_dashed_keys(arguments, config_name)
             _refuse_added_keys(arguments, config_name)
@@ -518,7 +518,7 @@ def _refuse_added_keys(arguments: list[str], config_name: str) -> None:
     places = {"train": EXTENSIBLE, "evaluate": ("trainer.", "hydra.", "hydra/")}.get(config_name, ("hydra.", "hydra/"))
     added = {
         "train": "; additional ones go to Lightning's Trainer (+trainer.KEY=VALUE), callbacks and loggers "
-        "(+callbacks.NAME._target_=CLASS)",
+        "(+callbacks.NAME._target_=CLASS), and a model class of your own (+model.options.NAME=VALUE)",
         "evaluate": "; additional ones go to Lightning's Trainer (+trainer.KEY=VALUE)",
     }
     for argument in arguments:

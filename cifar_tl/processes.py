@@ -1,7 +1,9 @@
 """The processes that Lightning starts to train together with this one, as those of one job."""
 
+import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,74 +18,85 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from omegaconf import read_write
 
 from cifar_tl.errors import UserError
-from cifar_tl.runs.resume import CONFIG_DIR, quoted
+from cifar_tl.runs.resume import quoted, unsaved_overrides
+
+log = logging.getLogger(__name__)
 
 LAUNCHED = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 """Environment variables that Lightning sets for the processes that it starts, and for this one."""
-PATIENCE_S = 60
-"""How long a process may take to end after the last thing that they do together."""
+PATIENCE_S = 60.0
+"""How long processes may take to exit after the last thing that they do together."""
+OF_A_SWEEP = (
+    *("hydra.mode=", "hydra.run.", "hydra.sweep.", "hydra.sweeper.", "hydra.launcher.", "hydra.output_subdir="),
+    *("hydra/launcher=", "hydra/sweeper="),
+)
+"""Beginnings of Hydra's overrides that are not for one run alone."""
 
 
 @contextmanager
 def own_processes(trainer: L.Trainer, folder: Path, goes_on: bool) -> Iterator[None]:
-    """End the processes that Lightning starts with what is done inside, and leave nothing of them to another job.
+    """End the processes that Lightning starts when the block ends, and leave nothing of them to the next job.
 
-    Lightning gives them this process' command line, which of a sweep has all jobs: meanwhile, it is that of one run.
+    Lightning starts them with this process's command line. That of a sweep names all jobs, so that it is replaced by
+    this job's meanwhile.
 
     Args:
         trainer: Not started yet.
         folder: Of the run.
-        goes_on: The run is one that goes on.
+        goes_on: Whether the run is resumed.
     """
     launcher = trainer.strategy.launcher
     if trainer.world_size == 1 or not isinstance(launcher, _SubprocessScriptLauncher):
         yield
         return
     variables, threads = {name: os.environ.get(name) for name in LAUNCHED}, torch.get_num_threads()
-    started: list[Popen[bytes]] = []
+    failed = True
     try:
         with _command_of_one_run(folder, goes_on):
             yield
-        started = launcher.procs
-        _wait(started)
-    except BaseException:
+        failed = False
+    finally:
         started = list(launcher.procs)
-        launcher.procs.clear()  # whose end Lightning would otherwise have this process follow
-        for process in started:  # they may wait for this one for ever
+        launcher.procs.clear()  # Lightning kills this process where one of them ends otherwise than by itself
+        for process in started if failed else ():  # they may wait for this one for ever
             process.kill()
         _wait(started)
-        raise
-    finally:
-        if started:
-            if torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()
-            torch.set_num_threads(threads)
-            for name, value in variables.items():
-                os.environ.pop(name, None)
-                if value is not None:
-                    os.environ[name] = value
+        torch.set_num_threads(threads)
+        for name, value in variables.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        if started and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def _wait(processes: list[Popen[bytes]]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
     for process in processes:
         try:
-            process.wait(PATIENCE_S)
+            process.wait(max(0.0, deadline - time.monotonic()))
         except TimeoutExpired:
+            log.warning("warning: process %d has not ended with the run, and is killed.", process.pid)
             process.kill()
+            process.wait()
 
 
 @contextmanager
 def _command_of_one_run(folder: Path, goes_on: bool) -> Iterator[None]:
-    """Make the command line, and what Hydra says of the run's folder, those of a sweep's job alone, if this is one."""
-    if not HydraConfig.initialized() or HydraConfig.get().mode is not RunMode.MULTIRUN:
+    """Make the command line, and what Hydra says of the run's folder, those of this job alone.
+
+    A run that starts by itself has them already. One that goes on has more: its own overrides, which `resume=` brings.
+    """
+    if not HydraConfig.initialized() or not (goes_on or HydraConfig.get().mode is RunMode.MULTIRUN):
         yield
         return
     hydra: Any = HydraConfig.get()
     arguments, run_folder = sys.argv, hydra.run.dir
-    flags = [argument for argument in arguments[1:] if argument.startswith(CONFIG_DIR)]
-    task = [a for a in hydra.overrides.task if not a.startswith(("sweep=", "resume="))]
+    flags = [a for a in arguments[1:] if a.startswith("-") and a not in ("-m", "--multirun")]
+    task = unsaved_overrides(folder) if goes_on else [a for a in hydra.overrides.task if not a.startswith("resume=")]
+    of_hydra = [a for a in hydra.overrides.hydra if not a.lstrip("+~").startswith(OF_A_SWEEP)]
     resume = [f"resume={quoted(folder)}"] if goes_on else []
-    sys.argv = [arguments[0], *flags, *task, *resume, f"hydra.run.dir={quoted(folder)}"]
+    sys.argv = [arguments[0], *flags, *task, *of_hydra, *resume, f"hydra.run.dir={quoted(folder)}"]
     with read_write(hydra):
         hydra.run.dir = str(folder)
     try:
@@ -95,10 +108,10 @@ def _command_of_one_run(folder: Path, goes_on: bool) -> Iterator[None]:
 
 
 def check_sweep(trainer: L.Trainer) -> None:
-    """Refuse jobs of several processes in sweeps whose command line cannot be repeated for each of them.
+    """Refuse jobs of several processes in sweeps whose jobs are in processes of their own, or share a study.
 
     Raises:
-        UserError: Lightning would start the others, and they would not do the same job.
+        UserError: Lightning would start the others, which know of neither.
     """
     if trainer.world_size == 1 or trainer.strategy.launcher is None or not HydraConfig.initialized():
         return

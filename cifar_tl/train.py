@@ -79,6 +79,8 @@ log = logging.getLogger(__name__)
 
 FIXED = (
     "seed",
+    "model._target_",
+    "model.options",
     "model.weights",
     "model.filter_rms",
     "model.head",

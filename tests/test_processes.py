@@ -2,14 +2,21 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import SMALL, TINY
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
+from cifar_tl import processes
 from cifar_tl.runs.predictions import read_predictions
 
 ARGUMENTS = (
@@ -86,47 +93,95 @@ def test_a_sweep_of_jobs_of_two_processes_each_has_a_clean_folder_per_job(tmp_pa
     assert {path.name for path in tmp_path.iterdir()} == {"outputs"}
 
 
-LOGGER = """
-from lightning.pytorch.loggers import CSVLogger
+FAILING = """
+from pathlib import Path
+import lightning as L
 
-class Unreachable(CSVLogger):
-    def log_hyperparams(self, params):
-        if params["seed"] == 0:
+class Failing(L.Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        first, seed = trainer.global_rank == 0, trainer.datamodule.seed
+        if trainer.current_epoch == 1 and first and seed == 0 and Path("down").exists():
             raise ConnectionError("no server")
+
+    def on_train_end(self, trainer, pl_module):
+        print(f"rank {trainer.global_rank} of {trainer.world_size}: {trainer.max_epochs} epochs", flush=True)
+"""
+EPOCHS = """
+# @package _global_
+trainer:
+  max_epochs: 2
+finetune:
+  unfreeze_at_epoch: 1
 """
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_a_job_of_a_sweep_trains_as_it_does_alone_whatever_was_before_it(tmp_path):
-    """The first job fails in the first process, before the others start; the next ones have 2 and 3 processes."""
-    (tmp_path / "mine.py").write_text(LOGGER)
-    own = (*TINY, "trainer.max_epochs=2", "finetune.unfreeze_at_epoch=1", "finetune.features_folder=null")
-    own += ("trainer=ddp", "trainer.accelerator=cpu", "finetune.batchnorm=frozen", "data.batch_size=60")
-    own += ("+logger.mine._target_=mine.Unreachable", "+logger.mine.save_dir=.")
+    """Jobs of 2 and of 3 processes, two of which fail in mid-training, in the first process alone, and are resumed."""
+    (tmp_path / "mine.py").write_text(FAILING)
+    (tmp_path / "conf" / "sweep").mkdir(parents=True)
+    (tmp_path / "conf" / "sweep" / "mine.yaml").write_text(EPOCHS)
+    own = (*(key for key in TINY if "max_epochs" not in key), "data.batch_size=60", "finetune.batchnorm=frozen")
+    own += ("trainer=ddp", "trainer.accelerator=cpu", "+callbacks.mine._target_=mine.Failing")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parent), *sys.path])}
-    del environment["OMP_NUM_THREADS"]
+    environment.pop("OMP_NUM_THREADS", None)
 
     def command(*arguments):
         return subprocess.run([*SMALL, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
 
-    done = command("-m", *own, "seed=0,1", "trainer.devices=2,3", "hydra.sweep.dir=sweep")
+    def metrics(folder):
+        return json.loads((tmp_path / folder / "metrics.json").read_text())
+
+    (tmp_path / "down").touch()
+    sweep = ("--config-dir=conf", "sweep=mine", "hydra.sweep.dir=sweep", "seed=0,1", "trainer.devices=2,3")
+    done = command("-m", *own, *sweep)
     assert done.returncode == 1
-    assert "ConnectionError: no server" in done.stderr
     assert "2 of 4 jobs failed" in done.stderr
+    assert sorted(line for line in done.stdout.splitlines() if line.startswith("rank")) == [
+        *(f"rank {rank} of {devices}: 2 epochs" for rank, devices in ((0, 2), (0, 3), (1, 2), (1, 3), (2, 3)))
+    ]
+    assert [metrics(f"sweep/{job}")["status"] for job in range(4)] == ["failed", "failed", "finished", "finished"]
     for job, devices in ((2, 2), (3, 3)):
-        alone = command(*own, "seed=1", f"trainer.devices={devices}", f"hydra.run.dir=alone{devices}")
-        assert alone.returncode == 0, alone.stderr
-        ours, theirs = (
-            json.loads((tmp_path / folder / "metrics.json").read_text())
-            for folder in (f"sweep/{job}", f"alone{devices}")
-        )
+        sizes = ("trainer.max_epochs=2", "finetune.unfreeze_at_epoch=1", f"trainer.devices={devices}")
+        done = command(*own, *sizes, "seed=1", f"hydra.run.dir=alone{devices}")
+        assert done.returncode == 0, done.stderr
+        ours, theirs = metrics(f"sweep/{job}"), metrics(f"alone{devices}")
         assert ours["train/loss"] == theirs["train/loss"]
         assert ours["test/acc"] == theirs["test/acc"]
-        assert [start["threads"] for start in ours["starts"]] == [max(1, len(os.sched_getaffinity(0)) // devices)]
-    (tmp_path / "mine.py").write_text(LOGGER.replace("== 0", "== 9"))  # the server is back
+        threads = [start["threads"] for run in (ours, theirs) for start in run["starts"]]
+        assert threads == [max(1, len(os.sched_getaffinity(0)) // devices)] * 2
+
+    (tmp_path / "down").unlink()
     done = command("-m", "resume=sweep")
     assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "sweep").glob("[0-3]/predictions.npz"))) == 4
+    assert [[start["epoch"] for start in metrics(f"sweep/{job}")["starts"]] for job in range(4)] == [[0, 1]] * 2 + [
+        [0]
+    ] * 2
+    assert [metrics(f"sweep/{job}")["status"] for job in range(4)] == ["finished"] * 4
+    done = command("resume=alone2", "trainer.max_epochs=3")
+    assert done.returncode == 0, done.stderr
+    assert [start["epoch"] for start in metrics("alone2")["starts"]] == [0, 2]
+
+
+@pytest.mark.parametrize(("lasts", "failed"), [(0, False), (60, False), (60, True)])
+def test_a_process_that_does_not_end_ends_neither_this_one_nor_the_next_job(
+    tmp_path, monkeypatch, caplog, lasts, failed
+):
+    monkeypatch.setattr(processes, "PATIENCE_S", 5 if lasts == 0 else 0.1)
+    monkeypatch.setenv("MASTER_PORT", "1")
+    launcher = _SubprocessScriptLauncher(LightningEnvironment(), num_processes=2, num_nodes=1)
+    trainer = SimpleNamespace(world_size=2, strategy=SimpleNamespace(launcher=launcher))
+    observer = _ChildProcessObserver(main_pid=os.getpid(), child_processes=launcher.procs)
+    with suppress(ZeroDivisionError), processes.own_processes(trainer, tmp_path, goes_on=False):
+        launcher.procs.append(child := subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({lasts})"]))
+        os.environ |= {"MASTER_PORT": "2", "LOCAL_RANK": "0"}
+        assert not failed or 1 / 0
+    assert child.returncode == (0 if lasts == 0 else -signal.SIGKILL)
+    assert observer._run(), "Lightning has nothing left to kill this process for"
+    assert os.environ["MASTER_PORT"] == "1"
+    assert "LOCAL_RANK" not in os.environ
+    assert ("has not ended with the run" in caplog.text) == (lasts > 0 and not failed)
 
 
 STUCK = """

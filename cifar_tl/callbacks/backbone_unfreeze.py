@@ -53,8 +53,8 @@ class BackboneUnfreeze(L.Callback):
         batchnorm: One of freezing.BATCHNORM_POLICIES, for what trains.
         max_epochs: Epochs of the whole run; None for the Trainer's.
         compiled: The backbone is compiled by torch.compile, and has to be compiled anew for every phase.
-        progressive_resizing: Values of the backbone's `upscale`, each for the same share of fine-tuning; None leaves it
-            alone.
+        progressive_resizing: Values of the backbone's `upscale`, each for the same share of fine-tuning, and for two
+            shares if given twice; None leaves it alone.
         stages: Those of schedule.STAGES, of a torchvision ResNet, that unfreeze; None for all of whatever backbone.
 
     Attributes:

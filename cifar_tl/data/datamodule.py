@@ -208,8 +208,8 @@ class CIFAR10DataModule(L.LightningDataModule):
     def _check_classes(self, targets: Tensor, train: Tensor, val: Tensor) -> None:
         limits = {"data.limit": self.limit, "data.train_limit": self.train_limit}
         asked = [f"{key}={size}" for key, size in limits.items() if size is not None]
-        size = "null" if self.val_size is None else self.val_size
-        cut = "its own validation split" if self.source.own_val else f"data.val_size={size}"
+        cut = "a tenth of the images for validation" if self.val_size is None else f"data.val_size={self.val_size}"
+        cut = "its own validation split" if self.source.own_val else cut
         given = cut + (f" with {' and '.join(asked)}" if asked else "")
         missing = check_every_class_trains(self.classes, targets, train, val, given)
         if missing:

@@ -128,10 +128,10 @@ class ResNet50Classifier(L.LightningModule):
         self._train_images = 0
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the cross-entropy of a batch, a scalar."""
+        """Return the loss of a batch, a scalar."""
         images, targets = batch
         logits = self(images)
-        loss = cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        loss = self.training_loss(logits, targets)
         # on cached features a step is so short that metric objects, and log() in every step, would double it
         correct = (logits.detach().argmax(dim=1) == class_indices(targets)).sum()
         self._train_sums += torch.stack([loss.detach().float() * len(images), correct])
@@ -142,6 +142,15 @@ class ResNet50Classifier(L.LightningModule):
             means = dict(zip(("train/loss", "train/acc"), self._train_sums / self._train_images, strict=True))
             self.log_dict(means, on_step=False, on_epoch=True, batch_size=self._train_images, sync_dist=True)
         return loss
+
+    def training_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss of a batch, a scalar; for a subclass to replace. Validation measures cross-entropy.
+
+        Args:
+            logits: (batch, classes).
+            targets: Class indices, (batch,), or shares of the classes, (batch, classes), from mixup and CutMix.
+        """
+        return cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Add a batch to the validation metrics; return its logits, (batch, classes), float32."""

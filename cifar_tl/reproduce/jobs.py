@@ -147,8 +147,8 @@ def unpublishable(jobs: Sequence[Job], folder: Path) -> list[str]:
     reasons = []
     if missing := ", ".join(job.name for job in jobs if not read_run(job.folder).finished):
         reasons.append(
-            f"{missing}: not finished. recipes=[NAME] publishes the rows that it names, and leaves others as they are; "
-            f"PART.more_seeds.NAME=[] leaves out other seeds."
+            f"{missing}: not finished. recipes=[NAME] publishes these rows alone, but of an ablation; "
+            f"PART.more_seeds.NAME=[] leaves a row's other seeds out."
         )
     if missing := ", ".join(job.name for job in jobs if job.evaluate and not _evaluated(job)):
         reasons.append(
