@@ -237,7 +237,7 @@ def build_callbacks(
             features if facts["weights_sha256"] else None,
         ),
         PhaseLog(schedule, finetune.batchnorm),
-        RunRecorder(folder, schedule, facts),
+        RunRecorder(folder, schedule, facts, cfg.finetune.batchnorm),
         PredictionsRecorder(datamodule, folder, unfreeze_at_epoch, max_epochs),
         TensorBoardFigures(datamodule, schedule, {"experiment": facts["experiment"], **plain(cfg)}),
         *checkpoint_callbacks(folder / "checkpoints"),

@@ -454,18 +454,21 @@ def test_a_run_forgets_the_peak_of_the_one_before(compose, tmp_path, monkeypatch
 def test_validation_that_falls_at_the_unfreeze_is_a_collapse():
     schedule = FinetuneSchedule(max_epochs=4, unfreeze_at_epoch=2, head_lr=1e-3, backbone_lr=1e-2)
 
-    def warnings(after, images=5000):
+    def warnings(after, images=5000, batchnorm="frozen"):
         accuracies = [0.5, 0.6, after, 0.7]
         losses = {"train/loss": 1.0, "val/loss": 1.0}
         epochs = [{"epoch": e, "val/acc": a, **losses} for e, a in enumerate(accuracies)]
-        return collapse_warnings(epochs, schedule, images)
+        return collapse_warnings(epochs, schedule, images, batchnorm)
 
     assert warnings(after=0.56) == []
     assert warnings(after=0.4, images=20) == []  # four images
     (warning,) = warnings(after=0.54)
     assert "fell from 60.00% to 54.00%" in warning
-    assert "finetune.backbone_lr=0.01" in warning
+    assert "Likely: finetune.backbone_lr=0.01" in warning
     assert "model.filter_rms" in warning
+    (warning,) = warnings(after=0.54, batchnorm="train")
+    assert "Likely: finetune.batchnorm=train leaves the statistics of pretraining (frozen keeps them), or" in warning
+    assert "finetune.backbone_lr=0.01" in warning
 
 
 def test_validation_that_falls_at_a_change_of_scale_is_a_collapse():
@@ -473,7 +476,7 @@ def test_validation_that_falls_at_a_change_of_scale_is_a_collapse():
         max_epochs=4, unfreeze_at_epoch=1, head_lr=1e-3, backbone_lr=1e-2, progressive_resizing=[1, 2, 3]
     )
     epochs = [{"epoch": e, "val/acc": a, "train/loss": 1.0} for e, a in enumerate([0.5, 0.6, 0.58, 0.5])]
-    (warning,) = collapse_warnings([{**epoch, "val/loss": 1.0} for epoch in epochs], schedule, 5000)
+    (warning,) = collapse_warnings([{**epoch, "val/loss": 1.0} for epoch in epochs], schedule, 5000, "frozen")
     assert "fell from 58.00% to 50.00% in the first epoch of 'fine-tune at 96x96'" in warning
 
 

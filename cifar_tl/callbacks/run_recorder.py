@@ -38,10 +38,14 @@ class RunRecorder(EpochTimer):
         folder: The run's.
         schedule: Names the phases.
         facts: What is known before training: seed, versions, device, hashes of config, data and weights.
+        batchnorm: `finetune.batchnorm`, for what a warning says.
     """
 
-    def __init__(self, folder: Path, schedule: FinetuneSchedule, facts: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, schedule: FinetuneSchedule, facts: Mapping[str, Any], batchnorm: str = "frozen"
+    ) -> None:
         super().__init__()
+        self.batchnorm = batchnorm
         self.folder = folder
         self.schedule = schedule
         self.facts = dict(facts)
@@ -152,7 +156,7 @@ class RunRecorder(EpochTimer):
         }
 
     def _collapse_warnings(self, epochs: list[dict[str, Any]]) -> list[str]:
-        return collapse_warnings(epochs, self.schedule, self.facts["images"]["val"])
+        return collapse_warnings(epochs, self.schedule, self.facts["images"]["val"], self.batchnorm)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the history of the run that is resumed."""

@@ -170,25 +170,31 @@ def best_epoch(epochs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     return max(validated, key=lambda epoch: epoch["val/acc"], default=None)
 
 
-def collapse_warnings(epochs: Sequence[Mapping[str, Any]], schedule: FinetuneSchedule, images: int) -> list[str]:
+def collapse_warnings(
+    epochs: Sequence[Mapping[str, Any]], schedule: FinetuneSchedule, images: int, batchnorm: str
+) -> list[str]:
     """Return what went wrong with a training, with the likely reasons and the keys to change; nothing if all is well.
 
     Args:
         epochs: One row per epoch, with `epoch` and PER_EPOCH.
         schedule: Of the run.
         images: That validation accuracies are of. A fall within two standard errors is none.
+        batchnorm: What BatchNorm does in what trains, `finetune.batchnorm`.
     """
-    learning_rates = (
+    reasons = (
         f"finetune.backbone_lr={schedule.backbone_lr:g} or finetune.head_lr_unfrozen={schedule.head_lr_unfrozen:g} is "
-        f"too high for these weights (model.filter_rms brings all files to one scale), or finetune.batchnorm=train or "
-        f"adapt loses the statistics of pretraining (frozen keeps them)"
+        f"too high for these weights (model.filter_rms brings all files to one scale)"
     )
+    if batchnorm != "frozen":
+        reasons = (
+            f"finetune.batchnorm={batchnorm} leaves the statistics of pretraining (frozen keeps them), or {reasons}"
+        )
     warnings = []
     for epoch in epochs:
         losses = [epoch[key] for key in ("train/loss", "val/loss") if epoch[key] is not None]
         if not all(math.isfinite(loss) for loss in losses):
             frozen = epoch["epoch"] < schedule.unfreeze_at_epoch
-            reason = f"finetune.head_lr={schedule.head_lr:g} is too high" if frozen else learning_rates
+            reason = f"finetune.head_lr={schedule.head_lr:g} is too high" if frozen else reasons
             warnings.append(
                 f"The loss is not a finite number from epoch {epoch['epoch']} on. Likely: {reason}, or "
                 f"trainer.precision overflows (bf16-mixed and 32-true do not)."
@@ -205,7 +211,7 @@ def collapse_warnings(epochs: Sequence[Mapping[str, Any]], schedule: FinetuneSch
         at_unfreeze = phase.start == schedule.unfreeze_at_epoch
         warnings.append(
             f"Validation accuracy fell from {100 * before:.2f}% to {100 * after:.2f}% in the first epoch "
-            f"{'after the unfreeze' if at_unfreeze else f'of {phase.name!r}'}. Likely: {learning_rates}."
+            f"{'after the unfreeze' if at_unfreeze else f'of {phase.name!r}'}. Likely: {reasons}."
         )
     return warnings
 
