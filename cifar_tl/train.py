@@ -21,7 +21,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from cifar_tl import slurm
 from cifar_tl.build import (
@@ -123,6 +123,8 @@ def main(cfg: DictConfig) -> float:
                 draw_report(folder)
             return result
         cfg.resume = str(folder) if (folder / "checkpoints" / LAST).is_file() else None
+    if cfg.resume is not None:
+        keep_own_defaults(cfg, folder)
     several = hydra.mode is RunMode.MULTIRUN and hydra.launcher._target_.endswith(".JoblibLauncher")
     if several and cfg.trainer.devices == 1:
         cfg.trainer.devices = gpu_in_turn(hydra.job.num, resolve_accelerator(cfg.trainer.accelerator))
@@ -135,6 +137,21 @@ def main(cfg: DictConfig) -> float:
         metrics = train(cfg, folder, experiment=hydra.runtime.choices["experiment"])
     draw_report(folder)
     return float(metrics["best/val/acc"])
+
+
+def keep_own_defaults(cfg: DictConfig, folder: Path) -> None:
+    """Give a run that goes on its own values of keys in FIXED that nobody gives now: today's defaults may be others."""
+    given = [argument.lstrip("+~").partition("=")[0] for argument in unsaved_overrides(folder)]
+    if {"experiment", "ablate"} & set(given):
+        return
+    try:
+        last = torch.load(folder / "checkpoints" / LAST, map_location="cpu", mmap=True, weights_only=True)
+        saved, now = flat(last["cifar_tl"]["config"]), flat(plain(cfg))
+    except Exception:  # about anything, for a file that is no checkpoint: `read_checkpoint` says what is wrong
+        return
+    for key in saved.keys() & now.keys():
+        if key.startswith(FIXED) and not any(f"{key}.".startswith(f"{each}.") for each in given):
+            OmegaConf.update(cfg, key, saved[key])
 
 
 def finished_text(folder: Path) -> str:

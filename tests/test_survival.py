@@ -652,6 +652,29 @@ def test_a_resume_that_is_accepted_is_what_the_next_one_goes_on_with(command, re
     assert "eval_batch_size: 7" in (resumable / "config.yaml").read_text()
 
 
+@pytest.mark.parametrize(
+    ("given", "said"), [([], ""), (["model.conventions=keras"], "cannot change model.conventions=keras")]
+)
+def test_a_run_goes_on_as_it_was_where_a_default_has_changed(command, resumable, monkeypatch, given, said):
+    own = cli.conf_folder()
+    theirs = shutil.copytree(own, resumable.parents[1] / "conf")
+    for file, old, new in (
+        ("finetune/short.yaml", "unfreeze_at_epoch: 2", "unfreeze_at_epoch: 1"),
+        ("train.yaml", "seed: 0", "seed: 1"),
+    ):
+        text = (theirs / file).read_text()
+        assert old in text
+        (theirs / file).write_text(text.replace(old, new))
+    monkeypatch.setattr(cli, "conf_folder", lambda: theirs)
+    code, _, err = command("resume=run", "trainer.max_epochs=4", *given)
+    assert (code, said in err) == (int(bool(said)), True), err
+    if not said:
+        metrics = json.loads((resumable.parent / "metrics.json").read_text())
+        assert metrics["seed"] == 0
+        assert metrics["phases"][0]["epochs"] == [0, 1]
+        assert metrics["starts"][-1]["changed"] == {"trainer.max_epochs": 4}
+
+
 def test_data_of_a_run_from_another_folder_is_not_fetched_into_this_one(compose, half, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"the run's data is not at data \(.*data\): data\.root= says where"):

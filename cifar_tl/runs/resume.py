@@ -128,8 +128,11 @@ def unsaved_overrides(folder: Path) -> list[str]:
     saved = folder / ".hydra" / "overrides.yaml"
     if not HydraConfig.initialized() or not saved.is_file():
         return []
-    known = _saved_overrides(saved)
-    return [a for a in HydraConfig.get().overrides.task if a not in known and not a.startswith("resume=")]
+    known, given = (  # the last one of a key counts
+        {a.lstrip("+~").partition("=")[0]: a for a in overrides}
+        for overrides in (_saved_overrides(saved), HydraConfig.get().overrides.task)
+    )
+    return [a for key, a in given.items() if known.get(key) != a and key != "resume"]
 
 
 def save_overrides(cfg: DictConfig, folder: Path) -> None:
