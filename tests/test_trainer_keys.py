@@ -467,3 +467,9 @@ def test_the_time_of_an_epoch_is_that_of_what_a_gpu_was_given(monkeypatch):
         timer.on_train_batch_start(trainer, module, (torch.zeros(5), None), 0)
         timer.on_train_batch_end(trainer, module, None, (torch.zeros(5), None), 0)
         assert waited == expected
+
+
+def test_a_time_as_a_mapping_is_refused(compose):
+    with pytest.raises(UserError, match=r"trainer\.max_time=\{'hours': 1\} is not allowed: give DD:HH:MM:SS"):
+        check_trainer(compose("+trainer.max_time={hours: 1}").trainer)
+    check_trainer(compose("+trainer.max_time=00:01:00:00").trainer)
