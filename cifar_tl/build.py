@@ -461,13 +461,13 @@ def check_batch_size(cfg: DictConfig, processes: int) -> None:
         )
 
 
-def doubts(cfg: DictConfig) -> list[str]:
-    """Return a sentence for what is possible, but probably not meant."""
+def config_warnings(cfg: DictConfig) -> list[str]:
+    """Return a sentence for what is allowed, but probably not meant."""
     trains = any(phase.stages for phase in build_schedule(cfg).phases)
     if cfg.model.weights is None and trains and cfg.finetune.batchnorm == "frozen":
         return [
-            "model.weights=null with finetune.batchnorm=frozen: BatchNorm keeps its initial statistics, which no "
-            "image was measured for. finetune.batchnorm=train tracks them (on CPUs, in a single process)."
+            "model.weights=null with finetune.batchnorm=frozen: BatchNorm keeps its initial statistics, which were "
+            "not measured on images. finetune.batchnorm=train tracks them (on CPUs, in a single process)."
         ]
     return []
 

@@ -57,7 +57,7 @@ def own_processes(trainer: L.Trainer, folder: Path, goes_on: bool) -> Iterator[N
         failed = False
     finally:
         started = list(launcher.procs)
-        launcher.procs.clear()  # Lightning kills this process where one of them ends otherwise than by itself
+        launcher.procs.clear()  # Lightning would kill this process, too, once it saw one of them end with an error
         for process in started if failed else ():  # they may wait for this one for ever
             process.kill()
         _wait(started)

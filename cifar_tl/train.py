@@ -37,7 +37,7 @@ from cifar_tl.build import (
     check_root,
     check_strategy,
     check_trainer,
-    doubts,
+    config_warnings,
     keys_without_effect,
     plain,
     quieten_lightning,
@@ -226,7 +226,7 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
         logger.log_hyperparams({"experiment": experiment, **plain(cfg)})
     log.info("%s", plan_text(cfg, datamodule, facts, folder))
     given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    for sentence in (*doubts(cfg), *keys_without_effect(cfg, given, bool(datamodule.source.own_val))):
+    for sentence in (*config_warnings(cfg), *keys_without_effect(cfg, given, bool(datamodule.source.own_val))):
         log.warning("warning: %s", sentence)
     sizes = f"data.batch_size={cfg.data.batch_size}, or data.eval_batch_size={cfg.data.eval_batch_size}"
     try:

@@ -3,7 +3,7 @@ import shutil
 import pytest
 
 from cifar_tl import cli
-from cifar_tl.build import doubts, keys_without_effect
+from cifar_tl.build import config_warnings, keys_without_effect
 from cifar_tl.errors import UserError
 from cifar_tl.schedule import STAGES, FinetuneSchedule
 
@@ -168,7 +168,7 @@ def test_keys_that_change_nothing_are_named(compose, given, without):
     ],
 )
 def test_statistics_of_random_weights_are_doubted(compose, given, said):
-    assert [sentence.partition(":")[0] for sentence in doubts(compose(*given))] == [
+    assert [sentence.partition(":")[0] for sentence in config_warnings(compose(*given))] == [
         "model.weights=null with finetune.batchnorm=frozen"
     ] * said
 

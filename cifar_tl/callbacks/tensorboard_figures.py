@@ -46,6 +46,7 @@ HPARAMS = (
     "augment.color_jitter",
     "augment.mixup",
     "augment.cutmix",
+    "model._target_",
     "model.weights",
     "model.filter_rms",
     "model.upscale",
@@ -281,10 +282,13 @@ def plan_markdown(schedule: FinetuneSchedule) -> str:
 
 
 def hparam_values(config: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
-    """Return the keys of HPARAMS and their values, flat; a list becomes `128-64`, a path its last part, None `null`."""
+    """Return HPARAMS and `model.options` with their values, flat.
+
+    A list becomes `128-64`, a path its last part, None `null`.
+    """
     values: dict[str, bool | int | float | str] = {}
     given = flat(config)
-    for key in HPARAMS:
+    for key in (*HPARAMS, *(key for key in given if key.startswith("model.options."))):
         value = given.get(key)
         if isinstance(value, list):
             value = "-".join(map(str, value))

@@ -319,3 +319,9 @@ def test_hparam_values_are_flat_and_plain():
         "128-64",
         "w.pth",
     )
+
+
+def test_hparams_have_the_arguments_of_a_model_of_ones_own():
+    values = hparam_values({"model": {"_target_": "mine.Focal", "options": {"gamma": 2, "parts": [1, 2]}}})
+    own = {key: value for key, value in values.items() if key.startswith(("model._target_", "model.options"))}
+    assert own == {"model._target_": "mine.Focal", "model.options.gamma": 2, "model.options.parts": "1-2"}
