@@ -104,7 +104,8 @@ class Failing(L.Callback):
             raise ConnectionError("no server")
 
     def on_train_end(self, trainer, pl_module):
-        print(f"rank {trainer.global_rank} of {trainer.world_size}: {trainer.max_epochs} epochs", flush=True)
+        job = f"seed {trainer.datamodule.seed}, {trainer.world_size} processes, {trainer.max_epochs} epochs"
+        Path(f"{job}: rank {trainer.global_rank}").touch()
 """
 EPOCHS = """
 # @package _global_
@@ -138,8 +139,9 @@ def test_a_job_of_a_sweep_trains_as_it_does_alone_whatever_was_before_it(tmp_pat
     done = command("-m", *own, *sweep)
     assert done.returncode == 1
     assert "2 of 4 jobs failed" in done.stderr
-    assert sorted(line for line in done.stdout.splitlines() if line.startswith("rank")) == [
-        *(f"rank {rank} of {devices}: 2 epochs" for rank, devices in ((0, 2), (0, 3), (1, 2), (1, 3), (2, 3)))
+    ended = [(devices, rank) for devices in (2, 3) for rank in range(devices)]
+    assert sorted(path.name for path in tmp_path.glob("seed*")) == [
+        f"seed 1, {devices} processes, 2 epochs: rank {rank}" for devices, rank in ended
     ]
     assert [metrics(f"sweep/{job}")["status"] for job in range(4)] == ["failed", "failed", "finished", "finished"]
     for job, devices in ((2, 2), (3, 3)):
