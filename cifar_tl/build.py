@@ -1,5 +1,6 @@
 """From the config to the parts of a run, in plain, typed calls: data, model, schedule, callbacks, loggers, Trainer."""
 
+import inspect
 import logging
 import math
 import multiprocessing
@@ -17,6 +18,7 @@ from pkgutil import resolve_name
 from typing import Any, cast
 
 import lightning as L
+import torch
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -53,6 +55,7 @@ from cifar_tl.errors import UserError, check_choice, check_flag, check_int, chec
 from cifar_tl.hardware import PRECISIONS, environment, resolve_accelerator, resolve_precision
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.model.optim import check_optimizer
+from cifar_tl.model.weights import file_sha256
 from cifar_tl.runs.record import config_sha256, git_state
 from cifar_tl.runs.resume import is_first_process
 from cifar_tl.schedule import STAGES, FinetuneSchedule
@@ -132,7 +135,7 @@ def build_module(cfg: DictConfig, classes: Any) -> ResNet50Classifier:
     if not OmegaConf.is_list(cfg.model.head):
         shown = "null" if cfg.model.head is None else cfg.model.head
         raise UserError(f"model.head={shown} is not allowed: give the units of its layers as a list, [128,64] or [].")
-    model, options = _model_class(cfg.model._target_), plain(cfg.model.options)
+    model, options = model_class(cfg.model._target_), plain(cfg.model.options)
     if unknown := [name for name in options if not _takes(model, name)]:
         raise UserError(f"model.options.{unknown[0]}={options[unknown[0]]}: {model.__name__} has no such argument.")
     return model(
@@ -149,7 +152,7 @@ def build_module(cfg: DictConfig, classes: Any) -> ResNet50Classifier:
     )
 
 
-def _model_class(target: str) -> type[ResNet50Classifier]:
+def model_class(target: str) -> type[ResNet50Classifier]:
     """Return the class that `model._target_` names.
 
     Raises:
@@ -168,6 +171,30 @@ def _model_class(target: str) -> type[ResNet50Classifier]:
             f"backbone, head, metrics and checkpoints are its."
         )
     return found
+
+
+def model_facts(module: ResNet50Classifier) -> dict[str, Any]:
+    """Return what a config does not say of a model class of one's own; nothing of this program's.
+
+    `model_sha256` is of the file that defines the class, None where there is none. `own_network` says whether the model
+    computes logits otherwise than a ResNet50Classifier of the same arguments, as far as its layers and its `forward`
+    tell: what a ResNet50Classifier with its weights would compute is then something else.
+    """
+    own = type(module)
+    if own is ResNet50Classifier:
+        return {}
+    try:
+        sha256 = file_sha256(Path(inspect.getfile(own)))
+    except (OSError, TypeError):  # a class that was made in a session
+        sha256 = None
+    arguments = {key: value for key, value in module.hparams.items() if key in signature(ResNet50Classifier).parameters}
+    with torch.device("meta"):
+        stock = ResNet50Classifier(**arguments)
+    parts = ((module.backbone, stock.backbone), (module.head, stock.head))
+    same = own.forward is ResNet50Classifier.forward and all(
+        type(mine) is type(theirs) and repr(mine) == repr(theirs) for mine, theirs in parts
+    )
+    return {"model_sha256": sha256, "own_network": not same}
 
 
 def build_unfreeze(cfg: DictConfig) -> BackboneUnfreeze:
@@ -234,7 +261,7 @@ def build_callbacks(
             datamodule,
             unfreeze_at_epoch,
             str(finetune.cache_features).lower(),
-            features if facts["weights_sha256"] else None,
+            features if facts["weights_sha256"] and not facts.get("own_network") else None,
         ),
         PhaseLog(schedule, finetune.batchnorm),
         RunRecorder(folder, schedule, facts, cfg.finetune.batchnorm),

@@ -277,6 +277,11 @@ def load_trained(path: Path) -> Trained:
         if len(facts["classes"]) != len(checkpoint["hyper_parameters"]["classes"]):
             raise ValueError("it names another number of classes than it tells apart")
         config = completed(saved_config)
+        if facts.get("own_network"):
+            raise UserError(
+                f"checkpoint {path} is of {config.model._target_}, whose network is another one than "
+                f"ResNet50Classifier's, for which alone this is: read it by the class's own load_from_checkpoint."
+            )
         module = ResNet50Classifier(**_of_its_own(checkpoint["hyper_parameters"], config.model._target_))
         module.load_state_dict(checkpoint["state_dict"])
         epoch = int(checkpoint["epoch"])

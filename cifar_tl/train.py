@@ -39,6 +39,8 @@ from cifar_tl.build import (
     check_trainer,
     config_warnings,
     keys_without_effect,
+    model_class,
+    model_facts,
     plain,
     quieten_lightning,
     run_facts,
@@ -204,7 +206,9 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     if cfg.resume is not None:
         check_data_of_resumed_run(datamodule, last)
 
-    facts = {**run_facts(cfg, datamodule, experiment), **weights}
+    facts = {**run_facts(cfg, datamodule, experiment), **model_facts(module), **weights}
+    if cfg.resume is not None:
+        warn_of_another_model(cfg, facts, last)
     module.provenance = {"format": FORMAT, "config": plain(cfg), "facts": facts}
     trainer = build_trainer(
         cfg.trainer,
@@ -370,6 +374,16 @@ def check_data_of_resumed_run(datamodule: CIFAR10DataModule, last: Path) -> None
         )
 
 
+def warn_of_another_model(cfg: DictConfig, facts: Mapping[str, Any], last: Path) -> None:
+    """Warn where the file of a run's own model class is another one than when its last epochs were trained."""
+    before = read_checkpoint(last)["cifar_tl"]["facts"].get("model_sha256")
+    if before != facts.get("model_sha256"):
+        log.warning(
+            "warning: the file of %s has changed since the run's last epoch; the record has the SHA-256 of both.",
+            cfg.model._target_,
+        )
+
+
 def best_checkpoint(folder: Path) -> dict[str, Any]:
     """Read the checkpoint of a run's best epoch.
 
@@ -461,7 +475,9 @@ def plan_text(cfg: DictConfig, datamodule: CIFAR10DataModule, facts: dict[str, A
     for phase in schedule.phases:
         learning_rates = schedule.peak_learning_rates(phase)
         backbone = f", backbone {learning_rates['backbone']:g}" if phase.stages else ""
-        optimizer = optimizer_text(cfg.finetune.optimizer, unfrozen=bool(phase.stages))
+        optimizer = "an optimizer of its own"
+        if model_class(cfg.model._target_).configure_optimizers is ResNet50Classifier.configure_optimizers:
+            optimizer = optimizer_text(cfg.finetune.optimizer, unfrozen=bool(phase.stages))
         lines.append(
             f"phase      {phase.name}, epochs {epochs_text(phase)}: {stages_text(phase.stages)}; "
             f"{optimizer}, {schedule.schedule} learning rate, head {learning_rates['head']:g}{backbone}"

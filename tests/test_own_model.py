@@ -1,5 +1,6 @@
 """A model class of one's own, as README.md has it: it trains, resumes and is evaluated as any other."""
 
+import hashlib
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -9,11 +10,15 @@ import torch
 from conftest import TINY
 from torch.nn.functional import cross_entropy
 
-from cifar_tl.build import build_module
+from cifar_tl.build import build_callbacks, build_datamodule, build_module, model_facts
+from cifar_tl.callbacks.feature_cache import FeatureCache
 from cifar_tl.checkpoints import load_trained
 from cifar_tl.cli import run
 from cifar_tl.errors import UserError
 from cifar_tl.evaluate import evaluate
+from cifar_tl.hardware import prepare_for
+from cifar_tl.reports.__main__ import main as comparison
+from cifar_tl.runs.record import read_metrics
 from cifar_tl.train import train
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -80,3 +85,76 @@ def test_other_tensors_are_read_by_the_class_itself(compose, tmp_path):
     train(compose(*TINY, "model._target_=mine.Wider", "callbacks=none"), tmp_path, "demo")
     with pytest.raises(UserError, match="read by its own load_from_checkpoint"):
         load_trained(tmp_path)
+
+
+OWN = """
+import torch
+from torch import nn
+from cifar_tl.model.module import ResNet50Classifier
+
+class Stem(ResNet50Classifier):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.backbone.maxpool = nn.Identity()  # no tensor more or less
+
+class Forward(ResNet50Classifier):
+    def forward(self, images):
+        return super().forward(images) / 2
+
+class Loss(ResNet50Classifier):
+    def training_loss(self, logits, targets):
+        return super().training_loss(logits, targets) * 2
+
+class Optimizer(ResNet50Classifier):
+    def configure_optimizers(self):
+        return torch.optim.SGD([{"params": self.head.parameters()}, {"params": self.backbone.parameters()}])
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A file of classes, `own`, which may be imported."""
+    file = tmp_path / "own.py"
+    file.write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield file
+    sys.modules.pop("own", None)
+
+
+@pytest.mark.parametrize(("name", "another"), [("Stem", True), ("Forward", True), ("Loss", False)])
+def test_features_of_another_network_are_not_kept_for_the_package_s(compose, tmp_path, own, name, another):
+    cfg = compose(*TINY, f"model._target_=own.{name}", f"finetune.features_folder={tmp_path}")
+    prepare_for("cpu", module := build_module(cfg, ["a", "b"]))
+    facts = model_facts(module)
+    assert facts == {"model_sha256": hashlib.sha256(own.read_bytes()).hexdigest(), "own_network": another}
+    facts |= {"weights_sha256": "0", "experiment": "demo"}
+    callbacks = build_callbacks(cfg, build_datamodule(cfg), facts, tmp_path)
+    (cache,) = (callback for callback in callbacks if isinstance(callback, FeatureCache))
+    assert (cache.folder is None) == another
+
+
+@pytest.mark.slow
+def test_another_network_is_not_measured_as_the_package_s(compose, tmp_path, own):
+    metrics = train(compose(*TINY, "model._target_=own.Forward"), tmp_path / "run", "demo")
+    assert metrics["status"] == "finished"
+    with pytest.raises(UserError, match=r"is of own\.Forward, whose network is another one.*own load_from_checkpoint"):
+        load_trained(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_its_own_optimizer_trains_and_a_file_that_changed_is_told(tmp_path, own):
+    given = [*TINY, "model._target_=own.Optimizer", "trainer.max_epochs=2", "finetune.unfreeze_at_epoch=1"]
+    given += ["trainer=cpu", f"hydra.run.dir={tmp_path / '0'}"]
+    assert run("cifar_tl.train:main", "train", given) == 0
+    text = (tmp_path / "0" / "train.log").read_text()
+    assert text.count("an optimizer of its own") == 2
+    first = read_metrics(tmp_path / "0")["model_sha256"]
+    own.write_text(OWN + "\n# another one\n")
+    assert run("cifar_tl.train:main", "train", [f"resume={tmp_path / '0'}", "trainer.max_epochs=3"]) == 0
+    assert "the file of own.Optimizer has changed since the run's last epoch" in (tmp_path / "0" / "train.log").read_text()
+    second = read_metrics(tmp_path / "0")["model_sha256"]
+    assert [start["model_sha256"] for start in read_metrics(tmp_path / "0")["starts"]] == [first, second]
+    assert first != second
+    assert run("cifar_tl.train:main", "train", [*given[:-1], "seed=1", f"hydra.run.dir={tmp_path / '1'}"]) == 0
+    assert comparison([str(tmp_path / "0"), str(tmp_path / "1")]) == 0
+    assert "The file of own.Optimizer changed from run to run." in (tmp_path / "sweep_report.html").read_text()

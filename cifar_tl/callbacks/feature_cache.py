@@ -214,6 +214,7 @@ class FeatureCache(L.Callback):
             "views": self.views,
             "mean": list(self.datamodule.mean),
             "std": list(self.datamodule.std),
+            "layers": repr(backbone),
             "upscale": backbone.upscale,
             "eps": [m.eps for m in batchnorms([backbone])],  # in no state dict
             "precision": trainer.precision,

@@ -50,11 +50,14 @@ class PhaseLog(EpochTimer):
         if batch_idx == 0 and trainer.current_epoch == phase.start and trainer.is_global_zero:
             learning_rates = self.schedule.peak_learning_rates(phase)
             lines = [f"Phase '{phase.name}', epochs {epochs_text(phase)}: {stages_text(phase.stages)} train"]
-            for group in trainer.optimizers[0].param_groups:
+            head = {id(p) for p in pl_module.get_submodule("head").parameters()}
+            for group in trainer.optimizers[0].param_groups:  # those of an optimizer of one's own need not have names
+                part = "head" if any(id(p) in head for p in group["params"]) else "backbone"
                 count = sum(p.numel() for p in group["params"] if p.requires_grad)
+                rate = learning_rates[part] * group.get("lr_scale", 1.0)
                 lines.append(
-                    f"  {group['name']:<18} {count:>12,} parameters train   learning rate "
-                    f"{learning_rates[group['module']]:<8g} weight decay {group['weight_decay']:g}"
+                    f"  {group.get('name', part):<18} {count:>12,} parameters train   learning rate {rate:<8g} "
+                    f"weight decay {group.get('weight_decay', 0):g}"
                 )
             statistics = BATCHNORM_TEXT[self.batchnorm] if phase.stages else "statistics stay as they are"
             lines.append(f"  BatchNorm          {self.batchnorm if phase.stages else 'frozen'}: {statistics}")

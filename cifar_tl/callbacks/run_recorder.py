@@ -72,7 +72,8 @@ class RunRecorder(EpochTimer):
 
     def _note_start(self, epoch: int) -> None:
         self.starts = [start for start in self.starts if start["epoch"] < epoch]  # others have left nothing
-        self.starts.append({"epoch": epoch, **{key: self.facts.get(key) for key in START_KEYS}})
+        own = {key: self.facts[key] for key in ("model_sha256",) if key in self.facts}
+        self.starts.append({"epoch": epoch, **{key: self.facts.get(key) for key in START_KEYS}, **own})
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add the epoch to the history, write it, and warn of a training that has collapsed."""

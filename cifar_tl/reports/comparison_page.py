@@ -184,6 +184,13 @@ def _warnings(groups: Sequence[Group]) -> list[str]:
     for key, what in (("device", "devices"), ("precision", "precisions")):
         if len({str(start.get(key)) for run in runs for start in run.training_starts}) > 1:
             warnings.append(f"The runs are of different {what}.")
+    files: dict[str, set[str]] = {}
+    for run in runs:
+        for start in run.training_starts:
+            if sha256 := start.get("model_sha256"):
+                files.setdefault(str(run.config.get("model._target_")), set()).add(sha256)
+    for name in (name for name, hashes in files.items() if len(hashes) > 1):
+        warnings.append(f"The file of {name} changed from run to run.")
     if len({tuple(run.classes) for run in runs if run.classes}) > 1:
         warnings.append("The runs are of different classes.")
     for group in groups:

@@ -32,6 +32,7 @@ FACTS = {
     "seed": "seed",
     "weights": "weights",
     "weights_sha256": "SHA-256 of the weights",
+    "model_sha256": "SHA-256 of the model's file",
     "config_sha256": "SHA-256 of the config",
     "split_sha256": "SHA-256 of the split",
     "test_sha256": "SHA-256 of the test set",
