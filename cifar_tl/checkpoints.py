@@ -41,7 +41,7 @@ class PacedCheckpointIO(TorchCheckpointIO):
     What is not written yet is held in the host's memory. `teardown` writes it: at the end of a run, after an error and
     after Ctrl-C. So a run with long epochs writes after each, one with epochs of a second writes every few seconds, and
     only a killed process, or a lost GPU, loses what came since the last write: the epoch it was in, or LONGEST seconds.
-    The checkpoints of one epoch are written together: the one to resume from is never older than the best one.
+    The checkpoints of one epoch are written together.
 
     Args:
         folder: That of the run's own checkpoints, BEST and LAST; others may have any names elsewhere.
@@ -118,13 +118,13 @@ def _copy_to_host(value: Any) -> Any:
 
 
 def _write(checkpoints: dict[str, dict[str, Any]]) -> None:
-    """Write checkpoints by path, and then replace the old ones, the one to resume from first.
+    """Write checkpoints by path, and then replace the old ones, the one to resume from last.
 
-    It holds which epoch is the best: where the process is killed while files of seconds are written, it must not be
-    there without that epoch's weights.
+    It says which epoch is the best. Where the process is killed between the two, the run trains that epoch again; the
+    other way round, the best epoch's weights would be lost.
     """
     with ExitStack() as replacements:  # from the last one to the first
-        for path in sorted(checkpoints, key=lambda path: Path(path).name != BEST):
+        for path in sorted(checkpoints, key=lambda path: Path(path).name == BEST):
             partial = replacements.enter_context(replacing(Path(path)))
             try:
                 torch.save(checkpoints[path], partial)

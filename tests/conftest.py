@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import DictConfig
 
 from cifar_tl import cli
@@ -37,6 +38,12 @@ def few_blocks() -> Iterator[None]:
     Backbone.blocks = (1, 1, 1, 1)
     yield
     Backbone.blocks = RESNET50
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Give a test the same random numbers whatever was tested before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -16,12 +16,15 @@ SweepTable._draw_report = lambda self: None
 
 
 def trial(cfg):
-    """Take some time, then have a result that depends on the trial's value alone."""
+    """Wait for a second process and some time, then have a result that depends on the trial's value alone."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     write_metrics(folder, {"status": "running"})
-    with (folder.parent / "begun.jsonl").open("a") as file:
+    with (begun := folder.parent / "begun.jsonl").open("a") as file:
         entry = {"trial": folder.name, "value": cfg.model.dropout, "resume": cfg.resume, "process": os.getpid()}
         file.write(json.dumps(entry) + "\n")
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and len({json.loads(line)["process"] for line in begun.open()}) < 2:
+        time.sleep(0.05)
     time.sleep(0.3)
     write_metrics(folder, {"status": "finished", "best/val/acc": 1 - cfg.model.dropout})
 

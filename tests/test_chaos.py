@@ -4,6 +4,7 @@ import chaos
 import pytest
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_killed_runs_go_on_and_end_as_undisturbed_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(chaos, "RUN", (*chaos.RUN, "trainer.max_epochs=4", "finetune.unfreeze_at_epoch=2"))

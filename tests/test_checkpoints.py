@@ -182,13 +182,13 @@ def test_a_checkpoint_holds_the_values_from_before_the_next_step(tmp_path):
     assert copy.stride() == weight.stride()
 
 
-def test_best_is_written_after_the_last_of_its_epoch(tmp_path, monkeypatch):
+def test_no_kill_leaves_a_checkpoint_to_resume_from_without_the_best_one_that_it_names(tmp_path, monkeypatch):
     order, move = [], Path.replace
     monkeypatch.setattr(Path, "replace", lambda self, target: (order.append(Path(target).name), move(self, target))[1])
     io = PacedCheckpointIO(tmp_path)
     for name in ("best.ckpt", "last.ckpt"):
         io.save_checkpoint({"epoch": 0}, tmp_path / name)
-    assert order == ["last.ckpt", "best.ckpt"]
+    assert order == ["best.ckpt", "last.ckpt"]
 
 
 def test_a_best_checkpoint_of_somebodys_own_waits_for_nothing(tmp_path):

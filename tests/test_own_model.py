@@ -151,7 +151,9 @@ def test_its_own_optimizer_trains_and_a_file_that_changed_is_told(tmp_path, own)
     first = read_metrics(tmp_path / "0")["model_sha256"]
     own.write_text(OWN + "\n# another one\n")
     assert run("cifar_tl.train:main", "train", [f"resume={tmp_path / '0'}", "trainer.max_epochs=3"]) == 0
-    assert "the file of own.Optimizer has changed since the run's last epoch" in (tmp_path / "0" / "train.log").read_text()
+    assert (
+        "the file of own.Optimizer has changed since the run's last epoch" in (tmp_path / "0" / "train.log").read_text()
+    )
     second = read_metrics(tmp_path / "0")["model_sha256"]
     assert [start["model_sha256"] for start in read_metrics(tmp_path / "0")["starts"]] == [first, second]
     assert first != second

@@ -72,6 +72,7 @@ def test_two_processes_train_as_one_does_across_the_unfreeze(tmp_path):
         assert a.accuracy == pytest.approx(accuracy)
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_a_sweep_of_jobs_of_two_processes_each_has_a_clean_folder_per_job(tmp_path):
     # where the folder is not given, it has the time in its name, which each process has another one of
@@ -170,7 +171,7 @@ def test_a_job_of_a_sweep_trains_as_it_does_alone_whatever_was_before_it(tmp_pat
 def test_a_process_that_does_not_end_ends_neither_this_one_nor_the_next_job(
     tmp_path, monkeypatch, caplog, lasts, failed
 ):
-    monkeypatch.setattr(processes, "PATIENCE_S", 5 if lasts == 0 else 0.1)
+    monkeypatch.setattr(processes, "PATIENCE_S", 60 if lasts == 0 else 0.1)
     monkeypatch.setenv("MASTER_PORT", "1")
     launcher = _SubprocessScriptLauncher(LightningEnvironment(), num_processes=2, num_nodes=1)
     trainer = SimpleNamespace(world_size=2, strategy=SimpleNamespace(launcher=launcher))
@@ -198,6 +199,7 @@ class Stuck(L.Callback):
 """
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_no_process_outlives_the_first_one(tmp_path):
     (tmp_path / "stuck.py").write_text(STUCK)

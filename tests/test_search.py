@@ -273,7 +273,8 @@ def test_processes_share_a_search_and_one_that_is_killed_leaves_its_trial_to_the
 
     processes = [first, second] = [start(), start()]
     try:
-        while len({line["process"] for line in begun()}) < 2 or len(begun()) < 6:  # the test's timeout ends it
+        # killed in a trial: one that is killed while it asks for the next one leaves a trial that never began
+        while not (lines := begun())[6:] or lines[-1]["process"] != first.pid:  # the test's timeout ends it
             assert first.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.02)
         first.kill()
@@ -290,7 +291,7 @@ def test_processes_share_a_search_and_one_that_is_killed_leaves_its_trial_to_the
     lines = begun()
     again = [line["trial"] for line in lines if line["resume"]]
     assert sorted(line["trial"] for line in lines) == sorted([*map(str, range(20)), *again])
-    assert len(again) <= 1  # the killed process had one trial, or was between two
+    assert len(again) <= 1
     assert len((tmp_path / "search" / "sweep.csv").read_text().splitlines()) == 21
 
 

@@ -220,7 +220,7 @@ def test_another_runs_best_checkpoint_is_not_tested_as_this_ones(compose, tmp_pa
         assert json.loads((tmp_path / "metrics.json").read_text())["status"] == after
 
 
-def test_the_checkpoint_to_resume_from_is_never_older_than_the_best_one(tmp_path):
+def test_the_best_checkpoint_and_the_one_to_resume_from_are_written_together(tmp_path):
     writer = PacedCheckpointIO(tmp_path)
     best, last = tmp_path / "best.ckpt", tmp_path / "last.ckpt"
     writer.save_checkpoint({"epoch": 0}, best)

@@ -125,15 +125,14 @@ def command(module: str, arguments: Sequence[str]) -> bool:
     Raises:
         Interrupted: Ctrl-C; the command has then ended, too.
     """
-    process: subprocess.Popen[Any]
-    with subprocess.Popen([sys.executable, "-m", module, *arguments]) as process:
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:
-            code = 130
-            if cli.StopSignals.received():  # Ctrl-C in a terminal has reached it, too
-                process.send_signal(signal.SIGTERM)
-            process.wait()  # it saves what it has
+    process: subprocess.Popen[Any] = subprocess.Popen([sys.executable, "-m", module, *arguments])
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        code = 130
+        if cli.StopSignals.received():  # Ctrl-C in a terminal has reached it, too
+            process.send_signal(signal.SIGTERM)
+        process.wait()  # it saves what it has
     if code == 130:
         raise Interrupted("Interrupted. The same command goes on where it stopped; tables_only=true writes the tables.")
     return code == 0

@@ -439,8 +439,10 @@ def test_sigterm_reaches_the_run(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
     def terminate():
-        while not Path("begun").exists():
+        deadline = time.monotonic() + 100
+        while not Path("begun").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
+        time.sleep(0.2)
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=terminate)
