@@ -44,6 +44,7 @@ from cifar_tl.callbacks.phase_log import PhaseLog
 from cifar_tl.callbacks.predictions_recorder import PredictionsRecorder
 from cifar_tl.callbacks.run_recorder import RunRecorder
 from cifar_tl.callbacks.tensorboard_figures import TensorBoardFigures
+from cifar_tl.callbacks.weight_ema import WeightEMA
 from cifar_tl.checkpoints import checkpoint_callbacks
 from cifar_tl.cli import TRAINER_ALTERNATIVES, TRAINER_KEYS, compose
 from cifar_tl.data.augment import Augment
@@ -51,7 +52,16 @@ from cifar_tl.data.cifar10 import Cifar10
 from cifar_tl.data.datamodule import CIFAR10DataModule, Source
 from cifar_tl.data.folder import ImageFolders
 from cifar_tl.data.synthetic import Synthetic
-from cifar_tl.errors import UserError, check_choice, check_flag, check_int, check_path, first_line, suggest
+from cifar_tl.errors import (
+    UserError,
+    check_choice,
+    check_flag,
+    check_int,
+    check_number,
+    check_path,
+    first_line,
+    suggest,
+)
 from cifar_tl.hardware import PRECISIONS, environment, resolve_accelerator, resolve_precision
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.model.optim import check_optimizer
@@ -278,14 +288,15 @@ def _added_callbacks(nodes: DictConfig) -> list[L.Callback]:
     """Return what the `callbacks` group adds, by `_target_`.
 
     Raises:
-        UserError: It cannot be built, or averages weights.
+        UserError: It cannot be built, or averages weights in another way than WeightEMA.
     """
     added = {str(name): _instantiated("callbacks", name, node) for name, node in nodes.items()}
     for name, callback in added.items():
-        if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+        average = isinstance(callback, WeightAveraging | StochasticWeightAveraging)
+        if average and not isinstance(callback, WeightEMA):
             raise UserError(
                 f"callbacks.{name}: {type(callback).__name__} is not supported: averaged weights would be validated, "
-                f"and others tested."
+                f"and others tested. Give callbacks=ema."
             )
     return list(added.values())
 
@@ -407,6 +418,9 @@ def check_trainer(trainer: Mapping[Any, Any]) -> None:
             check_flag(f"trainer.{key}", trainer[key])
     if not isinstance(trainer.get("max_time"), str | None):
         raise UserError(f"trainer.max_time={trainer['max_time']} is not allowed: give DD:HH:MM:SS.")
+    clip = trainer.get("gradient_clip_val")
+    if clip is not None and not check_number("trainer.gradient_clip_val", clip, 0) > 0:
+        raise UserError(f"trainer.gradient_clip_val={clip} clips nothing: give a number above 0, or leave it out.")
     if trainer.get("limit_train_batches") in (0, 0.0):
         raise UserError("trainer.limit_train_batches=0 leaves nothing to train on: give a number of steps, or a share.")
     every = check_int("trainer.check_val_every_n_epoch", trainer.get("check_val_every_n_epoch", 1), 1)

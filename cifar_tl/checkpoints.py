@@ -14,7 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -142,6 +142,16 @@ class BestCheckpoint(ModelCheckpoint):
         """Save the epoch if it is due."""
         if self.monitor is None or self.monitor in trainer.callback_metrics:
             super().on_train_epoch_end(trainer, pl_module)
+
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        """Save averaged weights if there are any, which Lightning leaves out of a checkpoint of weights alone."""
+        callbacks = trainer.callbacks if self.save_weights_only else []  # type: ignore[attr-defined]  # Lightning's
+        averages = [callback for callback in callbacks if isinstance(callback, WeightAveraging)]
+        for average in averages:
+            average._swap_models(trainer.lightning_module)
+        super()._save_checkpoint(trainer, filepath)
+        for average in averages:
+            average._swap_models(trainer.lightning_module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the state with its paths as they are now."""

@@ -155,7 +155,7 @@ def _stages(given: Sequence[str] | None) -> tuple[str, ...]:
     for name in names:
         check_choice("a stage in finetune.stages", name, STAGES)
     if not names:
-        raise UserError("finetune.stages=[] unfreezes nothing: name a stage, or give finetune=linear_probe.")
+        raise UserError("finetune.stages=[] unfreezes nothing: name a stage, or give finetune=head_only.")
     return tuple(stage for stage in STAGES if stage in names)
 
 

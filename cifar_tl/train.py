@@ -100,6 +100,7 @@ FIXED = (
     "finetune.stages",
     "finetune.stage_epochs",
     "finetune.progressive_resizing",
+    "callbacks.ema",
 )
 """Beginnings of the keys that a resumed run cannot change. Others count from the epoch on at which it goes on."""
 OF_TRAINING = (

@@ -82,6 +82,8 @@ ROWS: dict[str, list[tuple[str, tuple[str, ...]]]] = {
         ("train", (*T, "finetune.optimizer=adamm")),
         ("train", (*T, "finetune.optimizer=sgd")),
         ("train", (*T, "finetune.batchnorm=frosen")),
+        ("train", (*T, "callbacks=ema", "callbacks.ema.decay=1")),
+        ("train", (*T, "+trainer.gradient_clip_val=0")),
         ("train", (*T, "callbacks=early_stopping", "callbacks.early_stopping.monitor=val_acc")),
         ("train", (*T, "callbacks=early_stopping", "callbacks.early_stopping.patience=3x")),
         ("train", (*T, "callbacks=early_stopping", "callbacks.early_stopping.start_epoch=x")),

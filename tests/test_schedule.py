@@ -35,7 +35,13 @@ def test_learning_rates_drop_at_the_unfreeze():
     assert plan().learning_rates(10, 0, 100) == {"head": 2e-4, "backbone": 1e-4}
 
 
-def test_linear_probe_never_thaws_and_full_never_freezes():
+def test_a_linear_probe_is_one_linear_layer_on_a_frozen_backbone(compose):
+    cfg = compose("finetune=linear_probe")
+    assert (cfg.model.head, cfg.finetune.unfreeze_at_epoch) == ([], None)
+    assert compose("finetune=head_only").model.head == [128, 64]
+
+
+def test_without_an_unfreeze_only_the_head_trains_and_from_epoch_0_on_everything():
     assert [p.stages for p in plan(unfreeze_at_epoch=None).phases] == [()]
     assert [p.stages for p in plan(unfreeze_at_epoch=0).phases] == [STAGES]
 
@@ -43,7 +49,7 @@ def test_linear_probe_never_thaws_and_full_never_freezes():
 RECIPES = sorted(path.stem for path in (cli.conf_folder() / "experiment").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("choice", ["linear_probe", "full", "gradual"])
+@pytest.mark.parametrize("choice", ["head_only", "linear_probe", "full", "gradual"])
 def test_no_recipe_takes_back_what_is_chosen_to_train_when(compose, choice):
     keys = ("unfreeze_at_epoch", "stage_epochs")
     alone = compose(f"finetune={choice}").finetune

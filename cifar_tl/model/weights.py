@@ -3,6 +3,7 @@
 import hashlib
 import warnings
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import torch
@@ -24,7 +25,7 @@ def load_weights(backbone: nn.Module, weights: str, filter_rms: float | None) ->
     Args:
         backbone: A `backbone.Backbone`.
         weights: `IMAGENET1K_V1`, `IMAGENET1K_V2` (downloaded once into torch's cache), or the path of a state dict in
-            torchvision's ResNet-50 layout.
+            torchvision's ResNet-50 layout, or of a run's checkpoint, whose backbone it then is.
         filter_rms: Bring every filter to this root mean square (see `rescale_filters`); None keeps the file's scale.
 
     Returns:
@@ -45,6 +46,8 @@ def load_weights(backbone: nn.Module, weights: str, filter_rms: float | None) ->
             f"damaged, or it is something else than torch.save(model.state_dict()). What holds more than tensors and "
             f"plain values is not loaded: that could run code."
         ) from error
+    if isinstance(state, dict) and "cifar_tl" in state and "state_dict" in state:
+        state = _backbone_of_a_run(state, weights)
     _check_layout(backbone, state, weights)
     backbone.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
     if filter_rms is not None:
@@ -124,6 +127,22 @@ def _torchvision_file(weights: ResNet50_Weights) -> Path:
                 f"give model.weights=PATH to a ResNet-50 state dict, or try experiment=demo, which needs no weights."
             ) from error
     return path
+
+
+def _backbone_of_a_run(checkpoint: dict[str, Any], weights: str) -> dict[str, Tensor]:
+    """Return the state dict of the backbone in a checkpoint of this program.
+
+    Raises:
+        UserError: It is of a model class with another network.
+    """
+    if checkpoint["cifar_tl"]["facts"].get("own_network"):
+        target = checkpoint["cifar_tl"]["config"]["model"]["_target_"]
+        raise UserError(
+            f"model.weights={weights} is of {target}, whose network is another one than a ResNet-50's as it is used "
+            f"here: give a state dict in torchvision's layout."
+        )
+    prefix = "backbone."
+    return {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
 
 
 def _check_layout(backbone: nn.Module, state: object, weights: str) -> None:

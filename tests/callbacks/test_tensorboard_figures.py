@@ -253,7 +253,7 @@ def test_a_resumed_run_shows_everything_once(run, compose, tmp_path, monkeypatch
         (["finetune.unfreeze_at_epoch=null", "trainer.max_epochs=1"], 1, ["before"]),
         (["finetune.unfreeze_at_epoch=0", "finetune.stage_epochs=1", "trainer.max_epochs=5"], 5, ["before", "after"]),
     ],
-    ids=["linear_probe", "gradual"],
+    ids=["head_only", "gradual"],
 )
 @pytest.mark.slow
 def test_other_plans(compose, tmp_path, monkeypatch, caplog, overrides, validated, projected):

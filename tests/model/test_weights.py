@@ -7,6 +7,7 @@ from torch.nn.functional import cosine_similarity
 
 from cifar_tl.errors import UserError
 from cifar_tl.model.backbone import Backbone, conv_batchnorm_pairs
+from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.model.weights import load_weights, rescale_filters
 from cifar_tl.train import train
 
@@ -115,6 +116,20 @@ def test_filter_rms_null_keeps_the_files_scale_and_nonsense_is_refused(tmp_path)
     for rms in (0, -1, "much"):
         with pytest.raises(UserError, match=r"model\.filter_rms"):
             load_weights(loaded, str(tmp_path / "w.pth"), filter_rms=rms)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_runs_checkpoint_gives_its_backbone_unless_its_network_is_another_one(tmp_path, own):
+    model = ResNet50Classifier(["a", "b"])
+    ours = {"facts": {"own_network": own}, "config": {"model": {"_target_": "mine.Stem"}}}
+    torch.save({"state_dict": model.state_dict(), "cifar_tl": ours, "epoch": 1}, tmp_path / "best.ckpt")
+    loaded = Backbone(upscale=1)
+    if own:
+        with pytest.raises(UserError, match=r"best.ckpt is of mine\.Stem, whose network is another one"):
+            load_weights(loaded, str(tmp_path / "best.ckpt"), filter_rms=None)
+    else:
+        load_weights(loaded, str(tmp_path / "best.ckpt"), filter_rms=None)
+        torch.testing.assert_close(loaded.state_dict(), model.backbone.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.slow
