@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cache
 from inspect import Parameter, getmro, isclass, signature
 from pathlib import Path
 from pkgutil import resolve_name
@@ -193,10 +194,6 @@ def model_facts(module: ResNet50Classifier) -> dict[str, Any]:
     own = type(module)
     if own is ResNet50Classifier:
         return {}
-    try:
-        sha256 = file_sha256(Path(inspect.getfile(own)))
-    except (OSError, TypeError):  # a class that was made in a session
-        sha256 = None
     arguments = {key: value for key, value in module.hparams.items() if key in signature(ResNet50Classifier).parameters}
     with torch.device("meta"):
         stock = ResNet50Classifier(**arguments)
@@ -204,7 +201,16 @@ def model_facts(module: ResNet50Classifier) -> dict[str, Any]:
     same = own.forward is ResNet50Classifier.forward and all(
         type(mine) is type(theirs) and repr(mine) == repr(theirs) for mine, theirs in parts
     )
-    return {"model_sha256": sha256, "own_network": not same}
+    return {"model_sha256": _sha256_of_class(own), "own_network": not same}  # type: ignore[arg-type]  # mypy doubts that a class has a hash
+
+
+@cache
+def _sha256_of_class(own: type) -> str | None:
+    """Return the hash of the file that defines a class, as it was when the class was first asked for."""
+    try:
+        return file_sha256(Path(inspect.getfile(own)))
+    except (OSError, TypeError):  # a class that was made in a session
+        return None
 
 
 def build_unfreeze(cfg: DictConfig) -> BackboneUnfreeze:
@@ -295,9 +301,11 @@ def _added_callbacks(nodes: DictConfig) -> list[L.Callback]:
         average = isinstance(callback, WeightAveraging | StochasticWeightAveraging)
         if average and not isinstance(callback, WeightEMA):
             raise UserError(
-                f"callbacks.{name}: {type(callback).__name__} is not supported: averaged weights would be validated, "
-                f"and others tested. Give callbacks=ema."
+                f"callbacks.{name}: {type(callback).__name__} is not supported. Give callbacks=ema, whose average is "
+                f"validated, kept, tested and resumed."
             )
+        if isinstance(callback, WeightEMA) and name != "ema":  # a resumed run is told by that name
+            raise UserError(f"callbacks.{name}: an average of weights has the name ema: callbacks=ema.")
     return list(added.values())
 
 
@@ -420,7 +428,7 @@ def check_trainer(trainer: Mapping[Any, Any]) -> None:
         raise UserError(f"trainer.max_time={trainer['max_time']} is not allowed: give DD:HH:MM:SS.")
     clip = trainer.get("gradient_clip_val")
     if clip is not None and not check_number("trainer.gradient_clip_val", clip, 0) > 0:
-        raise UserError(f"trainer.gradient_clip_val={clip} clips nothing: give a number above 0, or leave it out.")
+        raise UserError(f"trainer.gradient_clip_val={clip} clips nothing: give a number above 0, or null.")
     if trainer.get("limit_train_batches") in (0, 0.0):
         raise UserError("trainer.limit_train_batches=0 leaves nothing to train on: give a number of steps, or a share.")
     every = check_int("trainer.check_val_every_n_epoch", trainer.get("check_val_every_n_epoch", 1), 1)

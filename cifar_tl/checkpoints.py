@@ -120,8 +120,8 @@ def _copy_to_host(value: Any) -> Any:
 def _write(checkpoints: dict[str, dict[str, Any]]) -> None:
     """Write checkpoints by path, and then replace the old ones, the one to resume from last.
 
-    It says which epoch is the best. Where the process is killed between the two, the run trains that epoch again; the
-    other way round, the best epoch's weights would be lost.
+    It says which epoch is the best. Where the process is killed between the two, the run trains that epoch again, on a
+    CPU to the same weights; the other way round, the best epoch's weights would be lost.
     """
     with ExitStack() as replacements:  # from the last one to the first
         for path in sorted(checkpoints, key=lambda path: Path(path).name == BEST):
@@ -149,9 +149,11 @@ class BestCheckpoint(ModelCheckpoint):
         averages = [callback for callback in callbacks if isinstance(callback, WeightAveraging)]
         for average in averages:
             average._swap_models(trainer.lightning_module)
-        super()._save_checkpoint(trainer, filepath)
-        for average in averages:
-            average._swap_models(trainer.lightning_module)
+        try:
+            super()._save_checkpoint(trainer, filepath)
+        finally:
+            for average in averages:
+                average._swap_models(trainer.lightning_module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the state with its paths as they are now."""

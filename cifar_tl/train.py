@@ -100,7 +100,7 @@ FIXED = (
     "finetune.stages",
     "finetune.stage_epochs",
     "finetune.progressive_resizing",
-    "callbacks.ema",
+    "callbacks.ema.",
 )
 """Beginnings of the keys that a resumed run cannot change. Others count from the epoch on at which it goes on."""
 OF_TRAINING = (
@@ -145,7 +145,7 @@ def main(cfg: DictConfig) -> float:
 def keep_own_defaults(cfg: DictConfig, folder: Path) -> None:
     """Give a run that goes on its own values of keys in FIXED that nobody gives now: today's defaults may be others."""
     given = [argument.lstrip("+~").partition("=")[0] for argument in unsaved_overrides(folder)]
-    if {"experiment", "ablate"} & set(given):
+    if {"experiment", "ablate", "finetune"} & set(given):
         return
     try:
         last = torch.load(folder / "checkpoints" / LAST, map_location="cpu", mmap=True, weights_only=True)
@@ -205,11 +205,17 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     weights = resumed or fill_backbone(cfg, module)
     datamodule.setup("fit")
     if cfg.resume is not None:
-        check_data_of_resumed_run(datamodule, last)
+        before = read_checkpoint(last)["cifar_tl"]["facts"]
+        check_data_of_resumed_run(datamodule, before)
 
     facts = {**run_facts(cfg, datamodule, experiment), **model_facts(module), **weights}
-    if cfg.resume is not None:
-        warn_of_another_model(cfg, facts, last)
+    if cfg.resume is None:
+        warn_of_another_split(cfg, datamodule)
+    elif "model_sha256" in before and before["model_sha256"] != facts.get("model_sha256"):
+        log.warning(
+            "warning: the file of %s has changed since the run's last epoch; the record has the SHA-256 of both.",
+            cfg.model._target_,
+        )
     module.provenance = {"format": FORMAT, "config": plain(cfg), "facts": facts}
     trainer = build_trainer(
         cfg.trainer,
@@ -354,13 +360,12 @@ def resumed_weights(cfg: DictConfig, last: Path) -> dict[str, Any]:
     return {**weights, "changed": {key: new for key, (_, new) in changed.items()}}
 
 
-def check_data_of_resumed_run(datamodule: CIFAR10DataModule, last: Path) -> None:
+def check_data_of_resumed_run(datamodule: CIFAR10DataModule, facts: Mapping[str, Any]) -> None:
     """Refuse other images than the run has trained on: some may have been, or become, those it is validated on.
 
     Raises:
         UserError: The images, their classes or the way they are split have changed.
     """
-    facts = read_checkpoint(last)["cifar_tl"]["facts"]
     gone, new = (sorted(set(a) - set(b)) for a, b in pairwise((facts["classes"], datamodule.classes, facts["classes"])))
     if gone or new:
         raise UserError(
@@ -375,13 +380,17 @@ def check_data_of_resumed_run(datamodule: CIFAR10DataModule, last: Path) -> None
         )
 
 
-def warn_of_another_model(cfg: DictConfig, facts: Mapping[str, Any], last: Path) -> None:
-    """Warn where the file of a run's own model class is another one than when its last epochs were trained."""
-    before = read_checkpoint(last)["cifar_tl"]["facts"].get("model_sha256")
-    if before != facts.get("model_sha256"):
+def warn_of_another_split(cfg: DictConfig, datamodule: CIFAR10DataModule) -> None:
+    """Warn where the weights are of a run that was trained on other images: on some of those that now validate."""
+    if (path := cfg.model.weights and check_weights(cfg.model.weights)) is None:
+        return
+    state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    facts = state["cifar_tl"].get("facts", {}) if "cifar_tl" in state else {}
+    if facts and facts.get("split_sha256") != datamodule.split_sha256:
         log.warning(
-            "warning: the file of %s has changed since the run's last epoch; the record has the SHA-256 of both.",
-            cfg.model._target_,
+            "warning: model.weights=%s was trained on other images than this run's: where these are of the same data, "
+            "some may be among those that validate it. Its own data.split_seed, val_size and limits keep them apart.",
+            cfg.model.weights,
         )
 
 

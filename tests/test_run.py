@@ -565,3 +565,14 @@ def test_mistakes_are_told_before_anything_is_downloaded(compose, tmp_path, monk
         train(compose("data=folder", f"data.root={tmp_path / 'nowhere'}"), tmp_path / "run", "default")
     with pytest.raises(UserError, match=r"model\.weights=nowhere\.pth: no such file"):
         train(compose("model.weights=nowhere.pth", f"data.root={tmp_path}"), tmp_path / "run", "default")
+
+
+@pytest.mark.slow
+def test_weights_of_a_run_that_was_trained_on_other_images_are_warned_of(compose, tmp_path, tiny_run, caplog):
+    weights = f"model.weights={tiny_run / 'checkpoints' / 'best.ckpt'}"
+    for other in ([], ["data.split_seed=7"]):
+        metrics = train(
+            compose(*TINY, weights, "trainer.max_epochs=1", "finetune=head_only", *other), tmp_path / str(other), "demo"
+        )
+        assert metrics["weights_sha256"]
+        assert ("was trained on other images than this run's" in caplog.text) == bool(other)

@@ -576,7 +576,7 @@ def test_the_command_to_go_on_repeats_what_the_run_does_not_have_yet(command, re
     ("change", "said"),
     [
         ({}, "trainer.max_epochs= lets it train longer, at rates of the longer schedule; cifar_tl.evaluate measures"),
-        ({"epoch": [0]}, "More patience, callbacks=none or another"),
+        ({"epoch": [0]}, "More patience, callbacks=none (callbacks=ema for a run that averages weights) or another"),
         ({"plan": [{"end": 3, "upscale": 2}]}, "cifar_tl.evaluate measures it again"),
         ({"plan": []}, "cifar_tl.evaluate measures it again"),
     ],

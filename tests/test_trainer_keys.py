@@ -376,7 +376,7 @@ def test_ones_own_progress_bar_takes_the_place_of_the_runs(compose, tmp_path, mo
 
 
 @pytest.mark.parametrize("target", ["EMAWeightAveraging", "StochasticWeightAveraging"])
-def test_averaged_weights_which_would_be_validated_and_not_tested_are_refused(compose, tmp_path, target):
+def test_other_averages_of_weights_than_the_one_that_is_there_are_refused(compose, tmp_path, target):
     rate = ["+callbacks.mean.swa_lrs=0.1"] if target.startswith("Stochastic") else []
     cfg = compose(*TINY, f"+callbacks.mean._target_=lightning.pytorch.callbacks.{target}", *rate)
     with pytest.raises(UserError, match=f"callbacks.mean: {target} is not supported"):

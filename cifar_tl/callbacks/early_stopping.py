@@ -4,7 +4,7 @@ import logging
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import early_stopping
+from lightning.pytorch.callbacks import WeightAveraging, early_stopping
 
 from cifar_tl.callbacks.backbone_unfreeze import BackboneUnfreeze
 from cifar_tl.errors import UserError, check_int, suggest
@@ -50,7 +50,9 @@ class EarlyStopping(early_stopping.EarlyStopping):
                 longer = "more patience or " if self.stopping_reason is reasons.PATIENCE_EXHAUSTED else ""
                 said = (self.stopping_reason_message or "").rstrip(".")
                 left = trainer.max_epochs is not None and self.stopped_epoch + 1 < trainer.max_epochs
-                way_on = f" With {longer}callbacks=none it goes on." if left else ""
+                averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+                without = "callbacks=ema" if averages else "callbacks=none"
+                way_on = f" With {longer}{without} it goes on." if left else ""
                 log.info("stopped    early, before it was resumed: %s.%s", said, way_on)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -68,6 +68,7 @@ HPARAMS = (
     "finetune.weight_decay",
     "finetune.label_smoothing",
     "finetune.frozen_augment",
+    "callbacks.ema.decay",
     "trainer.max_epochs",
     "trainer.precision",
 )

@@ -12,8 +12,9 @@ from cifar_tl.errors import check_int, check_number
 class WeightEMA(WeightAveraging):
     """Validate, keep and test an exponential moving average of the weights; training itself goes on without it.
 
-    Lightning's EMAWeightAveraging validates the initial weights until its first update. This one has those of the
-    training until then. `checkpoints.BestCheckpoint` saves the average, where Lightning's saves the training's weights.
+    It begins with the weights after the first step that counts; until then it is the training's weights, where
+    Lightning's EMAWeightAveraging keeps, and validates, those from before the training. Buffers are averaged, too, such
+    as the statistics of a BatchNorm that trains. `checkpoints.BestCheckpoint` saves the average.
 
     Args:
         decay: Share of the old average that a step keeps: 0.995 averages over some 200 steps.
@@ -38,12 +39,16 @@ class WeightEMA(WeightAveraging):
         """Move the average to where the model now is."""
         assert self._average_model is not None
         self._average_model.to(pl_module.device)
+        self._average_model.n_averaged = self._average_model.n_averaged.cpu()  # read in every step
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
         """Find out whether this step counts."""
-        self._counts = trainer.current_epoch >= self.start_epoch
+        counts = trainer.current_epoch >= self.start_epoch
+        if counts and not self._counts:  # where several batches make a step, the one before it does not
+            self._latest_update_step = max(self._latest_update_step, trainer.global_step)
+        self._counts = counts
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save both, the average as the model."""

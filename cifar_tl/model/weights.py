@@ -66,8 +66,8 @@ def check_weights(weights: str) -> Path | None:
     if not (path := check_path("model.weights", weights)).is_file():
         raise UserError(
             f"model.weights={weights}: no such file. "
-            f"Give {', '.join(names)}, the path of a ResNet-50 state dict in torchvision's layout, or null for random "
-            f"weights.{suggest(weights, names)}"
+            f"Give {', '.join(names)}, the path of a ResNet-50 state dict in torchvision's layout or of a run's "
+            f"checkpoint (RUN/checkpoints/best.ckpt), or null for random weights.{suggest(weights, names)}"
         )
     return path
 
@@ -135,11 +135,11 @@ def _backbone_of_a_run(checkpoint: dict[str, Any], weights: str) -> dict[str, Te
     Raises:
         UserError: It is of a model class with another network.
     """
-    if checkpoint["cifar_tl"]["facts"].get("own_network"):
+    if checkpoint["cifar_tl"].get("facts", {}).get("own_network"):
         target = checkpoint["cifar_tl"]["config"]["model"]["_target_"]
         raise UserError(
-            f"model.weights={weights} is of {target}, whose network is another one than a ResNet-50's as it is used "
-            f"here: give a state dict in torchvision's layout."
+            f"model.weights={weights} is of {target}, whose layers or forward are not ResNet50Classifier's: if its "
+            f"backbone is a ResNet-50 all the same, save its state dict, and give that file."
         )
     prefix = "backbone."
     return {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}

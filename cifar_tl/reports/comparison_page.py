@@ -190,7 +190,7 @@ def _warnings(groups: Sequence[Group]) -> list[str]:
             if sha256 := start.get("model_sha256"):
                 files.setdefault(str(run.config.get("model._target_")), set()).add(sha256)
     for name in (name for name, hashes in files.items() if len(hashes) > 1):
-        warnings.append(f"The file of {name} changed from run to run.")
+        warnings.append(f"The file of {name} is not the same in all runs and resumes.")
     if len({tuple(run.classes) for run in runs if run.classes}) > 1:
         warnings.append("The runs are of different classes.")
     for group in groups:

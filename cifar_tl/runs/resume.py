@@ -242,7 +242,10 @@ def longer_text(metrics: dict[str, Any]) -> str:
     if not metrics.get("epoch") or not metrics.get("plan"):  # damaged
         return ""
     if metrics["epoch"][-1] + 1 < metrics["plan"][-1]["end"]:
-        return "More patience, callbacks=none or another trainer.max_time lets it train longer; "
+        return (
+            "More patience, callbacks=none (callbacks=ema for a run that averages weights) or another trainer.max_time "
+            "lets it train longer; "
+        )
     if any(phase.get("upscale") is not None for phase in metrics["plan"]):
         return ""  # its epochs are shared out among sizes
     return "trainer.max_epochs= lets it train longer, at rates of the longer schedule; "

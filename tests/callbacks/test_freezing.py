@@ -50,6 +50,7 @@ def test_thawed_module_trains_its_weights_and_the_policy_says_which_statistics(p
         freezing.adapt_statistics([module])
     before = copy(module)
     step(module)
+    assert all(parameter.requires_grad for parameter in module.parameters())
     noise = {"0.bias"} if policy == "train" else set()  # the mean of a batch is subtracted after it
     assert changed(module, before) | noise == {"0.weight", "0.bias", "1.weight", "1.bias"} | statistics
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 from conftest import TINY
 
+from cifar_tl.build import build_callbacks, build_datamodule
 from cifar_tl.callbacks.weight_ema import WeightEMA
 from cifar_tl.errors import UserError
-from cifar_tl.train import train
+from cifar_tl.train import FIXED, train
 
 TWO = ("trainer.max_epochs=4", "finetune.unfreeze_at_epoch=2")
 EMA = (*TINY, *TWO, "callbacks=ema", "callbacks.ema.decay=0.5")
-"""Two frozen epochs and two of fine-tuning, each with four steps."""
+"""Two frozen epochs and two of fine-tuning, each with three steps."""
 
 
 class Watch(L.Callback):
@@ -66,6 +67,7 @@ def test_the_average_of_fine_tuning_is_validated_kept_and_tested(compose, tmp_pa
                 continue  # a count of batches, which nothing reads
             torch.testing.assert_close(tensor.float(), average[name].float(), msg=name)
     assert not same(watch.validated[3], watch.steps[-1])
+    assert metrics["best/epoch"] >= 2, "else average and model are the same"
     best = weights(tmp_path)
     assert same(watch.validated[metrics["best/epoch"]], best)
     assert same(watch.tested[0], best)
@@ -89,6 +91,12 @@ def test_training_goes_on_without_it_and_a_resumed_run_ends_as_one_in_one_piece(
 
 
 @pytest.mark.slow
+def test_where_several_batches_make_a_step_it_begins_with_the_first_one_of_its_epoch(compose, tmp_path, watch):
+    train(compose(*EMA, "trainer.max_epochs=3", "+trainer.accumulate_grad_batches=3"), tmp_path, "demo")
+    assert same(watch.validated[2], watch.steps[-1]), "the epoch's only step"
+
+
+@pytest.mark.slow
 def test_a_run_that_goes_on_cannot_leave_it_out(compose, tmp_path):
     train(compose(*EMA), tmp_path, "demo")
     before = (tmp_path / "metrics.json").read_bytes()
@@ -97,6 +105,14 @@ def test_a_run_that_goes_on_cannot_leave_it_out(compose, tmp_path):
             train(compose(*other, "trainer.max_epochs=5", f"resume={tmp_path}"), tmp_path, "demo")
     assert (tmp_path / "metrics.json").read_bytes() == before
     assert json.loads(before)["status"] == "finished"
+
+
+def test_its_name_is_what_a_resumed_run_is_told_of(compose, tmp_path):
+    assert "callbacks.ema.decay".startswith(FIXED)
+    assert not "callbacks.email.to".startswith(FIXED)
+    cfg = compose(*TINY, "+callbacks.mean._target_=cifar_tl.callbacks.weight_ema.WeightEMA")
+    with pytest.raises(UserError, match=r"callbacks\.mean: an average of weights has the name ema"):
+        build_callbacks(cfg, build_datamodule(cfg), {"weights_sha256": None, "experiment": "demo"}, tmp_path)
 
 
 @pytest.mark.parametrize(

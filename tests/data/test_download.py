@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from handmade import make_run
@@ -314,6 +315,21 @@ def test_slow_mirror_is_left_for_a_faster_one(tmp_path: Path, server: Server, mo
     assert_complete(tmp_path)
     assert [behaviour for behaviour, _ in server.asked[:2]] == ["crawls", "serves"]
     assert server.asked[1][1] is not None  # it went on with what the slow one had sent
+
+
+@pytest.mark.parametrize(("bytes_per_s", "slow"), [(100_000, True), (300_000, False)])
+def test_slow_is_what_delivers_less_than_the_least_speed(
+    monkeypatch: pytest.MonkeyPatch, bytes_per_s: int, slow: bool
+) -> None:
+    seconds = iter(range(1000))
+    monkeypatch.setattr(download, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
+    answer = SimpleNamespace(read1=lambda size: bytes(bytes_per_s))
+    got = download._blocks(answer, download.ARCHIVE_SIZE - 40 * bytes_per_s, download.MIN_SPEED)  # type: ignore[arg-type]
+    if slow:
+        with pytest.raises(download._MirrorError, match="only 100 kB/s"):
+            list(got)
+    else:
+        assert len(list(got)) == 40
 
 
 def test_where_everything_is_slow_the_download_still_ends(

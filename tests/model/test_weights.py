@@ -125,7 +125,7 @@ def test_a_runs_checkpoint_gives_its_backbone_unless_its_network_is_another_one(
     torch.save({"state_dict": model.state_dict(), "cifar_tl": ours, "epoch": 1}, tmp_path / "best.ckpt")
     loaded = Backbone(upscale=1)
     if own:
-        with pytest.raises(UserError, match=r"best.ckpt is of mine\.Stem, whose network is another one"):
+        with pytest.raises(UserError, match=r"best.ckpt is of mine\.Stem, whose layers or forward are not"):
             load_weights(loaded, str(tmp_path / "best.ckpt"), filter_rms=None)
     else:
         load_weights(loaded, str(tmp_path / "best.ckpt"), filter_rms=None)
