@@ -10,6 +10,7 @@ if __name__ == "__main__":  # before what takes seconds to import: --help, --cfg
 import gc
 import logging
 import shlex
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import pairwise
@@ -382,7 +383,8 @@ def check_data_of_resumed_run(datamodule: CIFAR10DataModule, facts: Mapping[str,
 
 def warn_of_another_split(cfg: DictConfig, datamodule: CIFAR10DataModule) -> None:
     """Warn where the weights are of a run that was trained on other images: on some of those that now validate."""
-    if (path := cfg.model.weights and check_weights(cfg.model.weights)) is None:
+    path = None if cfg.model.weights is None else check_weights(cfg.model.weights)
+    if path is None or not zipfile.is_zipfile(path):  # no checkpoint of a run has torch's old format
         return
     state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     facts = state["cifar_tl"].get("facts", {}) if "cifar_tl" in state else {}

@@ -570,9 +570,13 @@ def test_mistakes_are_told_before_anything_is_downloaded(compose, tmp_path, monk
 @pytest.mark.slow
 def test_weights_of_a_run_that_was_trained_on_other_images_are_warned_of(compose, tmp_path, tiny_run, caplog):
     weights = f"model.weights={tiny_run / 'checkpoints' / 'best.ckpt'}"
-    for other in ([], ["data.split_seed=7"]):
+    old = tmp_path / "old.pth"
+    torch.save(load_trained(tiny_run).module.backbone.state_dict(), old, _use_new_zipfile_serialization=False)
+    for other in ([], [f"model.weights={old}", "data.split_seed=7"], ["data.split_seed=7"]):
         metrics = train(
-            compose(*TINY, weights, "trainer.max_epochs=1", "finetune=head_only", *other), tmp_path / str(other), "demo"
+            compose(*TINY, weights, "trainer.max_epochs=1", "finetune=head_only", *other),
+            tmp_path / str(len(other)),
+            "demo",
         )
         assert metrics["weights_sha256"]
-        assert ("was trained on other images than this run's" in caplog.text) == bool(other)
+        assert ("was trained on other images than this run's" in caplog.text) == (other == ["data.split_seed=7"])
