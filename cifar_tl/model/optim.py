@@ -14,7 +14,7 @@ MUON_ITERATIONS = 5
 """Newton-Schulz iterations of Muon."""
 MUON_BLOCK = 128
 """Rows of the blocks that Muon orthogonalizes: whole kernels cost seven times as many operations, for nothing that
-the proxy shows (conf/experiment/README.md, "Muon in blocks")."""
+the proxy shows (conf/experiment/NOTES.md, "Muon in blocks")."""
 COUPLED_DECAY = 1e-3
 """Most weight decay for `adam` and `sgd`, to which torch gives it as a part of the gradient (see `check_optimizer`)."""
 
