@@ -10,7 +10,7 @@ if __name__ == "__main__":  # before what takes seconds to import: --help, --cfg
 import gc
 import logging
 import shlex
-import zipfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import pairwise
@@ -384,9 +384,10 @@ def check_data_of_resumed_run(datamodule: CIFAR10DataModule, facts: Mapping[str,
 def warn_of_another_split(cfg: DictConfig, datamodule: CIFAR10DataModule) -> None:
     """Warn where the weights are of a run that was trained on other images: on some of those that now validate."""
     path = None if cfg.model.weights is None else check_weights(cfg.model.weights)
-    if path is None or not zipfile.is_zipfile(path):  # no checkpoint of a run has torch's old format
+    if path is None:
         return
-    state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    with warnings.catch_warnings(action="ignore"):  # of pickle protocols, for instance
+        state = torch.load(path, map_location="cpu", weights_only=True)
     facts = state["cifar_tl"].get("facts", {}) if "cifar_tl" in state else {}
     if facts and facts.get("split_sha256") != datamodule.split_sha256:
         log.warning(

@@ -24,6 +24,7 @@ from cifar_tl import hardware
 from cifar_tl.build import build_loggers, build_schedule
 from cifar_tl.callbacks.backbone_unfreeze import BackboneUnfreeze
 from cifar_tl.callbacks.early_stopping import EarlyStopping
+from cifar_tl.callbacks.weight_ema import WeightEMA
 from cifar_tl.checkpoints import load_trained
 from cifar_tl.data.synthetic import Synthetic
 from cifar_tl.errors import UserError
@@ -298,14 +299,23 @@ def test_early_stopping_looks_at_the_last_phase_unless_told(given, keys, counts)
     assert looked_at == list(counts)
 
 
-@pytest.mark.parametrize(("max_epochs", "promises"), [(6, False), (7, True)])
-def test_an_early_stop_in_the_last_epoch_promises_nothing(caplog, max_epochs, promises):
+@pytest.mark.parametrize(
+    ("max_epochs", "average", "promise"),
+    [
+        (6, False, ""),
+        (7, False, " With more patience or callbacks=none it goes on."),
+        (7, True, " or callbacks=ema it"),
+    ],
+)
+def test_an_early_stop_says_what_goes_on_unless_it_was_in_the_last_epoch(caplog, max_epochs, average, promise):
     stopping = EarlyStopping("val/acc", patience=2)
     stopping.stopping_reason, stopping.wait_count, stopping.stopped_epoch = EarlyStoppingReason.PATIENCE_EXHAUSTED, 2, 5
     caplog.set_level(logging.INFO)
-    stopping.on_fit_start(SimpleNamespace(max_epochs=max_epochs, is_global_zero=True), None)
+    callbacks = [WeightEMA()] if average else []
+    stopping.on_fit_start(SimpleNamespace(max_epochs=max_epochs, is_global_zero=True, callbacks=callbacks), None)
     assert "stopped    early, before it was resumed" in caplog.text
-    assert ("goes on" in caplog.text) is promises
+    assert promise in caplog.text
+    assert ("goes on" in caplog.text) == bool(promise)
 
 
 @pytest.mark.slow
