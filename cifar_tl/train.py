@@ -495,6 +495,11 @@ def plan_text(cfg: DictConfig, datamodule: CIFAR10DataModule, facts: dict[str, A
             f"phase      {phase.name}, epochs {epochs_text(phase)}: {stages_text(phase.stages)}; "
             f"{optimizer}, {schedule.schedule} learning rate, head {learning_rates['head']:g}{backbone}"
         )
+    average = cfg.callbacks.get("ema") or {}
+    if str(average.get("_target_")).endswith(".WeightEMA"):
+        start = f" from epoch {average['start_epoch']} on" if average.get("start_epoch") else ""
+        decay = average.get("decay", "0.995")
+        lines.append(f"average    of the weights of steps{start}, decay {decay}: it is validated, kept and tested")
     if cfg.resume is not None:
         lines.append(f"resuming   after the last finished epoch in {folder / 'checkpoints' / LAST}")
     return "\n".join(lines)

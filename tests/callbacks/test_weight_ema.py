@@ -1,6 +1,7 @@
 """The average of the weights: what is validated, kept and tested, and what goes on to train."""
 
 import json
+import logging
 
 import lightning as L
 import pytest
@@ -53,7 +54,8 @@ def weights(folder, name="best"):
 
 
 @pytest.mark.slow
-def test_the_average_of_fine_tuning_is_validated_kept_and_tested(compose, tmp_path, watch):
+def test_the_average_of_fine_tuning_is_validated_kept_and_tested(compose, tmp_path, watch, caplog):
+    caplog.set_level(logging.INFO)
     metrics = train(compose(*EMA), tmp_path, "demo")
     steps = len(watch.steps) // 4
     frozen, (first, *others) = watch.steps[steps * 2 - 1], watch.steps[steps * 2 :]
@@ -67,6 +69,7 @@ def test_the_average_of_fine_tuning_is_validated_kept_and_tested(compose, tmp_pa
                 continue  # a count of batches, which nothing reads
             torch.testing.assert_close(tensor.float(), average[name].float(), msg=name)
     assert not same(watch.validated[3], watch.steps[-1])
+    assert "average    of the weights of steps from epoch 2 on, decay 0.5: it is validated" in caplog.text
     assert metrics["best/epoch"] >= 2, "else average and model are the same"
     best = weights(tmp_path)
     assert same(watch.validated[metrics["best/epoch"]], best)
