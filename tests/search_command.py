@@ -16,7 +16,7 @@ SweepTable._draw_report = lambda self: None
 
 
 def trial(cfg):
-    """Wait for a second process and some time, then have a result that depends on the trial's value alone."""
+    """Wait for a second process, for ever if told to, and some time, then have a result of the trial's value alone."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     write_metrics(folder, {"status": "running"})
     with (begun := folder.parent / "begun.jsonl").open("a") as file:
@@ -24,6 +24,10 @@ def trial(cfg):
         file.write(json.dumps(entry) + "\n")
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and len({json.loads(line)["process"] for line in begun.open()}) < 2:
+        time.sleep(0.05)
+    hold = folder.parent / f"hold-{os.getpid()}"
+    while hold.is_file():  # until this process is killed
+        (folder.parent / f"held-{os.getpid()}").touch()
         time.sleep(0.05)
     time.sleep(0.3)
     write_metrics(folder, {"status": "finished", "best/val/acc": 1 - cfg.model.dropout})

@@ -273,9 +273,11 @@ def test_processes_share_a_search_and_one_that_is_killed_leaves_its_trial_to_the
 
     processes = [first, second] = [start(), start()]
     try:
-        # killed in a trial: one that is killed while it asks for the next one leaves a trial that never began
-        while not (lines := begun())[6:] or lines[-1]["process"] != first.pid:  # the test's timeout ends it
+        hold, held = (tmp_path / "search" / f"{name}-{first.pid}" for name in ("hold", "held"))
+        while not held.is_file():  # in a trial: while it asks for the next one, a trial would be left that never began
             assert first.poll() is None, (tmp_path / "log").read_text()
+            if len(begun()) >= 6:
+                hold.touch()
             time.sleep(0.02)
         first.kill()
         first.wait()
