@@ -162,8 +162,10 @@ def _upright(image: Image.Image) -> tuple[Image.Image, list[str]]:
 def _rgb(image: Image.Image) -> tuple[Image.Image, list[str], int]:
     """Return an 8-bit RGB image of any size, notes about what was done, and the bits that were guessed."""
     notes = ["first frame of several"] if getattr(image, "is_animated", False) else []
+    stored_as = str(getattr(image, "tile", ""))  # gone once the pixels are loaded
+    png_bits = 16 if image.format == "PNG" and ";16" in stored_as else 8
     image.load()
-    highest, how, guessed_bits = _highest_value(image)
+    highest, how, guessed_bits = _highest_value(image, png_bits)
     # PIL turns such values over at 1 to 8 bits, and leaves 16 as they are
     white_is_zero = getattr(image, "tag_v2", {}).get(TIFF_PHOTOMETRIC) == 0
     image, turned = _upright(image)
@@ -183,11 +185,15 @@ def _rgb(image: Image.Image) -> tuple[Image.Image, list[str], int]:
     return image.convert("RGB"), notes, 0
 
 
-def _highest_value(image: Image.Image) -> tuple[int, str, int]:
+def _highest_value(image: Image.Image, png_bits: int) -> tuple[int, str, int]:
     """Return which value of a grey image of more than 8 bits is white, a note, and the guessed bits; 0 for others.
 
     PNG's values fill 16 bits, and PIL has scaled PGM's to them. A TIFF says how many bits its values have room for,
     rarely how many they use: 10, 12 and 14 bits of cameras, microscopes and scanners come in 16.
+
+    Args:
+        image: Loaded.
+        png_bits: Bits of a sample of a PNG with colours, 8 for everything else.
 
     Raises:
         UnreadableImage: Nothing says what white is.
@@ -195,7 +201,7 @@ def _highest_value(image: Image.Image) -> tuple[int, str, int]:
     if image.mode == "F":
         raise UnreadableImage("floating-point pixels: what is white is unknown, convert it to 8 bits")
     tags = getattr(image, "tag_v2", {})
-    bits = max(np.atleast_1d(tags.get(TIFF_BITS_PER_SAMPLE, 8)))
+    bits = max(np.atleast_1d(tags.get(TIFF_BITS_PER_SAMPLE, png_bits)))
     colours = image.mode in ("RGB", "RGBA")
     if colours and bits > 8 and np.asarray(image)[..., :3].max() < 64:  # PIL has kept the upper 8 of 16 bits
         raise UnreadableImage("16-bit colours of which fewer bits are used, or all but black: convert it to 8 bits")

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -109,11 +110,22 @@ def with_alpha(values):
     return tiff(pixels, 4, 16, (338, 3, 1, 2))
 
 
-def test_16_bit_colours_of_which_fewer_are_used_are_refused_with_alpha_too():
+def deep_png(values, alpha):
+    pixels = np.stack([values] * 3 + [np.full_like(values, 65535)] * alpha, axis=-1).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    height, width = values.shape
+    head = struct.pack(">IIBBBBB", width, height, 16, 6 if alpha else 2, 0, 0, 0)
+    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    parts = (struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks)
+    return io.BytesIO(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+@pytest.mark.parametrize("made", [with_alpha, lambda v: deep_png(v, alpha=True), lambda v: deep_png(v, alpha=False)])
+def test_16_bit_colours_of_which_fewer_are_used_are_refused(made):
     expected = decode(encoded(Image.fromarray((RAMP / 257).round().astype(np.uint8)), "PNG"))
-    assert abs(decode(with_alpha(RAMP)).pixels.astype(int) - expected.pixels).max() <= 1
+    assert abs(decode(made(RAMP)).pixels.astype(int) - expected.pixels).max() <= 1
     with pytest.raises(UnreadableImage, match="16-bit colours of which fewer bits are used"):
-        decode(with_alpha(RAMP >> 4))
+        decode(made(RAMP >> 4))
 
 
 def test_a_hot_pixel_changes_how_many_bits_are_guessed_and_this_is_said():
