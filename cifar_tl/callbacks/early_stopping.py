@@ -50,7 +50,8 @@ class EarlyStopping(early_stopping.EarlyStopping):
                 longer = "more patience or " if self.stopping_reason is reasons.PATIENCE_EXHAUSTED else ""
                 said = (self.stopping_reason_message or "").rstrip(".")
                 left = trainer.max_epochs is not None and self.stopped_epoch + 1 < trainer.max_epochs
-                averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+                callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning adds it
+                averages = any(isinstance(callback, WeightAveraging) for callback in callbacks)
                 without = "callbacks=ema" if averages else "callbacks=none"
                 way_on = f" With {longer}{without} it goes on." if left else ""
                 log.info("stopped    early, before it was resumed: %s.%s", said, way_on)

@@ -28,7 +28,7 @@ class WeightEMA(WeightAveraging):
         key = "callbacks.ema"
         decay = check_number(f"{key}.decay", decay, 0, below=1)
         self.start_epoch = 0 if start_epoch is None else check_int(f"{key}.start_epoch", start_epoch, 0)
-        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
+        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]  # torch's
         self._counts = False
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
