@@ -46,17 +46,24 @@ def open_study(folder: Path, **options: Any) -> "optuna.Study":
         options: `pruner` and `sampler`, which a study does not keep.
 
     Raises:
-        UserError: Optuna is not installed.
+        UserError: Optuna is not installed, or cannot read the study's file.
     """
     require_optuna()
     import optuna
     from optuna.storages.journal import JournalFileBackend, JournalStorage
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
-    if NAME in optuna.get_all_study_names(storage):  # reading a study writes nothing
-        return optuna.load_study(study_name=NAME, storage=storage, **options)
-    return optuna.create_study(study_name=NAME, storage=storage, direction="maximize", load_if_exists=True, **options)
+    try:
+        storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+        if NAME in optuna.get_all_study_names(storage):  # reading a study writes nothing
+            return optuna.load_study(study_name=NAME, storage=storage, **options)
+        return optuna.create_study(
+            study_name=NAME, storage=storage, direction="maximize", load_if_exists=True, **options
+        )
+    except OSError:
+        raise
+    except Exception as error:  # KeyError, AssertionError, TypeError, ...: whatever a damaged line makes of it
+        raise UserError(f"{folder / JOURNAL} is damaged: {type(error).__name__}: {first_line(error)}") from error
 
 
 def distribution(override: Override) -> "optuna.distributions.BaseDistribution":
@@ -219,8 +226,8 @@ def _check_same_space(study: "optuna.Study", space: Mapping[str, Any], folder: P
 
 
 def overrides(trial: Any, folder: Path) -> list[str]:
-    """Return the overrides of a trial's run, floats with four digits, and of its folder below the sweep's."""
-    values = [f"{key}={v:.4g}" if isinstance(v, float) else f"{key}={v}" for key, v in trial.params.items()]
+    """Return the overrides of a trial's run, with the very values that Optuna has, and of its folder."""
+    values = [f"{key}={value}" for key, value in trial.params.items()]
     begun = ["resume=last", "hydra.output_subdir=null"] if (folder / str(trial.number) / METRICS).is_file() else []
     return [*values, *begun, f"hydra.sweep.subdir={trial.number}"]
 

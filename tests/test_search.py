@@ -361,6 +361,41 @@ def test_a_run_that_is_no_trial_is_left_alone(compose, tmp_path):
     assert train(cfg, tmp_path / "run", "demo")["status"] == "finished"
 
 
+def test_a_run_has_the_very_values_that_optuna_has(search):
+    tried = []
+
+    def noted(number, cfg):
+        tried.append(cfg.callbacks.ema.decay)
+        return {"status": "finished", "best/val/acc": 0.5}
+
+    close = "callbacks.ema.decay=interval(0.99995, 0.999999)"  # of four digits, all are 1
+    code, error, study = search(noted, "callbacks=ema", close, "hydra.sweeper.n_trials=3")
+    assert code == 0, error
+    assert tried == [trial.params["callbacks.ema.decay"] for trial in study.trials]
+    assert len(set(tried)) == 3
+
+
+@pytest.mark.parametrize("line", ["{}", "[]", '{"op_code": 0, ', "\x00\x01"])
+def test_a_damaged_journal_is_named(tmp_path, capsys, no_run_pages, line):
+    make_run(tmp_path / "0", ["model.dropout=0.1"])
+    (tmp_path / JOURNAL).write_text(f"{line}\n")
+    with pytest.raises(UserError, match=f"{JOURNAL} is damaged"):
+        open_study(tmp_path)
+    assert report([str(tmp_path)]) == 0
+    page = (tmp_path / "sweep_report.html").read_text()
+    assert "The search is not shown" in page
+    assert "all runs" in page
+
+
+def test_a_search_without_a_finished_trial_says_so(tmp_path, no_run_pages):
+    study = open_study(tmp_path)
+    study.tell(study.ask({"model.dropout": FloatDistribution(0, 0.5)}), state=optuna.trial.TrialState.FAIL)
+    make_run(tmp_path / "0", ["model.dropout=0.1"], status="failed")
+    assert report([str(tmp_path)]) == 0
+    said = "The search is not shown: none of its 1 trials has finished."
+    assert said in (tmp_path / "sweep_report.html").read_text()
+
+
 @pytest.mark.slow
 def test_a_searchs_page_has_its_history_and_what_the_best_trial_has(tmp_path):
     study = open_study(tmp_path)
@@ -375,7 +410,7 @@ def test_a_searchs_page_has_its_history_and_what_the_best_trial_has(tmp_path):
         asked.report(0.3, 0)
         value = 0.5 + number / 10 if state == "COMPLETE" else None
         study.tell(asked, value, state=optuna.trial.TrialState[state])
-        overrides = [f"finetune.head_lr={asked.params['finetune.head_lr']:.4g}"]
+        overrides = [f"finetune.head_lr={asked.params['finetune.head_lr']}"]
         why = {"pruned": "Pruned after epoch 0."} if status == "pruned" else {}
         make_run(tmp_path / str(number), overrides, status=status, **why)
     before = (tmp_path / JOURNAL).read_bytes()

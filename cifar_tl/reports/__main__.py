@@ -41,6 +41,9 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("Interrupted. The same command draws the pages that are missing.", file=sys.stderr)
+        return 130
     except OSError as error:
         print(
             f"error: {error.filename or 'report'}: {error.strerror}. Make room there, or use --output.", file=sys.stderr

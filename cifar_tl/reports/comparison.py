@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,8 @@ from cifar_tl.runs.record import matters
 
 DATA_HASHES = ("split_sha256", "test_sha256")
 """In a run's metrics: of the images that it was trained and validated on, and tested on."""
+TURNS = {"seed", "trainer.devices"}
+"""Keys in which runs of one setting differ: jobs take turns on GPUs."""
 
 
 @dataclass
@@ -37,7 +40,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Put runs whose overrides differ in the seed alone together; groups are in the order of their first runs.
 
     What was changed in files of `conf` between two such runs is an override, too; so is the place of their data, where
-    these are others.
+    these are others. Runs of other seeds whose configs are equal belong together, however they were typed.
     """
     given = [_by_key([f"folder={run.folder}"] if run.overrides is None else run.overrides) for run in runs]
     alike: dict[tuple[tuple[str, str], ...], list[int]] = {}
@@ -50,6 +53,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         for run, overrides in zip(runs, given, strict=True):
             digests = [str(run.metrics.get(key, "-"))[:8] for key in DATA_HASHES]
             overrides["data.root"] = f"{run.config.get('data.root')} ({' '.join(digests)})"
+    _join_equal_configs(runs, given)
     keys = dict.fromkeys(key for overrides in given for key in overrides if key != "seed")
     differing = [key for key in keys if len({overrides.get(key) for overrides in given}) > 1]
     last = [key.rsplit(".", 1)[-1] for key in differing]
@@ -204,18 +208,17 @@ class Effect:
 def effects(groups: Sequence[Group], metric: str) -> list[Effect]:
     """Return the effect of every override that differs alone between two groups, the largest first.
 
-    Means are over those groups that have such a counterpart, whatever else was swept: they are fair where every value
-    met the same others, as in a grid.
+    Means are over those settings of all else that were tried with every value: one that a value lacks, because its job
+    failed, for instance, would count for the others alone.
     """
     tested = [group for group in groups if group.values(metric)]
     found = []
     for key in dict.fromkeys(key for group in tested for key in group.overrides):
-        paired = _with_counterpart(key, tested)
-        if not paired:
-            continue
         by_value: dict[str, list[list[float]]] = {}
-        for group in paired:
+        for group in _with_every_value(key, tested):
             by_value.setdefault(group.overrides.get(key, "(not given)"), []).append(group.values(metric))
+        if not by_value:
+            continue
         rows = {}
         for value, results in by_value.items():
             single = [x for result in results for x in result]
@@ -224,13 +227,15 @@ def effects(groups: Sequence[Group], metric: str) -> list[Effect]:
     return sorted(found, key=lambda effect: -effect.spread)
 
 
-def _with_counterpart(key: str, groups: Sequence[Group]) -> list[Group]:
-    """Return the groups from which another one differs in this override alone."""
-    equal_else: dict[tuple[tuple[str, str], ...], list[Group]] = {}
+def _with_every_value(key: str, groups: Sequence[Group]) -> list[Group]:
+    """Return those groups that differ from others in this override alone, where each of its values has such a group."""
+    equal_else: dict[tuple[tuple[str, str], ...], dict[str | None, Group]] = {}
     for group in groups:
         others = {name: value for name, value in group.overrides.items() if name != key}
-        equal_else.setdefault(_settings(others), []).append(group)
-    return [g for alike in equal_else.values() if len({a.overrides.get(key) for a in alike}) > 1 for g in alike]
+        equal_else.setdefault(_settings(others), {})[group.overrides.get(key)] = group
+    compared = [alike for alike in equal_else.values() if len(alike) > 1]
+    values = {value for alike in compared for value in alike}
+    return [group for alike in compared if alike.keys() == values for group in alike.values()]
 
 
 def _of_several_data(runs: Sequence[Run]) -> bool:
@@ -242,6 +247,24 @@ def _settings(overrides: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     return tuple(sorted((key, value) for key, value in overrides.items() if key != "seed"))
 
 
+def _join_equal_configs(runs: Sequence[Run], given: list[dict[str, str]]) -> None:
+    """Give runs the overrides of earlier ones whose config is the same and that have none of their seeds."""
+    seen: list[tuple[dict[str, Any], dict[str, str], set[str]]] = []
+    for settings in dict.fromkeys(map(_settings, given)):
+        members = [at for at, overrides in enumerate(given) if _settings(overrides) == settings]
+        configs = [{k: v for k, v in runs[at].config.items() if matters(k) and k not in TURNS} for at in members]
+        seeds = {str(seed_of(runs[at])) for at in members}
+        place = dict(settings).get("data.root")
+        for config, overrides, theirs in seen:
+            if config and config == configs[0] and place == overrides.get("data.root") and not theirs & seeds:
+                theirs |= seeds
+                for at in members:
+                    given[at] = {**overrides, **{k: v for k, v in given[at].items() if k == "seed"}}
+                break
+        else:
+            seen.append((configs[0], dict(settings), set(seeds)))
+
+
 def _edited(runs: Sequence[Run], same: Sequence[int]) -> list[str]:
     """Return the keys of the config whose values differ although the same was typed, and not because jobs take turns.
 
@@ -249,7 +272,7 @@ def _edited(runs: Sequence[Run], same: Sequence[int]) -> list[str]:
     version's, and all have its default.
     """
     configs = [runs[at].config for at in same if runs[at].config]
-    found = {key for config in configs for key in config} - {"seed", "trainer.devices"}
+    found = {key for config in configs for key in config} - TURNS
     return sorted(
         key
         for key in found

@@ -23,7 +23,7 @@ from cifar_tl.reports.comparison import (
     seed_of,
 )
 from cifar_tl.reports.page import DrawnFigure, FigureFolder, Section, write_page
-from cifar_tl.reports.run_page import REPORT
+from cifar_tl.reports.run_page import REPORT, leaks
 from cifar_tl.reports.search_history import search_section
 from cifar_tl.runs.folder import Run, read_runs
 from cifar_tl.runs.formatting import duration_text, percent, percent_range, points
@@ -94,10 +94,10 @@ def _settings(groups: Sequence[Group]) -> Table:
                     str(len(test)),
                     percent(fmean(test)),
                     _deviation(test),
-                    percent_range(min(test), max(test)),
+                    _range(test),
                     percent(fmean(val)),
                     _deviation(val),
-                    percent_range(min(val), max(val)),
+                    _range(val),
                     *(_mean(group.values(metric)) for metric in ("test/loss", "test/ece")),
                     duration_text(fmean(seconds)) if seconds else "-",
                 ]
@@ -117,6 +117,11 @@ def _settings(groups: Sequence[Group]) -> Table:
 def _deviation(values: Sequence[float]) -> str:
     """Return the standard deviation of shares, in points; `-` for a single one."""
     return f"{100 * stdev(values):.2f}" if len(values) > 1 else "-"
+
+
+def _range(values: Sequence[float]) -> str:
+    """Return the lowest and the highest of some shares; `-` for a single one."""
+    return percent_range(min(values), max(values)) if len(values) > 1 else "-"
 
 
 def _paired(groups: Sequence[Group]) -> Table:
@@ -160,8 +165,8 @@ def _effects(groups: Sequence[Group]) -> Table:
         "Which override mattered",
         ["override", "n", "test acc, mean", "range", "points between best and worst value"],
         rows,
-        "Means over everything else that was swept; the override with the largest effect first. Those that never "
-        "differ alone between two settings are left out.",
+        "Means over those settings of everything else that have a result with every value of the override; the "
+        "override with the largest effect first. Those for which there is no such setting are left out.",
     )
 
 
@@ -191,6 +196,12 @@ def _warnings(groups: Sequence[Group]) -> list[str]:
                 files.setdefault(str(run.config.get("model._target_")), set()).add(sha256)
     for name in (name for name, hashes in files.items() if len(hashes) > 1):
         warnings.append(f"The file of {name} is not the same in all runs and resumes.")
+    leaking: dict[str, list[str]] = {}
+    for run in runs:
+        for sentence in leaks(run):
+            leaking.setdefault(sentence, []).append(run.folder.name)
+    for sentence, names in leaking.items():
+        warnings.append(f"{'All runs' if len(names) == len(runs) else ', '.join(names)}: {sentence}")
     if len({tuple(run.classes) for run in runs if run.classes}) > 1:
         warnings.append("The runs are of different classes.")
     for group in groups:

@@ -28,6 +28,8 @@ INK: str = STYLE["text.color"]
 FAINT: str = STYLE["axes.edgecolor"]
 COLORS = ("#3b82f6", "#e8853a", "#2da44e", "#8b6fd6", "#d1453b", "#17a2b0", "#b58900", "#d857a6")
 """Readable on white and on black."""
+LINES = ("-", "--", "-.", ":")
+"""Of curves, once all colours are taken."""
 MARKERS = "os^D"
 """Of points, one per device."""
 RIGHT, WRONG = "#2563c9", "#bf3328"
@@ -78,6 +80,11 @@ def _title_above(figure: Figure, title: str) -> None:
     """Write a title above all else in a figure, what its axes have above them among it."""
     weight, size = STYLE["axes.titleweight"], STYLE["axes.titlesize"]
     figure.suptitle(title, fontsize=size, fontweight=weight, x=0.01, ha="left")
+
+
+def _looks() -> Iterator[dict[str, Any]]:
+    """Yield the colour and the style of lines; 32 of them differ."""
+    return cycle({"color": color, "linestyle": style} for style in LINES for color in COLORS)
 
 
 @_styled
@@ -312,15 +319,13 @@ def runs_over_each_other(
     """
     labels = [textwrap.fill(f"{name} (n={len(runs)})", 75) for name, runs in groups.items()]
     figure, axes = _axes(3.4 + 0.15 * sum(label.count("\n") + 1 for label in labels), width=6.2)
-    for number, (label, runs) in enumerate(zip(labels, groups.values(), strict=True)):
-        color = COLORS[number % len(COLORS)]
+    for look, label, runs in zip(_looks(), labels, groups.values(), strict=False):
         for epochs, values in runs:
-            axes.plot(epochs, np.array(values, dtype=float), color=color, linewidth=0.8, alpha=0.45, marker=".")
+            axes.plot(epochs, np.array(values, dtype=float), color=look["color"], linewidth=0.8, alpha=0.45, marker=".")
         shortest = min((epochs for epochs, _ in runs), key=len, default=[])
         if len(shortest):
             mean = np.mean([np.array(values[: len(shortest)], dtype=float) for _, values in runs], axis=0)
-            style = "-" if number < len(COLORS) else "--"
-            axes.plot(shortest, mean, style, color=color, linewidth=2.2, marker=".", label=label)
+            axes.plot(shortest, mean, **look, linewidth=2.2, marker=".", label=label)
     for start in starts:
         axes.axvline(start - 0.5, color=INK, linewidth=0.9, linestyle="--", alpha=0.6)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
@@ -340,10 +345,12 @@ def cliff(title: str, recipes: Mapping[str, tuple[Sequence[int], Sequence[float]
         recipes: Epochs, shares, and the first epoch after the unfreeze, by name.
     """
     figure, axes = _axes(3.4, width=4.4)  # it stands in half a page
-    for color, (name, (epochs, values, unfreeze)) in zip(cycle(COLORS), recipes.items(), strict=False):
+    for look, (name, (epochs, values, unfreeze)) in zip(_looks(), recipes.items(), strict=False):
         step = f"{100 * (values[unfreeze] - values[unfreeze - 1]):+.1f}"
-        axes.plot(epochs, values, color=color, marker="o", label=f"{name}  {step}")
-        axes.plot([unfreeze - 1, epochs[-1]], [values[unfreeze - 1]] * 2, color=color, linewidth=1, linestyle=":")
+        axes.plot(epochs, np.array(values, dtype=float), **look, marker="o", label=f"{name}  {step}")
+        axes.plot(
+            [unfreeze - 1, epochs[-1]], [values[unfreeze - 1]] * 2, color=look["color"], linewidth=1, linestyle=":"
+        )
     for start in sorted({unfreeze for *_, unfreeze in recipes.values()}):
         mark_phases(axes, [("unfreeze", start)])
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))

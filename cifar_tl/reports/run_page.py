@@ -42,7 +42,9 @@ def write_run_report(folder: Path, output: Path | None = None) -> Path:
         try:
             if (data := prepare()) is not None:
                 sections.append(Section(heading, macro, data))
-        except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+        except OSError:
+            raise  # a full or write-protected disk is not the record's fault
+        except Exception as error:  # whatever odd values lead to
             reason = f"has no {error}" if isinstance(error, KeyError) else f"is odd: {error}"
             problems.append(f"'{heading}' could not be drawn: {source} {reason}.")
 
@@ -73,14 +75,7 @@ def write_run_report(folder: Path, output: Path | None = None) -> Path:
 
 def _warnings(run: Run) -> list[str]:
     """Return what a reader should know before all numbers."""
-    warnings = list(run.metrics.get("warnings", []))
-    duplicates = run.metrics.get("duplicates", {})
-    if count := duplicates.get("test", 0):
-        example = " is ".join(duplicates.get("example") or [])
-        warnings.append(
-            f"{count:,} test images are training or validation images, too, pixel for pixel"
-            f"{f' ({example})' if example else ''}: the test says too much good of the model."
-        )
+    warnings = [*run.metrics.get("warnings", []), *leaks(run)]
     if not run.finished and not (run.status == "unknown" and run.predictions is not None):  # these are of a test
         done = len(run.metrics.get("epoch", []))
         planned = max((phase["end"] for phase in run.metrics.get("plan", [])), default=0)
@@ -90,6 +85,24 @@ def _warnings(run: Run) -> list[str]:
             0, f"This run has not finished (status: {run.status}). {epochs} are recorded; there is no test result.{why}"
         )
     return warnings
+
+
+def leaks(run: Run) -> list[str]:
+    """Return what says that images of a run are in two splits, nothing where none is."""
+    duplicates = run.metrics.get("duplicates", {})
+    found = []
+    if count := duplicates.get("test", 0):
+        example = " is ".join(duplicates.get("example") or [])
+        found.append(
+            f"{count:,} test images are training or validation images, too, pixel for pixel"
+            f"{f' ({example})' if example else ''}: the test says too much good of the model."
+        )
+    if count := duplicates.get("val", 0):
+        found.append(
+            f"{count:,} validation images are training images, too, pixel for pixel: validation says too much good of "
+            f"the model, and chooses its epoch."
+        )
+    return found
 
 
 def _header(run: Run) -> dict[str, Any]:

@@ -28,12 +28,13 @@ def search_section(folder: Path, drawing: FigureFolder) -> Section | None:
         return None
     try:
         study = open_study(folder)
-    except (UserError, ValueError) as error:  # Optuna is not installed, or the journal is damaged
-        drawing.problems.append(f"{folder / JOURNAL} is not shown: {error}")
+    except UserError as error:
+        drawing.problems.append(f"The search is not shown: {error}")
         return None
     trials: list[Any] = [trial for trial in study.trials if trial.value is not None]
     finished = [trial for trial in trials if trial.state.name == "COMPLETE"]
     if not finished:
+        drawing.problems.append(f"The search is not shown: none of its {len(study.trials)} trials has finished.")
         return None
     best: Any = study.best_trial
     marked = {"finished": finished, "pruned": [t for t in trials if t.state.name == "PRUNED"], "best": [best]}

@@ -1,6 +1,7 @@
 """The published tables, from the runs that cifar_tl.reproduce made: tables.md, a CSV per table, and two figures."""
 
 import json
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from statistics import fmean, harmonic_mean
 
 import numpy as np
 
+from cifar_tl.files import write_text
 from cifar_tl.reports import figures, svg
 from cifar_tl.reports.ablation import KEY, ablation
 from cifar_tl.reports.comparison import Group
@@ -39,12 +41,15 @@ def write_tables(jobs: Sequence[Job], folder: Path) -> list[Path]:
             scale: [group for group in _groups(jobs, runs, part, scale) if group.runs]
             for scale in sorted({scale for job in jobs for its, scale, _ in job.uses if its == part})
         }
-        for name, (table, its) in _tables(part, groups).items():
+        tables = _tables(part, groups)
+        for name, (table, its) in tables.items():
             with_provenance(table, its).write_csv(folder / f"{name}.csv")
             written.append(folder / f"{name}.csv")
-            theirs = [job for job in jobs if part in {use[0] for use in job.uses}]
-            texts += [table.markdown(), *_provenance(part, theirs, runs)]
-        curves = {_label(group, scale, groups): _curve(group.runs[0]) for scale in groups for group in groups[scale]}
+            texts.append(table.markdown())
+        if not tables:
+            texts += [f"## {part.capitalize()}", "No table: too few of its runs are finished."]
+        texts += _provenance(part, [job for job in jobs if part in {use[0] for use in job.uses}], runs)
+        curves = {_label(group, scale, groups): _mean_curve(group) for scale in groups for group in groups[scale]}
         drawn = {label: curve for label, curve in curves.items() if curve is not None}
         if part == "results" and drawn:
             jumps = "; ".join(f"{label} {points(v[at] - v[at - 1], 1)} points" for label, (_, v, at) in drawn.items())
@@ -59,7 +64,7 @@ def write_tables(jobs: Sequence[Job], folder: Path) -> list[Path]:
             svg.save(figure, folder, FRONTIER, alt_text)
             written += [folder / f"{FRONTIER}.{ending}" for ending in ("svg", "png")]
             texts.append(f"![{alt_text}]({FRONTIER}.png)")
-    written[0].write_text("\n\n".join(texts) + "\n")
+    write_text(written[0], "\n\n".join(texts) + "\n")
     return written
 
 
@@ -266,9 +271,23 @@ def _curve(run: Run) -> tuple[list[int], list[float], int] | None:
     return run.metrics["epoch"], values, unfreeze
 
 
+def _mean_curve(group: Group) -> tuple[list[int], list[float], int] | None:
+    """Return the mean of a group's curves, as far as the shortest goes; None where none has an unfreeze in it."""
+    curves = [curve for curve in map(_curve, group.runs) if curve is not None]
+    if not curves:
+        return None
+    epochs, _, unfreeze = min(curves, key=lambda curve: len(curve[0]))
+    together = zip(*(values[: len(epochs)] for _, values, _ in curves), strict=True)
+    return epochs, [math.nan if None in values else fmean(values) for values in together], unfreeze
+
+
 def _provenance(part: str, jobs: Sequence[Job], runs: dict[str, Run]) -> list[str]:
     """Return where a part's numbers come from, and what is missing or differs."""
     done = [job for job in jobs if runs[job.name].finished]
+    missing = [job.name for job in jobs if job not in done]
+    unfinished = [f"Not finished: {', '.join(missing)}."] if missing else []
+    if not done:
+        return unfinished
     passed = dict.fromkeys(o for job in done for o in runs[job.name].overrides or [] if o not in job.overrides)
     command = shlex.join(["python", "-m", "cifar_tl.reproduce", f"only=[{part}]", *passed])
     device, date, commit, weights, precision = (
@@ -276,9 +295,7 @@ def _provenance(part: str, jobs: Sequence[Job], runs: dict[str, Run]) -> list[st
     )
     lines = [f"`{command}`; {device}; {date}; commit {commit}; weights {weights}; {precision}."]
     lines += [text for job in done for text in differing(job)]
-    if missing := [job.name for job in jobs if job not in done]:
-        lines.append(f"Not finished: {', '.join(missing)}.")
-    return lines
+    return lines + unfinished
 
 
 def _device(run: Run) -> str:

@@ -110,6 +110,7 @@ KINDS: dict[str, _Kind] = {
     "phase": _TEXT.list(),
     "seconds": _NUMBER.list(),
     **dict.fromkeys(PER_EPOCH, _NUMBER_OR_NULL.list()),
+    "duplicates": _object(test=_INTEGER, val=_INTEGER),
     **dict.fromkeys(("images", "versions", "normalization"), _object()),
 }
 """The keys of metrics.json that reports calculate with. The other ones are only shown."""
@@ -122,11 +123,10 @@ def faults(metrics: Mapping[str, Any]) -> dict[str, str]:
     """
     there = {key: kind for key, kind in KINDS.items() if key in metrics}
     found = {key: f"{key} is not {kind.words}" for key, kind in there.items() if not kind.holds(metrics[key])}
-    if "epoch" not in found:
-        epochs = len(metrics.get("epoch", []))
-        for key in ("phase", "seconds", *PER_EPOCH):
-            if key in metrics and key not in found and len(metrics[key]) != epochs:
-                found[key] = f"{key} has {len(metrics[key])} values for {epochs} epochs"
+    epochs = "epochs that are not known" if "epoch" in found else f"{len(metrics.get('epoch', []))} epochs"
+    for key in ("phase", "seconds", *PER_EPOCH):
+        if key in metrics and key not in found and epochs != f"{len(metrics[key])} epochs":
+            found[key] = f"{key} has {len(metrics[key])} values for {epochs}"
     return found
 
 

@@ -14,7 +14,8 @@ from handmade import CLASSES, make_run, scored
 from cifar_tl.reports import figures
 from cifar_tl.reports.__main__ import main
 from cifar_tl.reports.ablation import ablation
-from cifar_tl.reports.comparison import Difference, effects, group_runs, paired_difference, reference
+from cifar_tl.reports.comparison import Difference, effects, group_runs, paired_difference, reference, seed_of
+from cifar_tl.reports.comparison_page import write_sweep_report
 from cifar_tl.reports.run_predictions import _changes
 from cifar_tl.runs.folder import find_runs, read_runs
 
@@ -150,6 +151,32 @@ def test_which_override_mattered(tmp_path):
     assert first.values["1"] == (pytest.approx(0.605), 2, 0.6, 0.61)
 
 
+def test_a_job_that_is_missing_from_a_grid_makes_no_cause(tmp_path):
+    tried = [(rate, mode) for rate in ("1e-3", "3e-3", "1e-2") for mode in ("frozen", "train")]
+    for i, (rate, mode) in enumerate(tried[:-2] + tried[-1:]):  # (1e-2, frozen) has failed
+        accuracy = {"frozen": 0.9, "train": 0.5}[mode]  # the rate changes nothing
+        make_run(tmp_path / str(i), [f"lr={rate}", f"bn={mode}"], **{"test/acc": accuracy})
+    mode, rate = effects(group_runs(read_runs(find_runs(tmp_path))), "test/acc")
+    assert (mode.key, mode.spread) == ("bn", pytest.approx(0.4))
+    assert {value: runs for value, (_, runs, *_) in mode.values.items()} == {"frozen": 2, "train": 2}
+    assert (rate.key, rate.spread) == ("lr", 0)
+    assert {value: runs for value, (_, runs, *_) in rate.values.items()} == {"1e-3": 1, "3e-3": 1, "1e-2": 1}
+
+
+def test_seeds_of_one_config_are_one_setting_however_they_were_typed(tmp_path):
+    typed = [["lr=1e-2"], ["lr=0.01"], ["experiment=best"], ["lr=1e-3"], ["lr=0.010"]]
+    for seed, overrides in enumerate(typed):
+        run = make_run(tmp_path / str(seed), overrides, seed=seed % 4)
+        config = {"lr": 1e-3 if overrides == ["lr=1e-3"] else 0.01, "seed": seed, "trainer": {"devices": [seed]}}
+        (run / ".hydra" / "config.yaml").write_text(json.dumps(config))
+    groups = group_runs(read_runs(find_runs(tmp_path)))
+    assert [(group.label, [seed_of(run) for run in group.runs]) for group in groups] == [
+        ("lr=1e-2", [0, 1, 2]),
+        ("lr=1e-3", [3]),
+        ("lr=0.010", [0]),  # a seed twice would make the range look smaller than it is
+    ]
+
+
 def test_overrides_that_only_vary_together_are_no_cause(tmp_path):
     runs = [["a=0", "b=0", "c=0"], ["a=1", "b=1", "c=0"], ["a=1", "b=1"]]
     for overrides, accuracy in zip(runs, (0.9, 0.5, 0.6), strict=True):
@@ -229,8 +256,8 @@ def test_what_changes_no_result_makes_no_setting_of_its_own(tmp_path):
 
 def test_unfair_comparisons_are_named(tmp_path):
     facts = (
-        {"git_dirty": True, "device": "a", "test_sha256": "0"},
-        {"git_dirty": True, "device": "b", "test_sha256": "1", "precision": "16-mixed"},
+        {"git_dirty": True, "device": "a", "test_sha256": "0", "weights_sha256": "0"},
+        {"git_dirty": True, "device": "b", "test_sha256": "1", "precision": "16-mixed", "git_commit": "4567"},
     )
     runs = [
         str(make_run(tmp_path / str(i), ["x=1"], seed=3, status="failed", split_sha256=str(i), **those))
@@ -245,6 +272,44 @@ def test_unfair_comparisons_are_named(tmp_path):
     assert "2 of 3 runs are of a checkout with changes" in page
     assert "The runs are of different devices." in page
     assert "The runs are of different precisions." in page
+    assert "The runs are of different commits." in page
+    assert "The runs are of different ImageNet weights." in page
+
+
+def test_images_in_two_splits_are_named_beside_the_numbers(tmp_path, no_run_pages):
+    make_run(tmp_path / "0", ["x=1"], duplicates={"test": 12, "val": 0, "example": ["a.png", "b.png"]})
+    make_run(tmp_path / "1", ["x=2"], duplicates={"test": 12, "val": 3, "example": ["a.png", "b.png"]})
+    write_sweep_report([tmp_path / "0", tmp_path / "1"], tmp_path)
+    for ending in ("html", "md"):
+        text = (tmp_path / f"sweep_report.{ending}").read_text()
+        assert "All runs: 12 test images are training or validation images, too, pixel for pixel (a.png is b.pn" in text
+        assert "1: 3 validation images are training images, too" in text
+
+
+def test_a_single_run_has_no_range(tmp_path, no_run_pages):
+    make_run(tmp_path / "0", ["x=1"])
+    write_sweep_report([tmp_path / "0"], tmp_path)
+    row = next(line for line in (tmp_path / "sweep_report.md").read_text().splitlines() if line.startswith("| all"))
+    assert [cell.strip() for cell in row.split("|")][4:6] == ["-", "-"]
+
+
+def test_more_settings_than_colours_are_drawn_in_other_lines():
+    curves = {f"trial {i}": [([0, 1], [0.1, 0.2])] for i in range(20)}
+    (axes,) = figures.runs_over_each_other("a title", curves, []).axes
+    looks = {(line.get_color(), line.get_linestyle()) for line in axes.get_legend().get_lines()}
+    cliffs = {f"recipe {i}": ([0, 1], [0.1, 0.2], 1) for i in range(20)}
+    (axes,) = [axes for axes in figures.cliff("a title", cliffs).axes if axes.get_legend()]
+    assert len(looks) == len({(line.get_color(), line.get_linestyle()) for line in axes.get_legend().get_lines()}) == 20
+
+
+def test_ctrl_c_while_pages_are_drawn_is_no_traceback(tmp_path, monkeypatch, capsys):
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    make_run(tmp_path / "0")
+    monkeypatch.setattr("cifar_tl.reports.run_page.write_run_report", stopped)
+    assert main([str(tmp_path / "0")]) == 130
+    assert capsys.readouterr().err == "Interrupted. The same command draws the pages that are missing.\n"
 
 
 @pytest.mark.slow

@@ -256,9 +256,32 @@ def other_predictions(run):
     return "they are not of the same run", "Confusion"
 
 
+def set_metrics(run, **values):
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps({**metrics, **values}))
+
+
+def odd_epochs(run):
+    set_metrics(run, epoch="all")
+    return "metrics.json: val/acc has 4 values for epochs that are not known", "Confusion"
+
+
+def no_epochs(run):
+    set_metrics(run, seconds=[], epoch=[], **{"val/acc": [], "train/acc": []})
+    return "'Time' could not be drawn", "Confusion"
+
+
+def odd_duplicates(run):
+    set_metrics(run, duplicates=None)
+    return "metrics.json: duplicates is not an object with test, val", "Confusion"
+
+
 @pytest.mark.parametrize(
     "damage",
-    [damage_metrics, half_metrics, truncate_predictions, remove_predictions, remove_images, other_predictions],
+    [
+        *(damage_metrics, half_metrics, truncate_predictions, remove_predictions, remove_images, other_predictions),
+        *(odd_epochs, no_epochs, odd_duplicates),
+    ],
 )
 def test_damage_is_named_and_the_rest_drawn(tmp_path, damage):
     run = make_run(tmp_path / "run")
@@ -494,3 +517,7 @@ def test_test_images_that_are_training_images_are_named_at_the_top(tmp_path):
     assert main([str(run)]) == 0
     text = (run / "report.html").read_text(encoding="utf-8")
     assert "12 test images are training or validation images, too, pixel for pixel (test/cat/leak0.png is train" in text
+    assert "validation images are training images, too" not in text
+    set_metrics(run, duplicates={"test": 0, "val": 3, "example": None})
+    assert main([str(run)]) == 0
+    assert "3 validation images are training images, too" in (run / "report.html").read_text(encoding="utf-8")

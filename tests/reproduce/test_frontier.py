@@ -1,5 +1,7 @@
 """Accuracy against minutes: what is drawn of hand-made runs, and that it can be read."""
 
+import shutil
+
 import pytest
 from handmade import make_run
 from matplotlib.text import Text
@@ -132,7 +134,17 @@ def test_speed_is_of_all_fine_tuning(drawn):
 
 def test_without_a_finished_run_there_is_no_figure(drawn, tmp_path):
     assert drawn(("quick", 2, 0.80, {"status": "interrupted"})) is None
-    assert (tmp_path / "tables.md").read_text() == "# Tables\n"
+    text = (tmp_path / "tables.md").read_text()
+    assert text == "# Tables\n\n## Results\n\nNo table: too few of its runs are finished.\n\nNot finished: quick0.\n"
+
+
+def test_the_cliff_is_the_mean_over_the_seeds(drawn, tmp_path):
+    for accuracies in ([0.3, 0.4, 0.3, 0.5], [0.3, 0.4, 0.5, None]):
+        drawn(*(("quick", 2, 0.80, {"val/acc": values}) for values in ([0.3, 0.4, 0.3, 0.5], accuracies)))
+        fall = "+0.0" if accuracies[-1] is None else "-10.0"
+        assert f"Validation accuracy around the unfreeze: quick {fall} points" in (tmp_path / "tables.md").read_text()
+        for run in tmp_path.glob("quick*"):
+            shutil.rmtree(run)
 
 
 def test_the_legend_covers_no_point(drawn):
