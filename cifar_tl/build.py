@@ -10,7 +10,6 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
 from inspect import Parameter, getmro, isclass, signature
@@ -90,7 +89,7 @@ def build_augment(cfg: DictConfig) -> Callable[[int], Augment]:
     schedule = build_schedule(cfg)
     full = Augment(**cfg.augment)
     choice = check_choice("finetune.frozen_augment", cfg.finetune.frozen_augment, FROZEN_AUGMENT)
-    frozen = {"none": replace(full.only_flips, flip="none"), "flip": full.only_flips, "full": full}[choice]
+    frozen = {"none": Augment(), "flip": full.only_flips, "full": full}[choice]
     return lambda epoch: full if schedule.phase(epoch).stages else frozen
 
 
@@ -146,6 +145,9 @@ def build_module(cfg: DictConfig, classes: Any) -> ResNet50Classifier:
     if not OmegaConf.is_list(cfg.model.head):
         shown = "null" if cfg.model.head is None else cfg.model.head
         raise UserError(f"model.head={shown} is not allowed: give the units of its layers as a list, [128,64] or [].")
+    if not OmegaConf.is_dict(cfg.model.options):
+        shown = "null" if cfg.model.options is None else cfg.model.options
+        raise UserError(f"model.options={shown} is not allowed: give arguments one by one, +model.options.NAME=VALUE.")
     model, options = model_class(cfg.model._target_), plain(cfg.model.options)
     if unknown := [name for name in options if not _takes(model, name)]:
         raise UserError(f"model.options.{unknown[0]}={options[unknown[0]]}: {model.__name__} has no such argument.")
@@ -429,7 +431,10 @@ def check_trainer(trainer: Mapping[Any, Any]) -> None:
     clip = trainer.get("gradient_clip_val")
     if clip is not None and not check_number("trainer.gradient_clip_val", clip, 0) > 0:
         raise UserError(f"trainer.gradient_clip_val={clip} clips nothing: give a number above 0, or null.")
-    if trainer.get("limit_train_batches") in (0, 0.0):
+    batches = trainer.get("limit_train_batches")
+    if isinstance(batches, bool):  # true would be one step
+        raise UserError(f"trainer.limit_train_batches={batches} is not allowed: give a number of steps, or a share.")
+    if batches in (0, 0.0):
         raise UserError("trainer.limit_train_batches=0 leaves nothing to train on: give a number of steps, or a share.")
     every = check_int("trainer.check_val_every_n_epoch", trainer.get("check_val_every_n_epoch", 1), 1)
     if every > trainer.get("max_epochs", every):

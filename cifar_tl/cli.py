@@ -533,9 +533,11 @@ def _refuse_added_keys(arguments: list[str], config_name: str) -> None:
 
 
 def _refuse_several_choices(arguments: list[str]) -> None:
-    """Refuse `group=[a,b]`, which Hydra would merge, where the record of a run names one choice."""
+    """Refuse `group=[a,b]`, which Hydra would merge, where the record of a run names one choice, and `group=[]`."""
     for argument in arguments:
         group, _, value = argument.partition("=")
+        if group in ("logger", "callbacks") and value.replace(" ", "") == "[]":
+            raise UserError(f"{argument}: give {group}=none, which chooses nothing.")
         if group in {*_groups()} - {"logger", "callbacks"} and value.startswith("["):
             several = f" With -m, {group}={value.strip('[]')} runs each." if group != "sweep" else ""
             raise UserError(f"{argument}: {group} takes one choice.{several}")

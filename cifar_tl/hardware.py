@@ -115,7 +115,8 @@ def prepare_for(accelerator: str, module: nn.Module) -> None:
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
     if accelerator == "cuda":
         module.to(memory_format=torch.channels_last)
-        torch.set_float32_matmul_precision("high")  # TF32 where the precision is 32-true
+    # TF32 on a GPU where the precision is 32-true; another job of this process may have chosen otherwise
+    torch.set_float32_matmul_precision("high" if accelerator == "cuda" else "highest")
 
 
 @contextmanager

@@ -121,6 +121,8 @@ def classify(cfg: DictConfig, total: int | None, files: Iterable[InputFile]) -> 
     temperature = check_number("temperature", cfg.temperature, 0)
     if temperature == 0:
         raise UserError("temperature=0 is not allowed: give a number above 0.")
+    if views is not SINGLE and temperature != 1:
+        log.info("note        temperatures are fitted on a single view: those of six views are calibrated otherwise")
     prepare_for(device, trained.module)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with a file stands in its row
     resized = 0
@@ -232,7 +234,7 @@ def choose_format(format: str | None, output: Path | None) -> str:
     """Return the format that a file should have: `format`, or what the ending of `output` says, or csv.
 
     Raises:
-        UserError: An unknown format or ending, or pyarrow is needed and not there.
+        UserError: An unknown format or ending, one that contradicts the other, or pyarrow is needed and not there.
     """
     if format is None:
         format = "csv" if output is None else output.suffix.removeprefix(".").lower()
@@ -241,6 +243,9 @@ def choose_format(format: str | None, output: Path | None) -> str:
                 f"output={output} does not end in .{', .'.join(WRITERS)}: give it such an ending, or say format=."
             )
     check_choice("format", format, WRITERS)
+    ending = "" if output is None else output.suffix.removeprefix(".").lower()
+    if ending in WRITERS and ending != format:
+        raise UserError(f"output={output} and format={format} contradict each other: readers go by the ending.")
     if format == "parquet" and find_spec("pyarrow") is None:
         raise UserError(
             "format=parquet needs pyarrow, which is not installed: `pip install pyarrow`, or take format=csv or json."

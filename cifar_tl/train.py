@@ -201,12 +201,11 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
         module.backbone.compile(dynamic=False)  # batches have two sizes, of which graphs of any size would be slower
     if cfg.resume is None and cfg.model.weights is not None:
         check_weights(cfg.model.weights)
-    resumed = {} if cfg.resume is None else resumed_weights(cfg, last)
+    resumed, before = ({}, {}) if cfg.resume is None else resumed_facts(cfg, last)
     datamodule.prepare_data()  # before weights are downloaded: the data may not be there
     weights = resumed or fill_backbone(cfg, module)
     datamodule.setup("fit")
     if cfg.resume is not None:
-        before = read_checkpoint(last)["cifar_tl"]["facts"]
         check_data_of_resumed_run(datamodule, before)
 
     facts = {**run_facts(cfg, datamodule, experiment), **model_facts(module), **weights}
@@ -321,8 +320,8 @@ def fill_backbone(cfg: DictConfig, module: ResNet50Classifier) -> dict[str, Any]
     return {"weights_sha256": sha256, "filter_rms": cfg.model.filter_rms}
 
 
-def resumed_weights(cfg: DictConfig, last: Path) -> dict[str, Any]:
-    """Return what `fill_backbone` did when the run was started, and what is changed; refuse what cannot be.
+def resumed_facts(cfg: DictConfig, last: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what `fill_backbone` did when the run was started, with what is changed now, and all facts of then.
 
     Raises:
         UserError: No checkpoint, or a key is changed that what is trained already depends on.
@@ -358,7 +357,7 @@ def resumed_weights(cfg: DictConfig, last: Path) -> dict[str, Any]:
     for key, (old, new) in changed.items():
         log.info("changed    %s=%s from here on (the run had %s)", key, new, old)
     weights = {key: saved["facts"].get(key) for key in ("weights_sha256", "filter_rms")}
-    return {**weights, "changed": {key: new for key, (_, new) in changed.items()}}
+    return {**weights, "changed": {key: new for key, (_, new) in changed.items()}}, saved["facts"]
 
 
 def check_data_of_resumed_run(datamodule: CIFAR10DataModule, facts: Mapping[str, Any]) -> None:

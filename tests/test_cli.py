@@ -20,8 +20,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from cifar_tl import cli
 from cifar_tl.__main__ import main as cifar_tl_main
+from cifar_tl.build import build_augment
 from cifar_tl.data import download
 from cifar_tl.data.__main__ import main as data
+from cifar_tl.data.augment import Augment
 from cifar_tl.reports.__main__ import main as reports
 from cifar_tl.reports.sweep_table import COLUMNS, TABLE, SweepTable
 from cifar_tl.runs.table import write_csv
@@ -126,7 +128,10 @@ def test_a_path_that_the_system_refuses_to_look_at_is_no_matter_of_outputs_alone
     code, _, err = command("experiment=demo", *(argument.format(long) for argument in arguments))
     assert code == 1
     assert long in err
-    assert "File name too long. If it is to be read, give a path that can be." in err
+    advice = (
+        "Give a folder that can be read." if "data.root={}" in arguments else "If it is to be read, give a path that"
+    )
+    assert f"File name too long. {advice}" in err
     assert "Traceback" not in err
 
 
@@ -408,3 +413,16 @@ def test_keys_of_the_trainer_are_added_or_set_whichever_way_they_are_given(given
 def test_a_key_of_the_trainer_that_a_run_was_started_with_can_be_given_again():
     twice = [cli.set_or_add(f"{plus}trainer.max_time={time}", "train") for plus, time in (("+", "a"), ("+", "b"))]
     assert cli.compose("train", twice).trainer.max_time == "b"
+
+
+def test_an_augmentation_in_a_file_of_ones_own_says_what_it_does_and_no_more(command, tmp_path):
+    (tmp_path / "mine" / "augment").mkdir(parents=True)
+    (tmp_path / "mine" / "augment" / "small.yaml").write_text("flip: random\n")
+    built = []
+
+    def task(cfg):
+        built.append(build_augment(cfg)(10))
+
+    code, _, err = command("--config-dir=mine", "augment=small", task=task)
+    assert (code, err) == (0, "")
+    assert built == [Augment("random")]

@@ -321,7 +321,7 @@ def test_cifar10_c_by_severity_and_mean(compose, cifar_checkpoint, root):
         right = logits_by_hand(trained, images).argmax(dim=1) == torch.arange(4).repeat(5)
         expected[f"cifar10_c/{name}/acc"] = right.double().view(5, 4).mean(dim=1).tolist()
     assert expected.items() <= result.items()
-    assert result["cifar10_c/acc"] == pytest.approx(np.mean([*expected.values()]))
+    assert "cifar10_c/acc" not in result  # the benchmark's number, which is of all fifteen
 
 
 def test_all_corruptions_are_the_fifteen_of_the_benchmark():
@@ -419,7 +419,7 @@ def test_metrics_are_left_as_json(command, root, cifar_checkpoint):
     assert code == 0
     result = json.loads((root / "here" / "evaluation.json").read_text())
     assert result["checkpoint"] == str(cifar_checkpoint)
-    assert {"test/acc", "temperature", "test/calibrated/ece", "cifar10.1_v6/acc", "cifar10_c/acc"} <= result.keys()
+    assert {"test/acc", "temperature", "test/calibrated/ece", "cifar10.1_v6/acc", "cifar10_c/fog/acc"} <= result.keys()
     assert "fitted on 20 validation images" in out
     numbers = {name: result[f"test/{name}"][3] for name in ("precision", "recall", "f1")}
     (line,) = [line for line in out.splitlines() if line.split()[:1] == ["cat"]]

@@ -13,7 +13,7 @@ from cifar_tl.errors import UserError
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.runs.folder import read_run
 from cifar_tl.runs.resume import _unquoted, quoted, with_overrides_of_resumed_run
-from cifar_tl.train import resumed_weights, train
+from cifar_tl.train import resumed_facts, train
 
 # everything random is on: shuffling, augmentation, dropout; the unfreeze is at epoch 2 of 4, and images grow at epoch 3
 RANDOM = (
@@ -103,13 +103,13 @@ def test_keys_that_a_resumed_run_adds_or_takes_away_are_on_its_record(straight, 
     checkpoint["cifar_tl"]["facts"] |= (of_the_first_start := {"weights_sha256": "0123", "filter_rms": 0.4})
     torch.save({**checkpoint, "epoch": 2}, last := tmp_path / "last.ckpt")
     clipped = compose(*RANDOM, "+trainer.gradient_clip_val=1.0", "callbacks=early_stopping")
-    assert resumed_weights(clipped, last).items() >= of_the_first_start.items()
-    changed = resumed_weights(clipped, last)["changed"]
+    assert resumed_facts(clipped, last)[0].items() >= of_the_first_start.items()
+    changed = resumed_facts(clipped, last)[0]["changed"]
     assert changed["trainer.gradient_clip_val"] == 1.0
     assert changed["callbacks.early_stopping.patience"] == 5
     fewer = compose(*RANDOM, "~logger.csv", "~finetune.momentum")
     assert (
-        resumed_weights(fewer, last)["changed"].items()
+        resumed_facts(fewer, last)[0]["changed"].items()
         >= {"logger.csv._target_": None, "finetune.momentum": None}.items()
     )
 

@@ -424,6 +424,8 @@ def test_each_device_is_found_and_gets_its_way_of_computing(monkeypatch):
         assert not module["backbone"].tuned_for_cpu
         assert module["backbone"].conv1.weight.is_contiguous(memory_format=torch.channels_last)
         assert torch.get_float32_matmul_precision() == "high"
+        hardware.prepare_for("cpu", module)  # of another job in this process
+        assert torch.get_float32_matmul_precision() == "highest"
     finally:
         torch.set_float32_matmul_precision(before)
 

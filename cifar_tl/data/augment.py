@@ -1,7 +1,7 @@
 """Augmentation of whole batches with draws per image, on whatever device the images are on."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,14 +38,14 @@ class Augment:
         cutmix: Alpha of CutMix (Yun et al. 2019, arXiv:1905.04899); 0 is off. With both on, each batch gets either.
     """
 
-    flip: str
-    crop_padding: int
-    rotation: float
-    scale: float
-    cutout: int
-    color_jitter: float
-    mixup: float
-    cutmix: float
+    flip: str = "none"
+    crop_padding: int = 0
+    rotation: float = 0
+    scale: float = 0
+    cutout: int = 0
+    color_jitter: float = 0
+    mixup: float = 0
+    cutmix: float = 0
 
     def __post_init__(self) -> None:
         check_choice("augment.flip", self.flip, FLIPS)
@@ -60,7 +60,7 @@ class Augment:
     @property
     def only_flips(self) -> "Augment":
         """The same flips, and nothing else."""
-        return Augment(self.flip, *[0] * (len(fields(self)) - 1))
+        return Augment(self.flip)
 
     @property
     def views(self) -> int:

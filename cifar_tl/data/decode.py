@@ -188,8 +188,9 @@ def _rgb(image: Image.Image) -> tuple[Image.Image, list[str], int]:
 def _highest_value(image: Image.Image, png_bits: int) -> tuple[int, str, int]:
     """Return which value of a grey image of more than 8 bits is white, a note, and the guessed bits; 0 for others.
 
-    PNG's values fill 16 bits, and PIL has scaled PGM's to them. A TIFF says how many bits its values have room for,
-    rarely how many they use: 10, 12 and 14 bits of cameras, microscopes and scanners come in 16.
+    PIL has scaled PGM's values to 16 bits. PNG and TIFF say how many bits their values have room for, TIFF rarely how
+    many they use: 10, 12 and 14 bits of cameras, microscopes and scanners come in 16. Nor do PNGs that were written
+    without scaling, as their standard has it.
 
     Args:
         image: Loaded.
@@ -209,13 +210,13 @@ def _highest_value(image: Image.Image, png_bits: int) -> tuple[int, str, int]:
         raise UnreadableImage("signed or 32-bit integers as pixels: what is white is unknown, convert it to 8 bits")
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return 0, "", 0
-    if image.format != "TIFF":
-        return 65535, "16-bit grey scaled to 8 bits", 0
     stated = int(max(np.atleast_1d(tags.get(TIFF_MAX_SAMPLE_VALUE, 0))))
     used = int(np.asarray(image).max())
+    if image.format == "PPM" or not used:
+        return 65535, "16-bit grey scaled to 8 bits", 0
     if used <= stated <= 65535:
         return stated, f"grey of 0 to {stated}, as its tags say, scaled to 8 bits", 0
-    guessed = bits == 16
+    guessed = bits == 16 or image.format == "PNG"
     if guessed:
         bits = next(bits for bits in (8, 10, 12, 14, 16) if used < 2**bits)
     words = f"{bits}-bit grey" if bits == 16 else f"grey of at most {used} taken for {bits}-bit,"

@@ -75,8 +75,15 @@ class FileStatus:
 
 
 def verify(root: str | Path) -> list[FileStatus]:
-    """Compare every extracted file with its size and MD5, in the order of `FILES`; reads 186 MB."""
-    folder = _full(root) / FOLDER
+    """Compare every extracted file with its size and MD5, in the order of `FILES`; reads 186 MB.
+
+    Raises:
+        UserError: `root` is the folder of the files itself.
+    """
+    root = _full(root)
+    if root.name == FOLDER and any((root / name).is_file() for name in FILES):
+        raise UserError(f"{root} is one level too deep: the data set's folder is the one above, {root.parent}.")
+    folder = root / FOLDER
     return [_check(folder / name, *expected) for name, expected in FILES.items()]
 
 
@@ -95,8 +102,6 @@ def ensure(root: str | Path, download: bool, urls: Sequence[str] | None = None) 
             read-only. The message says which file and what to do.
     """
     root = _full(root)
-    if root.name == FOLDER and any((root / name).is_file() for name in FILES):
-        raise UserError(f"{root} is one level too deep: the data set's folder is the one above, {root.parent}.")
     files = verify(root)
     if all(file.state == "ok" for file in files):
         return

@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,6 +43,7 @@ class Reading:
         resized: Whether the image was of another size.
         left_out: What a file is that does not claim to be an image, such as `.txt` or `HEIC`; empty for images.
         problem: Why there are no pixels; empty if there are, or if the file is left out.
+        notes: See Decoded.
         guessed_bits: See Decoded.
     """
 
@@ -50,6 +52,7 @@ class Reading:
     resized: bool = False
     left_out: str = ""
     problem: str = ""
+    notes: tuple[str, ...] = ()
     guessed_bits: int = 0
 
 
@@ -73,9 +76,10 @@ class ImageFolders:
     def __init__(self, root: str | Path, workers: int) -> None:
         self.root = Path(root)
         self.workers = check_int("data.workers", workers, 0)
-        self._folders = {split: self._class_folders(split) for split in SPLITS if (self.root / split).is_dir()}
-        if not self._folders:
-            raise UserError(f"data.root={self.root}{self._what_is_there()}{self._layout()}")
+        with self._readable():
+            self._folders = {split: self._class_folders(split) for split in SPLITS if (self.root / split).is_dir()}
+            if not self._folders:
+                raise UserError(f"data.root={self.root}{self._what_is_there()}{self._layout()}")
         first, *others = self._folders
         for other in others:
             self._compare(first, other)
@@ -83,6 +87,21 @@ class ImageFolders:
         self._val = [name for name in VAL_FOLDERS if is_folder(self.root / name)]
         self.own_val = 0
         self._files: dict[str, list[Path]] = {}
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        """Say which folder cannot be read, and of which key it is.
+
+        Raises:
+            UserError: One cannot.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"data.root={self.root} cannot be read: {error.filename or self.root}: {error.strerror}. Give a folder "
+                f"that can be read."
+            ) from error
 
     def _class_folders(self, split: str) -> dict[str, Path]:
         """Return the folders of a split's classes by their names in NFC."""
@@ -164,13 +183,17 @@ class ImageFolders:
         skipped: Counter[str] = Counter()
         left_out: Counter[str] = Counter()
         guessed_bits: Counter[str] = Counter()
-        result = {split: self._read(split, problems, skipped, left_out, guessed_bits) for split in splits}
+        notes: Counter[str] = Counter()
+        result = {split: self._read(split, problems, skipped, left_out, notes, guessed_bits) for split in splits}
         if len(guessed_bits) > 1:
             log.warning(
-                "warning: grey TIFFs do not say how many of their 16 bits they use, and each one's brightest pixel was "
-                "taken as a sign (%s): if they are of one kind, their brightness differs now. Convert them to 8 bits.",
+                "warning: grey TIFFs and PNGs do not say how many of their 16 bits they use, and each one's brightest "
+                "pixel was taken as a sign (%s): if they are of one kind, their brightness differs now. Convert them "
+                "to 8 bits.",
                 counts_text(guessed_bits),
             )
+        if notes:
+            log.info("noted      %s", counts_text(notes))
         if skipped:
             log.info("skipped    %s", skipped_text(skipped))
         if left_out:
@@ -184,7 +207,8 @@ class ImageFolders:
         if len(self._val) > 1:
             raise UserError(f"data.root={self.root} has the folders {' and '.join(self._val)}: keep one of them.")
         for name in self._val:
-            self._folders[name] = self._class_folders(name)
+            with self._readable():
+                self._folders[name] = self._class_folders(name)
             self._compare("train", name)
 
     def name(self, split: str, index: int) -> str:
@@ -197,16 +221,19 @@ class ImageFolders:
         problems: dict[Path, str],
         skipped: Counter[str],
         left_out: Counter[str],
+        notes: Counter[str],
         guessed_bits: Counter[str],
     ) -> tuple[Tensor | LazyImages, Tensor]:
-        """Read a split; add what is wrong, skipped, left out and guessed to what is given."""
+        """Read a split; add what is wrong, skipped, left out, noted and guessed to what is given."""
         start = time.perf_counter()
         candidates: list[Path] = []
         labels: list[int] = []
         for_validation: list[bool] = []
         places = [split, *self._val] if split == "train" else [split]
         for place in places:
-            for entry in os.scandir(self.root / place):
+            with self._readable():
+                entries = list(os.scandir(self.root / place))
+            for entry in entries:
                 if reason := skipped_by_name(entry.name):
                     skipped[reason] += 1
                 elif not is_folder(entry.path):
@@ -227,6 +254,7 @@ class ImageFolders:
                 left_out[reading.left_out] += 1
             elif reading.left_out:
                 others[label][reading.left_out] += 1
+            notes.update(reading.notes)
             if reading.guessed_bits:
                 guessed_bits[f"{reading.guessed_bits}-bit"] += 1
             if reading.problem:
@@ -317,7 +345,7 @@ def read(path: Path) -> Reading:
     except OSError as error:
         return Reading(problem=f"cannot be read: {error.strerror or error}")
     digest = image_digest(decoded.pixels)
-    return Reading(decoded.pixels, digest, decoded.resized, guessed_bits=decoded.guessed_bits)
+    return Reading(decoded.pixels, digest, decoded.resized, notes=decoded.notes, guessed_bits=decoded.guessed_bits)
 
 
 def read_pixels(path: Path) -> NDArray[np.uint8]:

@@ -59,7 +59,8 @@ def split_train_val(
         val_size: Examples for validation.
         limit: At most so many for training and for validation each, None for all.
         seed: The same seed gives the same split.
-        train_limit: At most so many for training, None for `limit` alone; fewer are some of more.
+        train_limit: At most so many for training, None for `limit` alone; with classes of equal size,
+            fewer are some of more.
         own_val: Examples at the end that are for validation already; 0 chooses `val_size` at random, stratified.
 
     Returns:

@@ -13,7 +13,8 @@ def mirror_and_shift(images: Tensor, mirrored: Tensor | None, shift: Tensor | No
     Args:
         images: (batch, channels, height, width), any type.
         mirrored: (batch,), bool: which to mirror left to right; None for none.
-        shift: (batch, 2), int: pixels by which the content moves up and left, within +-reach; None for none.
+        shift: (batch, 2), int: pixels by which the content moves up and left, or right where it is mirrored, within
+            +-reach; None for none.
         reach: The largest shift; less than height and width, since what comes in is a reflection.
 
     Returns:
@@ -44,7 +45,7 @@ def warp(images: Tensor, angle: Tensor, zoom: Tensor, mirrored: Tensor | None, s
         angle: (batch,), degrees, counter-clockwise.
         zoom: (batch,), above 0; 2 shows the middle half, twice as large.
         mirrored: (batch,), bool, or None.
-        shift: (batch, 2), pixels by which the content moves up and left, or None.
+        shift: (batch, 2), pixels by which the content moves up and left, or right where it is mirrored; or None.
 
     Returns:
         Images of the same shape.

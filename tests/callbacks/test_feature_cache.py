@@ -20,7 +20,7 @@ from cifar_tl.data.augment import Augment
 from cifar_tl.errors import UserError
 from cifar_tl.model.backbone import Backbone
 
-FLIP = Augment("random", 0, 0, 0, 0, 0, 0, 0)
+FLIP = Augment("random")
 CROP = replace(FLIP, crop_padding=4)
 SIZES = {"train": 45_000, "val": 5_000}
 

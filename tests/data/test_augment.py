@@ -14,7 +14,7 @@ from cifar_tl.data.splits import make_generator
 IMAGES = torch.randint(0, 256, (50, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 ALL = torch.arange(50)
 BLANK = torch.full((3, 1, 1), 7.0)
-NOTHING = Augment("none", 0, 0, 0, 0, 0, 0, 0)
+NOTHING = Augment()
 
 
 def apply(augment, seed=0, epoch=0):

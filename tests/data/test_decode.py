@@ -66,6 +66,7 @@ def test_an_image_with_broken_exif_is_taken_as_it_is():
         (encoded(Image.fromarray(RAMP), "TIFF"), "16-bit grey scaled to 8 bits"),
         (encoded(Image.fromarray(RAMP >> 2), "TIFF"), "grey of at most 16211 taken for 14-bit, scaled to 8 bits"),
         (encoded(Image.fromarray(RAMP >> 4), "TIFF"), "grey of at most 4052 taken for 12-bit, scaled to 8 bits"),
+        (encoded(Image.fromarray(RAMP >> 4), "PNG"), "grey of at most 4052 taken for 12-bit, scaled to 8 bits"),
         (
             encoded(Image.fromarray(RAMP // 13), "TIFF", tiffinfo={281: 5041}),
             "grey of 0 to 5041, as its tags say, scaled to 8 bits",
@@ -73,7 +74,7 @@ def test_an_image_with_broken_exif_is_taken_as_it_is():
         (pgm(RAMP, 65535), "16-bit grey scaled to 8 bits"),
         (pgm(RAMP >> 4, 4095), "16-bit grey scaled to 8 bits"),
     ],
-    ids=["PNG", "TIFF", "14 bits", "12 bits", "a stated range", "PGM", "12-bit PGM"],
+    ids=["PNG", "TIFF", "14 bits", "12 bits", "PNG, 12 bits", "a stated range", "PGM", "12-bit PGM"],
 )
 def test_grey_of_more_than_8_bits_is_scaled_by_its_true_range(stream, note):
     image = decode(stream)
@@ -90,6 +91,12 @@ def test_a_16_bit_tiff_in_which_0_is_white_shows_the_same_picture():
     image = decode(stream)
     expected = decode(encoded(Image.fromarray(RAMP), "TIFF", tiffinfo={281: int(RAMP.max())}))
     assert abs(image.pixels.astype(int) - expected.pixels).max() <= 1
+
+
+@pytest.mark.parametrize(("kind", "tags", "value"), [("TIFF", {262: 0}, 255), ("TIFF", {}, 0), ("PNG", None, 0)])
+def test_16_bit_grey_without_a_value_above_0_is_all_white_or_all_black(kind, tags, value):
+    options = {} if tags is None else {"tiffinfo": tags}
+    assert (decode(encoded(Image.fromarray(np.zeros_like(RAMP)), kind, **options)).pixels == value).all()
 
 
 @pytest.mark.parametrize(
@@ -134,7 +141,7 @@ def test_a_hot_pixel_changes_how_many_bits_are_guessed_and_this_is_said():
     hot = dim.copy()
     hot[0, 0] = 1024
     assert [decode(encoded(Image.fromarray(values), "TIFF")).guessed_bits for values in (dim, hot)] == [10, 12]
-    assert decode(encoded(Image.fromarray(dim), "PNG")).guessed_bits == 0
+    assert decode(encoded(Image.fromarray(dim), "PNG")).guessed_bits == 10
 
 
 @pytest.mark.parametrize(

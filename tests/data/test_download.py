@@ -475,6 +475,9 @@ def test_a_root_one_level_too_deep_is_said_to_be(tmp_path: Path, archive: bytes,
     deep = rf"{folder} is one level too deep: the data set's folder is the one above, {tmp_path}\."
     with pytest.raises(UserError, match=deep if name == download.FOLDER else "incomplete"):
         download.ensure(folder, download=False)
+    if name == download.FOLDER:
+        with pytest.raises(UserError, match=deep):
+            download.verify(folder)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -132,6 +133,35 @@ def test_images_are_told_by_content_and_what_is_none_is_left_out_and_counted(roo
         _, targets = ImageFolders(root, workers=0).read(["train"])["train"]
     assert targets.tolist() == [0, 1, 1, 1, 1, 1]
     assert "left out   4 files without an image in them: .txt 2, HEIC 1, beside the class folders 1" in caplog.text
+
+
+def test_what_was_done_to_images_is_counted(root, caplog):
+    Image.new("RGBA", (32, 32), (9, 9, 9, 0)).save(root / "train" / "cat" / "clear.png")
+    frames = [Image.new("RGB", (32, 32), color) for color in ("red", "blue")]
+    for name in ("a.gif", "b.gif"):
+        frames[0].save(root / "train" / "dog" / name, save_all=True, append_images=frames[1:])
+    for workers in (0, 1):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            ImageFolders(root, workers).read(["train"])
+        assert "noted      first frame of several 2, transparency over white 1" in caplog.text
+
+
+@pytest.mark.parametrize("place", ["train", "val"])
+def test_a_folder_that_may_not_be_read_is_named_with_its_key(root, monkeypatch, place):
+    shutil.copytree(root / "test", root / "val")
+    iterdir = Path.iterdir
+
+    def refusing(path):
+        if path == root / place:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", refusing)
+    with pytest.raises(
+        UserError, match=rf"data\.root={root} cannot be read: {root / place}: Permission denied\. Give a folder"
+    ):
+        ImageFolders(root, workers=0).read(["train"])
 
 
 def test_grey_tiffs_that_seem_to_use_different_bits_are_named(root, caplog):
@@ -287,7 +317,7 @@ def test_worker_processes_give_the_same_batches_as_memory(root):
         save(root / "train" / "dog" / f"{i}.png", size=(40, 32), color=(i * 30, i, 0))
     (stored, targets), (lazy, same_targets) = (ImageFolders(root, workers=w).read(["train"])["train"] for w in (0, 2))
     assert torch.equal(targets, same_targets)
-    augment = Augment("random", 2, 0, 0, 0, 0, 0, 0)
+    augment = Augment("random", crop_padding=2)
     options = {"batch_size": 4, "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "augment": lambda epoch: augment}
     batches = zip(ArrayLoader(stored, targets, **options), ArrayLoader(lazy, targets, **options), strict=True)
     for (images, labels), (same_images, same_labels) in batches:

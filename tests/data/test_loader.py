@@ -13,7 +13,7 @@ TARGETS = torch.arange(50)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-NOTHING = Augment("none", 0, 0, 0, 0, 0, 0, 0)
+NOTHING = Augment()
 
 
 def loader(**options):
@@ -138,7 +138,7 @@ def test_an_epoch_takes_the_augmentation_of_its_phase():
 
 
 def test_each_way_of_mixing_has_its_own_alpha():
-    augment = Augment("none", 0, 0, 0, 0, 0, 0.2, 0.5)
+    augment = Augment(mixup=0.2, cutmix=0.5)
     assert [mix.alpha for mix in _mix(augment, 10).transforms] == [0.2, 0.5]
 
 
