@@ -122,7 +122,7 @@ def classify(cfg: DictConfig, total: int | None, files: Iterable[InputFile]) -> 
     if temperature == 0:
         raise UserError("temperature=0 is not allowed: give a number above 0.")
     if views is not SINGLE and temperature != 1:
-        log.info("note        temperatures are fitted on a single view: those of six views are calibrated otherwise")
+        log.info("note        temperature= is fitted on a single view: with tta=true probabilities are calibrated less")
     prepare_for(device, trained.module)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with a file stands in its row
     resized = 0

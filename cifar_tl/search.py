@@ -63,7 +63,7 @@ def open_study(folder: Path, **options: Any) -> "optuna.Study":
     except OSError:
         raise
     except Exception as error:  # KeyError, AssertionError, TypeError, ...: whatever a damaged line makes of it
-        raise UserError(f"{folder / JOURNAL} is damaged: {type(error).__name__}: {first_line(error)}") from error
+        raise UserError(f"{folder / JOURNAL} cannot be read: {type(error).__name__}: {first_line(error)}") from error
 
 
 def distribution(override: Override) -> "optuna.distributions.BaseDistribution":

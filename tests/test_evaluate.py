@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -322,6 +323,11 @@ def test_cifar10_c_by_severity_and_mean(compose, cifar_checkpoint, root):
         expected[f"cifar10_c/{name}/acc"] = right.double().view(5, 4).mean(dim=1).tolist()
     assert expected.items() <= result.items()
     assert "cifar10_c/acc" not in result  # the benchmark's number, which is of all fifteen
+    for name in set(robustness.CORRUPTIONS) - {"fog"}:
+        shutil.copy(root / "CIFAR-10-C" / "saturate.npy", root / "CIFAR-10-C" / f"{name}.npy")
+    whole = evaluate(compose(*overrides, "cifar10_c=all", config_name="evaluate"))
+    means = [np.mean(expected[f"cifar10_c/{name}/acc"]) for name in ("fog", "saturate")]
+    assert whole["cifar10_c/acc"] == pytest.approx((means[0] + 14 * means[1]) / 15)
 
 
 def test_all_corruptions_are_the_fifteen_of_the_benchmark():

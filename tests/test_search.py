@@ -379,7 +379,7 @@ def test_a_run_has_the_very_values_that_optuna_has(search):
 def test_a_damaged_journal_is_named(tmp_path, capsys, no_run_pages, line):
     make_run(tmp_path / "0", ["model.dropout=0.1"])
     (tmp_path / JOURNAL).write_text(f"{line}\n")
-    with pytest.raises(UserError, match=f"{JOURNAL} is damaged"):
+    with pytest.raises(UserError, match=f"{JOURNAL} cannot be read"):
         open_study(tmp_path)
     assert report([str(tmp_path)]) == 0
     page = (tmp_path / "sweep_report.html").read_text()
@@ -392,7 +392,7 @@ def test_a_search_without_a_finished_trial_says_so(tmp_path, no_run_pages):
     study.tell(study.ask({"model.dropout": FloatDistribution(0, 0.5)}), state=optuna.trial.TrialState.FAIL)
     make_run(tmp_path / "0", ["model.dropout=0.1"], status="failed")
     assert report([str(tmp_path)]) == 0
-    said = "The search is not shown: none of its 1 trials has finished."
+    said = "The search is not shown: no trial of 1 has finished."
     assert said in (tmp_path / "sweep_report.html").read_text()
 
 

@@ -188,9 +188,9 @@ def _rgb(image: Image.Image) -> tuple[Image.Image, list[str], int]:
 def _highest_value(image: Image.Image, png_bits: int) -> tuple[int, str, int]:
     """Return which value of a grey image of more than 8 bits is white, a note, and the guessed bits; 0 for others.
 
-    PIL has scaled PGM's values to 16 bits. PNG and TIFF say how many bits their values have room for, TIFF rarely how
-    many they use: 10, 12 and 14 bits of cameras, microscopes and scanners come in 16. Nor do PNGs that were written
-    without scaling, as their standard has it.
+    PIL has scaled PGM's values to 16 bits. A TIFF says how many bits its values have room for, rarely how many they
+    use: 10, 12 and 14 bits of cameras, microscopes and scanners come in 16. Many PNGs are written in the same way, and
+    not scaled to 16 bits as their standard asks for; those that are made of 8 bits are.
 
     Args:
         image: Loaded.
@@ -212,7 +212,8 @@ def _highest_value(image: Image.Image, png_bits: int) -> tuple[int, str, int]:
         return 0, "", 0
     stated = int(max(np.atleast_1d(tags.get(TIFF_MAX_SAMPLE_VALUE, 0))))
     used = int(np.asarray(image).max())
-    if image.format == "PPM" or not used:
+    of_8_bits = image.format == "PNG" and not (np.asarray(image) % 257).any()
+    if image.format == "PPM" or of_8_bits or not used:
         return 65535, "16-bit grey scaled to 8 bits", 0
     if used <= stated <= 65535:
         return stated, f"grey of 0 to {stated}, as its tags say, scaled to 8 bits", 0

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import time
 import unicodedata
 import warnings
@@ -254,7 +255,7 @@ class ImageFolders:
                 left_out[reading.left_out] += 1
             elif reading.left_out:
                 others[label][reading.left_out] += 1
-            notes.update(reading.notes)
+            notes.update(re.sub(r" of (at most|0 to) \d+|,", "", note) for note in reading.notes)  # no image's own
             if reading.guessed_bits:
                 guessed_bits[f"{reading.guessed_bits}-bit"] += 1
             if reading.problem:

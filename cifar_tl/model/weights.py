@@ -85,9 +85,9 @@ def rescale_filters(backbone: nn.Module, rms: float) -> None:
         backbone: A torchvision ResNet, changed in place.
         rms: Root mean square of each filter, an output channel's slice of a kernel. A dead filter, one below
             DEAD_FILTER_SHARE times its layer's median, stays as it is; its BatchNorm gets the median variance of the
-            layer and the weight that keeps the function. In a trained network that weight is all but zero, too, as
-            dead filters come about; one with a weight of its own would make a large signal of the first step that
-            moves it, before and after.
+            layer, and the weight that keeps the function. In trained networks the weight of such a channel is all but
+            zero, too, and the larger variance keeps the first step that moves the filter from becoming a large signal.
+            It does not where the weight is not small, in a file that was pruned by setting filters to zero.
 
     Raises:
         UserError: `rms` is not positive.

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 
@@ -13,8 +12,6 @@ from cifar_tl.runs.record import matters
 
 DATA_HASHES = ("split_sha256", "test_sha256")
 """In a run's metrics: of the images that it was trained and validated on, and tested on."""
-TURNS = {"seed", "trainer.devices"}
-"""Keys in which runs of one setting differ: jobs take turns on GPUs."""
 
 
 @dataclass
@@ -40,9 +37,9 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Put runs whose overrides differ in the seed alone together; groups are in the order of their first runs.
 
     What was changed in files of `conf` between two such runs is an override, too; so is the place of their data, where
-    these are others. Runs of other seeds whose configs are equal belong together, however they were typed.
+    these are others. Numbers are equal however they were typed.
     """
-    given = [_by_key([f"folder={run.folder}"] if run.overrides is None else run.overrides) for run in runs]
+    given = [_typed(run) for run in runs]
     alike: dict[tuple[tuple[str, str], ...], list[int]] = {}
     for at, overrides in enumerate(given):
         alike.setdefault(_settings(overrides), []).append(at)
@@ -53,7 +50,6 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         for run, overrides in zip(runs, given, strict=True):
             digests = [str(run.metrics.get(key, "-"))[:8] for key in DATA_HASHES]
             overrides["data.root"] = f"{run.config.get('data.root')} ({' '.join(digests)})"
-    _join_equal_configs(runs, given)
     keys = dict.fromkeys(key for overrides in given for key in overrides if key != "seed")
     differing = [key for key in keys if len({overrides.get(key) for overrides in given}) > 1]
     last = [key.rsplit(".", 1)[-1] for key in differing]
@@ -206,10 +202,10 @@ class Effect:
 
 
 def effects(groups: Sequence[Group], metric: str) -> list[Effect]:
-    """Return the effect of every override that differs alone between two groups, the largest first.
+    """Return the effect of every override that was tried with all of its values in one setting of all else.
 
-    Means are over those settings of all else that were tried with every value: one that a value lacks, because its job
-    failed, for instance, would count for the others alone.
+    The largest is the first. Means are over such settings alone: one that a value lacks, because its job failed, for
+    instance, would count for the others.
     """
     tested = [group for group in groups if group.values(metric)]
     found = []
@@ -247,24 +243,6 @@ def _settings(overrides: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     return tuple(sorted((key, value) for key, value in overrides.items() if key != "seed"))
 
 
-def _join_equal_configs(runs: Sequence[Run], given: list[dict[str, str]]) -> None:
-    """Give runs the overrides of earlier ones whose config is the same and that have none of their seeds."""
-    seen: list[tuple[dict[str, Any], dict[str, str], set[str]]] = []
-    for settings in dict.fromkeys(map(_settings, given)):
-        members = [at for at, overrides in enumerate(given) if _settings(overrides) == settings]
-        configs = [{k: v for k, v in runs[at].config.items() if matters(k) and k not in TURNS} for at in members]
-        seeds = {str(seed_of(runs[at])) for at in members}
-        place = dict(settings).get("data.root")
-        for config, overrides, theirs in seen:
-            if config and config == configs[0] and place == overrides.get("data.root") and not theirs & seeds:
-                theirs |= seeds
-                for at in members:
-                    given[at] = {**overrides, **{k: v for k, v in given[at].items() if k == "seed"}}
-                break
-        else:
-            seen.append((configs[0], dict(settings), set(seeds)))
-
-
 def _edited(runs: Sequence[Run], same: Sequence[int]) -> list[str]:
     """Return the keys of the config whose values differ although the same was typed, and not because jobs take turns.
 
@@ -272,7 +250,7 @@ def _edited(runs: Sequence[Run], same: Sequence[int]) -> list[str]:
     version's, and all have its default.
     """
     configs = [runs[at].config for at in same if runs[at].config]
-    found = {key for config in configs for key in config} - TURNS
+    found = {key for config in configs for key in config} - {"seed", "trainer.devices"}
     return sorted(
         key
         for key in found
@@ -280,6 +258,13 @@ def _edited(runs: Sequence[Run], same: Sequence[int]) -> list[str]:
         and (key.startswith(("trainer.", "callbacks.")) or all(key in config for config in configs))
         and any(config.get(key) != configs[0].get(key) for config in configs)
     )
+
+
+def _typed(run: Run) -> dict[str, str]:
+    """Return a run's overrides by key, numbers as its config has them; without them, its folder stands for them."""
+    overrides = _by_key([f"folder={run.folder}"] if run.overrides is None else run.overrides)
+    numbers = {key: value for key, value in run.config.items() if isinstance(value, int | float) and value is not True}
+    return {key: str(numbers.get(key, text)) for key, text in overrides.items()}
 
 
 def _by_key(overrides: Sequence[str]) -> dict[str, str]:

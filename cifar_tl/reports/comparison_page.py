@@ -32,7 +32,7 @@ from cifar_tl.runs.table import Table, write_csv
 NAME = "sweep_report"
 ENDED = ("finished", "pruned")
 """What a run is when nothing more will come of it."""
-RUNS_AND_MEANS = "Thin lines are runs, thick ones means; dashed: a phase starts."
+RUNS_AND_MEANS = "Thin lines are runs, thick ones means; vertical ones: a phase starts."
 
 
 def write_sweep_report(folders: Sequence[Path], output: Path, sweep: Path | None = None) -> list[Path]:
@@ -155,9 +155,9 @@ def _paired(groups: Sequence[Group]) -> Table:
 
 
 def _effects(groups: Sequence[Group]) -> Table:
-    """Return what each value of an override does to the test accuracy, of those that differ alone somewhere."""
+    """Return what each value of an override does to the test accuracy."""
     rows = [
-        [f"{effect.key}={value}", str(count), percent(mean), percent_range(low, high), f"{100 * effect.spread:.2f}"]
+        [f"{effect.key}={value}", str(count), percent(mean), _range([low, high][:count]), f"{100 * effect.spread:.2f}"]
         for effect in effects(groups, "test/acc")
         for value, (mean, count, low, high) in effect.values.items()
     ]
@@ -199,7 +199,7 @@ def _warnings(groups: Sequence[Group]) -> list[str]:
     leaking: dict[str, list[str]] = {}
     for run in runs:
         for sentence in leaks(run):
-            leaking.setdefault(sentence, []).append(run.folder.name)
+            leaking.setdefault(sentence, []).append(str(run.folder))
     for sentence, names in leaking.items():
         warnings.append(f"{'All runs' if len(names) == len(runs) else ', '.join(names)}: {sentence}")
     if len({tuple(run.classes) for run in runs if run.classes}) > 1:

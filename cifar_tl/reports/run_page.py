@@ -92,7 +92,7 @@ def leaks(run: Run) -> list[str]:
     duplicates = run.metrics.get("duplicates", {})
     found = []
     if count := duplicates.get("test", 0):
-        example = " is ".join(duplicates.get("example") or [])
+        example = " is ".join(map(str, duplicates.get("example") or []))
         found.append(
             f"{count:,} test images are training or validation images, too, pixel for pixel"
             f"{f' ({example})' if example else ''}: the test says too much good of the model."

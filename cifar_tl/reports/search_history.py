@@ -34,7 +34,7 @@ def search_section(folder: Path, drawing: FigureFolder) -> Section | None:
     trials: list[Any] = [trial for trial in study.trials if trial.value is not None]
     finished = [trial for trial in trials if trial.state.name == "COMPLETE"]
     if not finished:
-        drawing.problems.append(f"The search is not shown: none of its {len(study.trials)} trials has finished.")
+        drawing.problems.append(f"The search is not shown: no trial of {len(study.trials)} has finished.")
         return None
     best: Any = study.best_trial
     marked = {"finished": finished, "pruned": [t for t in trials if t.state.name == "PRUNED"], "best": [best]}

@@ -64,6 +64,7 @@ def test_an_image_with_broken_exif_is_taken_as_it_is():
     [
         (encoded(Image.fromarray(RAMP), "PNG"), "16-bit grey scaled to 8 bits"),
         (encoded(Image.fromarray(RAMP), "TIFF"), "16-bit grey scaled to 8 bits"),
+        (encoded(Image.fromarray(RAMP // 257 * 257), "PNG"), "16-bit grey scaled to 8 bits"),
         (encoded(Image.fromarray(RAMP >> 2), "TIFF"), "grey of at most 16211 taken for 14-bit, scaled to 8 bits"),
         (encoded(Image.fromarray(RAMP >> 4), "TIFF"), "grey of at most 4052 taken for 12-bit, scaled to 8 bits"),
         (encoded(Image.fromarray(RAMP >> 4), "PNG"), "grey of at most 4052 taken for 12-bit, scaled to 8 bits"),
@@ -74,7 +75,7 @@ def test_an_image_with_broken_exif_is_taken_as_it_is():
         (pgm(RAMP, 65535), "16-bit grey scaled to 8 bits"),
         (pgm(RAMP >> 4, 4095), "16-bit grey scaled to 8 bits"),
     ],
-    ids=["PNG", "TIFF", "14 bits", "12 bits", "PNG, 12 bits", "a stated range", "PGM", "12-bit PGM"],
+    ids=["PNG", "TIFF", "PNG of 8 bits", "14 bits", "12 bits", "PNG, 12 bits", "a stated range", "PGM", "12-bit PGM"],
 )
 def test_grey_of_more_than_8_bits_is_scaled_by_its_true_range(stream, note):
     image = decode(stream)
@@ -91,6 +92,12 @@ def test_a_16_bit_tiff_in_which_0_is_white_shows_the_same_picture():
     image = decode(stream)
     expected = decode(encoded(Image.fromarray(RAMP), "TIFF", tiffinfo={281: int(RAMP.max())}))
     assert abs(image.pixels.astype(int) - expected.pixels).max() <= 1
+
+
+def test_a_dark_png_of_8_bits_in_16_stays_dark():
+    dark = np.linspace(0, 59, 1024).reshape(32, 32).astype(np.uint16)
+    decoded = decode(encoded(Image.fromarray(dark * 257), "PNG"))
+    assert np.array_equal(decoded.pixels, np.stack([dark] * 3))
 
 
 @pytest.mark.parametrize(("kind", "tags", "value"), [("TIFF", {262: 0}, 255), ("TIFF", {}, 0), ("PNG", None, 0)])

@@ -140,11 +140,14 @@ def test_what_was_done_to_images_is_counted(root, caplog):
     frames = [Image.new("RGB", (32, 32), color) for color in ("red", "blue")]
     for name in ("a.gif", "b.gif"):
         frames[0].save(root / "train" / "dog" / name, save_all=True, append_images=frames[1:])
+    for brightest in (3000, 3001, 3002):
+        Image.fromarray(np.full((32, 32), brightest, dtype=np.uint16)).save(root / "train" / "cat" / f"{brightest}.png")
     for workers in (0, 1):
         caplog.clear()
         with caplog.at_level(logging.INFO):
             ImageFolders(root, workers).read(["train"])
-        assert "noted      first frame of several 2, transparency over white 1" in caplog.text
+        grey, frames = "grey taken for 12-bit scaled to 8 bits 3", "first frame of several 2"
+        assert f"noted      {grey}, {frames}, transparency over white 1\n" in caplog.text
 
 
 @pytest.mark.parametrize("place", ["train", "val"])
