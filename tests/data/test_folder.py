@@ -167,6 +167,19 @@ def test_a_folder_that_may_not_be_read_is_named_with_its_key(root, monkeypatch, 
         ImageFolders(root, workers=0).read(["train"])
 
 
+def test_a_folder_that_may_not_be_read_any_more_is_named_with_its_key(root, monkeypatch):
+    source, scandir = ImageFolders(root, workers=0), os.scandir
+
+    def refusing(path):
+        if path == root / "train":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match=rf"data\.root={root} cannot be read: {root / 'train'}: Permission denied"):
+        source.read(["train"])
+
+
 def test_grey_tiffs_that_seem_to_use_different_bits_are_named(root, caplog):
     for number, brightest in enumerate((1000, 1000, 4000)):
         values = np.full((32, 32), 500, dtype=np.uint16)

@@ -1,6 +1,8 @@
 """Accuracy against minutes: what is drawn of hand-made runs, and that it can be read."""
 
+import math
 import shutil
+from pathlib import Path
 
 import pytest
 from handmade import make_run
@@ -8,10 +10,12 @@ from matplotlib.text import Text
 from omegaconf import OmegaConf
 
 from cifar_tl.reports import svg
+from cifar_tl.reports.comparison import Group
 from cifar_tl.reports.figures import Result, pareto_front
 from cifar_tl.reports.original import PUBLISHED
 from cifar_tl.reproduce.jobs import Job
-from cifar_tl.reproduce.tables import write_tables
+from cifar_tl.reproduce.tables import _mean_curve, write_tables
+from cifar_tl.runs.folder import Run
 
 
 @pytest.fixture
@@ -145,6 +149,16 @@ def test_the_cliff_is_the_mean_over_the_seeds(drawn, tmp_path):
         assert f"Validation accuracy around the unfreeze: quick {fall} points" in (tmp_path / "tables.md").read_text()
         for run in tmp_path.glob("quick*"):
             shutil.rmtree(run)
+
+
+def test_the_mean_over_seeds_goes_as_far_as_the_shortest_run():
+    plan = [{"name": "fine-tune", "start": 1, "end": 4, "stages": ["layer4"]}]
+    lengths = {4: [0.1, 0.3, 0.5, 0.7], 3: [0.3, 0.5, None]}
+    runs = [Run(Path(), {"plan": plan, "epoch": list(range(n)), "val/acc": v}) for n, v in lengths.items()]
+    epochs, values, unfreeze = _mean_curve(Group("", {}, runs))
+    assert (epochs, unfreeze) == ([0, 1, 2], 1)
+    assert values[:2] == pytest.approx([0.2, 0.4])
+    assert math.isnan(values[2])
 
 
 def test_the_legend_covers_no_point(drawn):
