@@ -263,7 +263,7 @@ def _edited(runs: Sequence[Run], same: Sequence[int]) -> list[str]:
 def _typed(run: Run) -> dict[str, str]:
     """Return a run's overrides by key, numbers as its config has them; without them, its folder stands for them."""
     overrides = _by_key([f"folder={run.folder}"] if run.overrides is None else run.overrides)
-    numbers = {key: value for key, value in run.config.items() if isinstance(value, int | float) and value is not True}
+    numbers = {key: value for key, value in run.config.items() if type(value) in (int, float)}
     return {key: str(numbers.get(key, text)) for key, text in overrides.items()}
 
 

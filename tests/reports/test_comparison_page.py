@@ -164,14 +164,14 @@ def test_a_job_that_is_missing_from_a_grid_makes_no_cause(tmp_path):
 
 
 def test_numbers_are_equal_however_they_were_typed(tmp_path):
-    for seed, overrides in enumerate((["lr=1e-2"], ["lr=0.01"], ["lr=1e-3", "flag=true"], ["lr=0.010"])):
+    for seed, overrides in enumerate((["lr=1e-2"], ["lr=0.01"], ["lr=1e-3", "flag=false"], ["lr=0.010"])):
         run = make_run(tmp_path / str(seed), overrides, seed=seed)
-        config = {"lr": 1e-3 if seed == 2 else 0.01, "seed": seed, "flag": seed == 2}
+        config = {"lr": 1e-3 if seed == 2 else 0.01, "seed": seed, "flag": seed != 2}
         (run / ".hydra" / "config.yaml").write_text(json.dumps(config))
     groups = group_runs(read_runs(find_runs(tmp_path)))
     assert [(group.label, [seed_of(run) for run in group.runs]) for group in groups] == [
         ("lr=0.01", [0, 1, 3]),
-        ("lr=0.001 flag=true", [2]),
+        ("lr=0.001 flag=false", [2]),
     ]
 
 
