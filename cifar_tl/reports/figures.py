@@ -344,7 +344,7 @@ def cliff(title: str, recipes: Mapping[str, tuple[Sequence[int], Sequence[float]
         title: Of the figure.
         recipes: Epochs, shares, and the first epoch after the unfreeze, by name.
     """
-    figure, axes = _axes(3.4, width=4.4)  # it stands in half a page
+    figure, axes = _axes(3.2 + 0.2 * len(recipes), width=4.4)  # it stands in half a page
     for look, (name, (epochs, values, unfreeze)) in zip(_looks(), recipes.items(), strict=False):
         step = f"{100 * (values[unfreeze] - values[unfreeze - 1]):+.1f}"
         axes.plot(epochs, np.array(values, dtype=float), **look, marker="o", label=f"{name}  {step}")
@@ -357,7 +357,9 @@ def cliff(title: str, recipes: Mapping[str, tuple[Sequence[int], Sequence[float]
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
     _title_above(figure, title)
-    axes.legend(loc="best", title="points at the unfreeze", alignment="left")
+    # below the axes, where it covers no curve
+    head = "points at the unfreeze"
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.17), borderaxespad=0, title=head, alignment="left")
     return figure
 
 

@@ -296,7 +296,10 @@ def test_more_settings_than_colours_are_drawn_in_other_lines():
     (axes,) = figures.runs_over_each_other("a title", curves, []).axes
     looks = {(line.get_color(), line.get_linestyle()) for line in axes.get_legend().get_lines()}
     cliffs = {f"recipe {i}": ([0, 1], [0.1, 0.2], 1) for i in range(20)}
-    (axes,) = [axes for axes in figures.cliff("a title", cliffs).axes if axes.get_legend()]
+    figure = figures.cliff("a title", cliffs)
+    (axes,) = [axes for axes in figure.axes if axes.get_legend()]
+    figure.draw_without_rendering()
+    assert not axes.get_legend().get_window_extent().overlaps(axes.bbox)
     assert len(looks) == len({(line.get_color(), line.get_linestyle()) for line in axes.get_legend().get_lines()}) == 20
 
 

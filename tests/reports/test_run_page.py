@@ -266,11 +266,6 @@ def odd_epochs(run):
     return "metrics.json: val/acc has 4 values for epochs that are not known", "Confusion"
 
 
-def no_epochs(run):
-    set_metrics(run, seconds=[], epoch=[], **{"val/acc": [], "train/acc": []})
-    return "'Time' could not be drawn", "Confusion"
-
-
 def odd_duplicates(run):
     set_metrics(run, duplicates=None)
     return "metrics.json: duplicates is not an object with test, val", "Confusion"
@@ -280,7 +275,7 @@ def odd_duplicates(run):
     "damage",
     [
         *(damage_metrics, half_metrics, truncate_predictions, remove_predictions, remove_images, other_predictions),
-        *(odd_epochs, no_epochs, odd_duplicates),
+        *(odd_epochs, odd_duplicates),
     ],
 )
 def test_damage_is_named_and_the_rest_drawn(tmp_path, damage):
