@@ -9,10 +9,9 @@ import pytest
 import torchvision
 from torchvision.models.resnet import Bottleneck
 
-from cifar_tl.benchmarks import peers
+from cifar_tl.benchmarks import peers, recipes
 from cifar_tl.benchmarks.__main__ import main
 from cifar_tl.benchmarks.setting import Setting
-from cifar_tl.benchmarks.step import WARM_UP
 from cifar_tl.errors import UserError
 
 STAND_IN = """
@@ -45,9 +44,11 @@ def is_gone(tmp_path):
 @pytest.mark.slow
 def test_peers_are_a_row_each_and_the_process_is_gone(stand_in, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torchvision.models, "resnet50", lambda: torchvision.models.ResNet(Bottleneck, [1, 1, 1, 1]))
-    recipes = {name: [*recipe, "data.batch_size=32"] for name, recipe in peers.RECIPES.items()}
-    for name, small in {"RECIPES": recipes, "BATCH_SIZE": 32, "TIMED": 64}.items():
-        monkeypatch.setattr(peers, name, small)
+    small = {name: [*recipe, "data.batch_size=32"] for name, recipe in peers.RECIPES.items()}
+    given = {"BATCH_SIZE": 32, "TIMED": 64, "RECIPES": small}
+    for name, value in given.items():
+        monkeypatch.setattr(peers, name, value)
+    monkeypatch.setattr(recipes, "TIMED", 64)
     assert main(["--only", "peers", "--rounds", "1", "--limit", "20"]) == 0
     (folder,) = (tmp_path / "outputs" / "bench").iterdir()
     table = json.loads((folder / "bench.json").read_text())["peers"]
@@ -75,30 +76,6 @@ def test_ratios_are_of_the_same_round():
     ratios = (other["times as fast as Keras"], other["times low"], other["times high"])
     assert ratios == pytest.approx((2, 2, 3))
     assert other["n"] == 3
-
-
-@pytest.mark.slow
-def test_the_frozen_phase_is_ten_epochs_and_the_features_of_both_views_once(tmp_path, monkeypatch):
-    def fit(trainer, module, datamodule):
-        for callback in trainer.callbacks:
-            if isinstance(callback, peers.Clock):
-                callback.images, callback.seconds = 100, 0.1
-            elif isinstance(callback, peers.TimedFeatures):
-                callback.views, callback.seconds_per_view = 2, 0.005
-
-    monkeypatch.setattr(peers.L.Trainer, "fit", fit)
-    speed = peers.ours(Setting("cpu", None, None, 1, 512, (), tmp_path), ["experiment=best32"])
-    assert speed("frozen") == pytest.approx(500)  # an image 1 ms in each epoch, and once 2 x 5 ms
-    assert speed("fine-tune") == pytest.approx(1000)
-
-
-def test_the_clock_leaves_out_the_first_steps_and_each_epochs_first(monkeypatch):
-    ticks = iter([*range(WARM_UP), WARM_UP + 1, 100, 103])
-    monkeypatch.setattr(peers.time, "perf_counter", lambda: float(next(ticks)))
-    clock = peers.Clock()
-    for batch_idx in [*range(WARM_UP + 1), 0, 1]:
-        clock.on_train_batch_end(None, None, None, ([0] * 8, [0] * 8), batch_idx)
-    assert (clock.images, clock.seconds) == (16, 2 + 3)
 
 
 @pytest.mark.slow
@@ -148,4 +125,4 @@ def test_an_installation_that_fails_is_one_sentence(tmp_path, monkeypatch, capsy
 
 def test_peers_are_measured_on_a_cpu_only(tmp_path):
     with pytest.raises(UserError, match="--device cuda: give --device cpu"):
-        peers.measure(Setting("cuda", None, None, 1, None, (), tmp_path))
+        peers.measure(Setting("cuda", "32-true", None, None, 1, None, (), tmp_path))

@@ -22,6 +22,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m cifar_tl.benchmarks", description=__doc__)
     names = ["pipeline", "frozen", "step", "predict", "startup", "runs"]
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", default="auto", help="as in trainer.precision (default: auto)")
     parser.add_argument("--data-root", help="folder with CIFAR-10; without it, generated images")
     parser.add_argument("--weights", help="as in model.weights; without it, random ones")
     parser.add_argument("--rounds", type=positive, default=5, help="turns of each candidate (default: 5)")
@@ -30,19 +31,26 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=[*names, "peers"],
+        choices=[*names, "recipes", "peers"],
         default=names,
-        help="default: all but peers, which installs TensorFlow for Keras, 1.6 GB, into outputs/bench/keras-env",
+        help="default: all but recipes, for minutes, and peers, which installs TensorFlow for Keras, 1.6 GB, into "
+        "outputs/bench/keras-env",
+    )
+    parser.add_argument(
+        "--publish", action="store_true", help="what recipes measures also into the READMEs of this checkout"
     )
     given = parser.parse_args(arguments)
+    if given.publish and "recipes" not in given.only:
+        parser.error("--publish is for --only recipes")
 
     # late: --help should not wait for torch
-    from cifar_tl.benchmarks import frozen, peers, pipeline, predict, step, whole
+    from cifar_tl.benchmarks import frozen, peers, pipeline, predict, recipes, step, whole
     from cifar_tl.benchmarks.setting import Setting
     from cifar_tl.build import quieten_lightning
     from cifar_tl.errors import Interrupted, UserError
     from cifar_tl.files import write_text
     from cifar_tl.hardware import advice_when_out_of_memory, environment, resolve_accelerator, resolve_precision
+    from cifar_tl.reproduce.publish import check_checkout
     from cifar_tl.runs.record import git_state
 
     measures = {
@@ -52,6 +60,10 @@ def main(arguments: list[str]) -> int:
         "predict": ("cifar_tl.predict on a folder of PNGs", predict.measure),
         "startup": ("Start-up", whole.startup),
         "runs": ("Whole 10 + 10 epoch runs, from command to test result", whole.runs),
+        "recipes": (
+            "Training of the recipes on 45,000 images, training alone: minutes computed from the medians of images/s",
+            recipes.measure,
+        ),
         "peers": (
             "10 + 10 epochs on 45,000 images, training alone: seconds computed from the medians of images/s",
             peers.measure,
@@ -63,6 +75,8 @@ def main(arguments: list[str]) -> int:
     quieten_lightning()
     try:
         resolve_accelerator(given.device)
+        if given.publish:
+            check_checkout(recipes.checkout())
         output.mkdir(parents=True)
         result: dict[str, Any] = {
             "command": " ".join(["python -m cifar_tl.benchmarks", *arguments]),
@@ -70,7 +84,7 @@ def main(arguments: list[str]) -> int:
             **environment(given.device),
             **git_state(),
         }
-        precision = resolve_precision("auto", given.device)
+        precision = resolve_precision(given.precision, given.device)
         where = f"{result['device']}, {result['threads']} threads, {precision}"
         text = [f"{where}, torch {result['versions']['torch']}", ""]
         text += [f"`{result['command']}`, {result['date']}, commit {(result['git_commit'] or 'none')[:7]}", ""]
@@ -78,6 +92,7 @@ def main(arguments: list[str]) -> int:
         with tempfile.TemporaryDirectory(prefix="cifar_tl_bench") as folder:
             setting = Setting(
                 device=given.device,
+                precision=precision,
                 data_root=given.data_root,
                 weights=given.weights,
                 rounds=given.rounds,
@@ -94,6 +109,9 @@ def main(arguments: list[str]) -> int:
                 print("\n".join(section), flush=True)
                 write_text(output / "bench.json", json.dumps(result, indent=1) + "\n")
                 write_text(output / "bench.md", "\n".join(text))
+            if given.publish:
+                for path in recipes.publish_speed(result, setting):
+                    say(f"written: {path}")
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

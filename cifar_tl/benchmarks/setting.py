@@ -12,7 +12,6 @@ import torch
 from omegaconf import DictConfig
 
 from cifar_tl.cli import compose
-from cifar_tl.hardware import resolve_precision
 from cifar_tl.runs.resume import quoted
 
 
@@ -22,6 +21,7 @@ class Setting:
 
     Attributes:
         device: `cpu` or `cuda`.
+        precision: Lightning's, such as `bf16-mixed`.
         data_root: A folder with CIFAR-10, or None for generated images.
         weights: As in model.weights, or None for random ones.
         rounds: Turns of every candidate.
@@ -31,6 +31,7 @@ class Setting:
     """
 
     device: str
+    precision: str
     data_root: str | None
     weights: str | None
     rounds: int
@@ -52,6 +53,7 @@ class Setting:
             f"model.weights={weights}",
             f"data.limit={'null' if self.limit is None else self.limit}",
             f"trainer.accelerator={self.device}",
+            f"trainer.precision={self.precision}",
             "logger=csv",
         ]
 
@@ -64,10 +66,10 @@ class Setting:
         if self.is_gpu:
             torch.cuda.synchronize()
 
-    def precision(self) -> AbstractContextManager[Any]:
-        """Return the context in which Lightning runs a forward pass with trainer.precision=auto."""
-        mixed = resolve_precision("auto", self.device) == "bf16-mixed"
-        return torch.autocast(self.device, dtype=torch.bfloat16) if mixed else nullcontext()
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context in which Lightning runs a forward pass."""
+        dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.precision)
+        return nullcontext() if dtype is None else torch.autocast(self.device, dtype=dtype)
 
 
 def take_turns(candidates: Mapping[str, Callable[[], float]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:

@@ -9,15 +9,17 @@ from typing import Any
 import lightning as L
 import torch
 from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
 
-from cifar_tl.arithmetic import flops_per_image
 from cifar_tl.benchmarks.setting import Setting, summary, take_turns
 from cifar_tl.benchmarks.torchvision_way import Classifier, dataloader
 from cifar_tl.build import build_datamodule, build_module, build_unfreeze
 from cifar_tl.callbacks.epoch_seed import EpochSeed
 from cifar_tl.callbacks.freeze_guard import CHECKED_STEPS, FreezeGuard
 from cifar_tl.data.batch import Batch
-from cifar_tl.hardware import device_name, prepare_for, resolve_precision
+from cifar_tl.data.decode import SIZE
+from cifar_tl.hardware import device_name, prepare_for
+from cifar_tl.model.backbone import Backbone
 from cifar_tl.model.module import ResNet50Classifier
 
 WARM_UP = CHECKED_STEPS + 1
@@ -106,7 +108,7 @@ def fit_options(setting: Setting, steps: int) -> dict[str, Any]:
     return {
         "accelerator": setting.device,
         "devices": 1,
-        "precision": resolve_precision("auto", setting.device),
+        "precision": setting.precision,
         "max_epochs": -1,
         "max_steps": steps,
         "limit_val_batches": 0,
@@ -178,7 +180,7 @@ def candidates(setting: Setting, batch_size: int) -> tuple[Candidates, Candidate
             if step == WARM_UP:
                 setting.synchronize()
                 start = time.perf_counter()
-            with setting.precision():
+            with setting.autocast():
                 loss = cross_entropy(module(images), targets)
             loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
             optimizer.step()
@@ -213,6 +215,13 @@ def candidates(setting: Setting, batch_size: int) -> tuple[Candidates, Candidate
         return {f"batch {batch_size}: {name}": function for name, function in functions.items()}
 
     return named(loops), named(shares)
+
+
+def flops_per_image() -> float:
+    """Return the floating-point operations of a fine-tune step per image of 32x32, 2 per multiply-add."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:  # shapes without numbers
+        Backbone(upscale=1).eval()(torch.zeros(1, 3, SIZE, SIZE)).sum().backward()
+    return float(counter.get_total_flops())
 
 
 def peak_bf16(name: str) -> float | None:

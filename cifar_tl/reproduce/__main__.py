@@ -69,7 +69,7 @@ def reproduce(cfg: DictConfig, passed: Sequence[str], folder: Path) -> None:
             raise UserError(f"not published: {' '.join(reasons)}")
         checkout = cli.conf_folder().parent
         written += publish([path for path in written if path.suffix == ".csv"], checkout)
-        written.append(draw_frontier(checkout))
+        written += draw_frontier(checkout)
     for path in written:
         log.info("%s", path)
     if failed:

@@ -29,8 +29,8 @@ PROVENANCE = ("device", "date", "commit", "weights", "filters", "precision")
 UNPUBLISHED = ("minutes",)
 """Columns that are left out: how long a run takes depends on what else its machine did. Benchmarks measure speed."""
 
-RELATED = ("ablation",)
-"""Tables whose rows are distances to one of them, so that rows of two measurements do not mix."""
+RELATED = ("ablation", "speed")
+"""Tables whose rows are compared with each other alone, so that those of two measurements do not mix."""
 
 Cells = tuple[list[str], list[list[str]]]
 """Head and rows of a table."""
@@ -52,8 +52,7 @@ def publish(tables: Sequence[Path], checkout: Path) -> list[Path]:
     Raises:
         UserError: `checkout` is none, or a README asks for what a table has no more. Then nothing is written.
     """
-    if not (checkout / "pyproject.toml").is_file():
-        raise UserError(f"publish=true writes into a checkout of cifar_tl, and {checkout} is none.")
+    check_checkout(checkout)
     texts, new = {}, {}
     for table in tables:
         path = checkout / RESULTS / table.name
@@ -68,6 +67,16 @@ def publish(tables: Sequence[Path], checkout: Path) -> list[Path]:
     for path, content in texts.items():
         write_text(path, content)
     return list(texts)
+
+
+def check_checkout(folder: Path) -> None:
+    """Refuse a folder that is no checkout of cifar_tl, such as that of an installed copy.
+
+    Raises:
+        UserError: It is none.
+    """
+    if not (folder / "pyproject.toml").is_file():
+        raise UserError(f"what is published goes into a checkout of cifar_tl, and {folder} is none.")
 
 
 def filled(text: str, folder: Path, new: Mapping[str, Cells] = MappingProxyType({})) -> str:

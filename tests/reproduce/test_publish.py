@@ -117,7 +117,7 @@ def test_where_a_readme_asks_for_a_column_that_went_nothing_is_written(checkout,
 
 
 def test_an_installed_copy_publishes_nothing(tmp_path):
-    with pytest.raises(UserError, match="writes into a checkout"):
+    with pytest.raises(UserError, match="goes into a checkout"):
         publish([], tmp_path)
 
 
