@@ -1,5 +1,6 @@
 """Which device and precision a run uses, what they are called, and which software drives them."""
 
+import ctypes
 import os
 import platform
 import resource
@@ -20,6 +21,8 @@ PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 """Values of trainer.precision. Those of Lightning in which weights are not float32 round steps away."""
 CGROUPS, CGROUP_MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 """Where Linux says which control groups a process is in, and what they allow it."""
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Parameters of glibc's mallopt."""
 PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "torchmetrics")
 
 
@@ -81,6 +84,18 @@ def flush_denormals() -> None:
     torch.set_flush_denormal(True)
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory of freed tensors for the next ones, instead of giving it back to the system.
+
+    Tensors of more than 32 MB are otherwise mapped anew in every step, and each of their pages filled with zeros before
+    it is used: a third of the time of a step of `hires`. Nothing changes for another allocator or C library.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # its parameters are in malloc.h
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
 def select_gpu(devices: object, accelerator: str) -> None:
     """Make the GPU that trainer.devices names the current one: its name, capability and memory are asked, not GPU 0's.
 
@@ -109,6 +124,8 @@ def prepare_for(accelerator: str, module: nn.Module) -> None:
     """
     backbone: Any = module.get_submodule("backbone")  # not by its class: the model's layer is above this one
     backbone.tuned_for_cpu = accelerator == "cpu"
+    if accelerator == "cpu":
+        keep_freed_memory()
     if not torch.cuda.is_available():
         # Lightning makes torch ask the driver's management library, which is not there: opened anew in every step of an
         # optimizer

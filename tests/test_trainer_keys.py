@@ -1,5 +1,6 @@
 """Keys of Lightning's Trainer: what is taken works and is recorded as it was done; the rest is refused by name."""
 
+import ctypes
 import inspect
 import json
 import logging
@@ -428,6 +429,25 @@ def test_each_device_is_found_and_gets_its_way_of_computing(monkeypatch):
         assert torch.get_float32_matmul_precision() == "highest"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+FAULTS = """
+import resource, torch
+from cifar_tl.hardware import prepare_for
+
+prepare_for("cpu", torch.nn.ModuleDict({"backbone": torch.nn.Identity()}))
+for _ in range(30):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(2**26, dtype=torch.uint8)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="no glibc")
+@pytest.mark.slow
+def test_the_memory_of_freed_tensors_is_kept_for_the_next_ones():
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 10  # pages that the system had to find; 16,384 of 4 KB are in a tensor
 
 
 @pytest.mark.parametrize("terminal", [True, False])
