@@ -126,6 +126,7 @@ ROWS: dict[str, list[tuple[str, tuple[str, ...]]]] = {
         ("predict", ("checkpoint=RUN", "input=red.png", "+trainer.precision=bf16-mixed")),
         ("predict", ("checkpoint=RUN", "input=*.png")),
         ("evaluate", ("checkpoint=RUN", "data.limit=0")),
+        ("evaluate", ("checkpoint=RUN", "trainer.devices=2")),
         ("evaluate", ("checkpoint=RUN", "data.root=empty")),
     ],
     "Weights": [
