@@ -106,8 +106,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     trainer = build_trainer(keys, logger=False, enable_checkpointing=False)
     if trainer.world_size > 1:  # each would measure images of its own
         raise UserError(
-            f"trainer.devices={cfg.trainer.devices} is not allowed: an evaluation is one process. Give 1, or [2] for one "
-            f"of several GPUs."
+            f"trainer.devices={cfg.trainer.devices} is not allowed: an evaluation is one process. Give 1, or [2] for "
+            f"one of several GPUs."
         )
     with advice_when_out_of_memory(f"Lower data.eval_batch_size={data.eval_batch_size}."):
         try:
