@@ -139,20 +139,24 @@ def publish_speed(result: Mapping[str, Any], setting: Setting) -> list[Path]:
         What was written.
     """
     commit = (result["git_commit"] or "none")[:7] + (" with changes" if result["git_dirty"] else "")
-    origin = {"device": result["device"], "date": result["date"][:10], "commit": commit, "precision": setting.precision}
     weights = setting.weights and Path(setting.weights)
     named = f"{weights.name} ({file_sha256(weights)[:12]})" if weights and weights.is_file() else setting.weights
+    origin = {
+        "device": result["device"],
+        "date": result["date"][:10],
+        "commit": commit,
+        "weights": named or "random",
+        "filters": "as each recipe has them",
+        "precision": setting.precision,
+    }
     rows = []
     for row in result["recipes"]:
         rates = {key.removesuffix(RATE): f"{value:,.0f}" for key, value in row.items() if key.endswith(RATE)}
         frozen, *others = rates.values()
         of_each = [f"{rate} {name.removeprefix('fine-tune ')}" for name, rate in list(rates.items())[1:]]
         tuned = ", ".join(of_each) if len(others) > 1 else others[0]
-        rms = compose("train", [f"experiment={row['what']}"]).model.filter_rms
-        filters = "random" if named is None else f"at RMS {rms:g}" if rms else "as in the file"
-        its = origin | {"weights": named or "random", "filters": filters}
         minutes = f"{row['minutes']:.1f}", f"{row['low']:.1f} to {row['high']:.1f}"
-        rows.append([row["what"], frozen, tuned, *minutes, *(its[name] for name in PROVENANCE)])
+        rows.append([row["what"], frozen, tuned, *minutes, *(origin[name] for name in PROVENANCE)])
     head = ["config", "frozen, images/s", "fine-tune, images/s", MINUTES, "range", *PROVENANCE]
     path = setting.folder / SPEED.name
     Table("Speed", head, rows).write_csv(path)

@@ -34,9 +34,10 @@ def description(results: Iterable[figures.Result]) -> str:
 
 
 def published_results(checkout: Path) -> Iterator[figures.Result]:
-    """Yield the published accuracy of each recipe whose speed is published, too, with the minutes of training it."""
+    """Yield the published accuracies of the recipes whose speed is published, too, by the minutes of training them."""
     accuracies, speeds = (_rows(checkout / path) for path in (RESULTS / "results.csv", SPEED))
-    for recipe in [recipe for recipe in accuracies if recipe in speeds]:
+    shared = [recipe for recipe in accuracies if recipe in speeds]
+    for recipe in sorted(shared, key=lambda recipe: float(speeds[recipe][MINUTES])):
         row, its = accuracies[recipe], speeds[recipe]
         accuracy, low, high = (float(text) / 100 for text in (row["test acc"], *row["range"].split(" to ")))
         minutes, device = float(its[MINUTES]), f"{its['device']}, {its['precision']}"
