@@ -88,7 +88,8 @@ def keep_freed_memory() -> None:
     """Have glibc keep the memory of freed tensors for the next ones, instead of giving it back to the system.
 
     Tensors of more than 32 MB are otherwise mapped anew in every step, and each of their pages filled with zeros before
-    it is used: a third of the time of a step of `hires`. Nothing changes for another allocator or C library.
+    it is used: a third of the time of a step of `hires`. It is for the whole process, whatever MALLOC_ variables say;
+    nothing changes with another C library.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # its parameters are in malloc.h
