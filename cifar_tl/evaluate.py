@@ -87,6 +87,14 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         data.eval_batch_size = cfg.data.eval_batch_size
     accelerator = resolve_accelerator(cfg.trainer.accelerator)
     select_gpu(cfg.trainer.devices, accelerator)
+    precision = cfg.trainer.precision or trained.facts["precision"]
+    keys = {"deterministic": trained.config.trainer.get("deterministic"), **cfg.trainer, "precision": precision}
+    trainer = build_trainer(keys, logger=False, enable_checkpointing=False)
+    if trainer.world_size > 1:  # each would measure images of its own
+        raise UserError(
+            f"an evaluation is one process, and trainer.devices={cfg.trainer.devices} makes {trainer.world_size} here: "
+            f"give 1, or [2] for one of several GPUs, and start it without torchrun or srun."
+        )
     prepare_for(accelerator, trained.module)
     extra = ExtraEvaluations(cfg, trained)
     datamodule = build_datamodule(trained.config)
@@ -101,14 +109,6 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     datamodule.setup("test")  # so that Lightning does not fetch it again
     if extra.temperature:
         extra.make_validation_split(datamodule)  # before the test, not after it
-    precision = cfg.trainer.precision or trained.facts["precision"]
-    keys = {"deterministic": trained.config.trainer.get("deterministic"), **cfg.trainer, "precision": precision}
-    trainer = build_trainer(keys, logger=False, enable_checkpointing=False)
-    if trainer.world_size > 1:  # each would measure images of its own
-        raise UserError(
-            f"trainer.devices={cfg.trainer.devices} is not allowed: an evaluation is one process. Give 1, or [2] for "
-            f"one of several GPUs."
-        )
     with advice_when_out_of_memory(f"Lower data.eval_batch_size={data.eval_batch_size}."):
         try:
             (scalars,) = trainer.test(trained.module, datamodule=datamodule, verbose=False)

@@ -22,7 +22,8 @@ PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 CGROUPS, CGROUP_MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 """Where Linux says which control groups a process is in, and what they allow it."""
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Parameters of glibc's mallopt."""
+"""Parameters of glibc's mallopt, from its malloc.h."""
+ALLOCATOR_VARIABLES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "torchmetrics")
 
 
@@ -88,11 +89,11 @@ def keep_freed_memory() -> None:
     """Have glibc keep the memory of freed tensors for the next ones, instead of giving it back to the system.
 
     Tensors of more than 32 MB are otherwise mapped anew in every step, and each of their pages filled with zeros before
-    it is used: a third of the time of a step of `hires`. It is for the whole process, whatever MALLOC_ variables say;
-    nothing changes with another C library.
+    it is used: a third of the time of a step of `hires`. It is for the whole process; nothing changes with another C
+    library or allocator, or where one of ALLOCATOR_VARIABLES says what its user wants.
     """
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # its parameters are in malloc.h
+    if hasattr(libc, "mallopt") and not any(name in os.environ for name in ALLOCATOR_VARIABLES):
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
@@ -198,6 +199,9 @@ def host_memory() -> int:
 
 def forget_peak_memory(accelerator: str) -> None:
     """Start the peaks of `peak_memory` anew, where the system can: a process may have had another run before."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)  # what `keep_freed_memory` has kept is not this run's
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     if accelerator == "cuda":

@@ -22,7 +22,9 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m cifar_tl.benchmarks", description=__doc__)
     names = ["pipeline", "frozen", "step", "predict", "startup", "runs"]
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--precision", default="auto", help="as in trainer.precision (default: auto)")
+    parser.add_argument(
+        "--precision", default="auto", help="as in trainer.precision (default: auto); not of predict and Keras"
+    )
     parser.add_argument("--data-root", help="folder with CIFAR-10; without it, generated images")
     parser.add_argument("--weights", help="as in model.weights; without it, random ones")
     parser.add_argument("--rounds", type=positive, default=5, help="turns of each candidate (default: 5)")
@@ -33,15 +35,18 @@ def main(arguments: list[str]) -> int:
         nargs="+",
         choices=[*names, "recipes", "peers"],
         default=names,
-        help="default: all but recipes, for minutes, and peers, which installs TensorFlow for Keras, 1.6 GB, into "
-        "outputs/bench/keras-env",
+        help="default: all but recipes, which takes long, and peers, which installs TensorFlow for Keras, 1.6 GB, "
+        "into outputs/bench/keras-env",
     )
     parser.add_argument(
-        "--publish", action="store_true", help="what recipes measures also into the READMEs of this checkout"
+        "--publish",
+        action="store_true",
+        help="what recipes measures also into conf/experiment/results/speed.csv of this code's checkout, its READMEs "
+        "and frontier.png",
     )
     given = parser.parse_args(arguments)
-    if given.publish and "recipes" not in given.only:
-        parser.error("--publish is for --only recipes")
+    if given.publish and ("recipes" not in given.only or given.limit or not given.data_root or not given.weights):
+        parser.error("--publish is for --only recipes, with --data-root and --weights, without --limit")
 
     # late: --help should not wait for torch
     from cifar_tl.benchmarks import frozen, peers, pipeline, predict, recipes, step, whole
@@ -49,7 +54,13 @@ def main(arguments: list[str]) -> int:
     from cifar_tl.build import quieten_lightning
     from cifar_tl.errors import Interrupted, UserError
     from cifar_tl.files import write_text
-    from cifar_tl.hardware import advice_when_out_of_memory, environment, resolve_accelerator, resolve_precision
+    from cifar_tl.hardware import (
+        advice_when_out_of_memory,
+        environment,
+        flush_denormals,
+        resolve_accelerator,
+        resolve_precision,
+    )
     from cifar_tl.reproduce.publish import check_checkout
     from cifar_tl.runs.record import git_state
 
@@ -75,8 +86,11 @@ def main(arguments: list[str]) -> int:
     quieten_lightning()
     try:
         resolve_accelerator(given.device)
+        precision = resolve_precision(given.precision, given.device)
         if given.publish:
             check_checkout(recipes.checkout())
+            if git_state()["git_dirty"]:
+                raise UserError("--publish is for what a commit measures, and this checkout has changes: commit them.")
         output.mkdir(parents=True)
         result: dict[str, Any] = {
             "command": " ".join(["python -m cifar_tl.benchmarks", *arguments]),
@@ -84,7 +98,6 @@ def main(arguments: list[str]) -> int:
             **environment(given.device),
             **git_state(),
         }
-        precision = resolve_precision(given.precision, given.device)
         where = f"{result['device']}, {result['threads']} threads, {precision}"
         text = [f"{where}, torch {result['versions']['torch']}", ""]
         text += [f"`{result['command']}`, {result['date']}, commit {(result['git_commit'] or 'none')[:7]}", ""]
@@ -100,6 +113,7 @@ def main(arguments: list[str]) -> int:
                 batch_sizes=tuple(given.batch_sizes),
                 folder=Path(folder),
             )
+            flush_denormals()
             for name in given.only:
                 title, measure = measures[name]
                 with advice_when_out_of_memory("Give smaller --batch-sizes, or leave the part out with --only."):
@@ -109,9 +123,9 @@ def main(arguments: list[str]) -> int:
                 print("\n".join(section), flush=True)
                 write_text(output / "bench.json", json.dumps(result, indent=1) + "\n")
                 write_text(output / "bench.md", "\n".join(text))
-            if given.publish:
-                for path in recipes.publish_speed(result, setting):
-                    say(f"written: {path}")
+                if name == "recipes" and given.publish:
+                    for path in recipes.publish_speed(result, setting):
+                        say(f"written: {path}")
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -13,13 +13,12 @@ import lightning as L
 import torch
 
 from cifar_tl.benchmarks.frozen import EPOCHS
-from cifar_tl.benchmarks.recipes import TIMED, TRAINING_IMAGES, Clock, Speeds, data_config, speeds
+from cifar_tl.benchmarks.recipes import TIMED, TRAINING_IMAGES, Speeds, StepClock, data_config, speeds
 from cifar_tl.benchmarks.setting import Setting, summary, take_turns
 from cifar_tl.benchmarks.step import WARM_UP, fit_options
 from cifar_tl.benchmarks.torchvision_way import Classifier, dataloader
 from cifar_tl.build import build_datamodule
 from cifar_tl.errors import UserError
-from cifar_tl.hardware import flush_denormals
 
 PHASES = ("frozen", "fine-tune")
 KERAS = "Keras, the original program"
@@ -48,7 +47,6 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
     """
     if setting.device != "cpu":
         raise UserError(f"--only peers is not measured with --device {setting.device}: give --device cpu.")
-    flush_denormals()
     with keras(keras_python(), setting.folder / "keras.log") as original:
         theirs = {KERAS: original, TUTORIAL: tutorial(setting)}
         candidates: Speeds = {f"{name}: {p}": partial(speed, p) for name, speed in theirs.items() for p in PHASES}
@@ -91,7 +89,7 @@ def tutorial(setting: Setting) -> Speed:
     loader = dataloader(datamodule.images("train"), datamodule.targets("train"), BATCH_SIZE, 2, setting.is_gpu)
 
     def speed(phase: str) -> float:
-        clock = Clock(setting)
+        clock = StepClock(setting)
         module = Classifier(len(datamodule.classes), 1e-3, frozen=phase == "frozen")
         L.Trainer(**fit_options(setting, WARM_UP + TIMED // BATCH_SIZE), callbacks=[clock]).fit(module, loader)
         return clock.images / clock.seconds

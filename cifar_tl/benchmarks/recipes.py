@@ -1,6 +1,5 @@
 """What each recipe's training takes on this device: images a second by phase, and the minutes computed from them."""
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from cifar_tl.callbacks.feature_cache import FeatureCache
 from cifar_tl.cli import compose, conf_folder
 from cifar_tl.data.batch import Batch
 from cifar_tl.data.datamodule import CIFAR10DataModule
-from cifar_tl.hardware import flush_denormals, prepare_for
+from cifar_tl.hardware import prepare_for
 from cifar_tl.model.weights import file_sha256
 from cifar_tl.reproduce.frontier import MINUTES, SPEED, draw_frontier
 from cifar_tl.reproduce.publish import PROVENANCE, publish
@@ -33,13 +32,13 @@ TRAINING_IMAGES = 45_000
 IMAGES = 2048
 """Images that a turn has; fewer with --limit, but two batches of the largest size."""
 TIMED = 1024
-"""Images of a turn that are timed."""
+"""Images of a turn that are timed in fine-tuning; while frozen, all epochs are."""
 
 Speeds = dict[str, Callable[[], float]]
-"""By phase: trains some steps of it and returns images a second."""
+"""By name of a phase: trains some steps of it and returns images a second."""
 
 
-class Clock(L.Callback):
+class StepClock(L.Callback):
     """Time the steps after the first ones, but for each epoch's first, which has the epoch's start in it.
 
     Args:
@@ -61,9 +60,11 @@ class Clock(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: Batch, batch_idx: int
     ) -> None:
         """Add a step."""
-        self._setting.synchronize()
-        now = time.perf_counter()
         self._steps += 1
+        done = trainer.is_last_batch or trainer.global_step == trainer.max_steps
+        if batch_idx == 0 or self._steps == WARM_UP or done:  # where timing starts or ends
+            self._setting.synchronize()
+        now = time.perf_counter()
         if self._steps > WARM_UP and batch_idx > 0:
             self.images += len(batch[0])
             self.seconds += now - self._last
@@ -74,24 +75,27 @@ class TimedFeatures(FeatureCache):
     """Time the computation of the features, that of validation images among them.
 
     Attributes:
+        setting: To wait for the device.
         seconds_per_view: Of one image's, or mirror image's, features.
     """
 
+    setting: Setting
     seconds_per_view = 0.0
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compute the features, if this is the first epoch."""
         features = self.datamodule.features
+        self.setting.synchronize()
         start = None if features else time.perf_counter()
         super().on_train_epoch_start(trainer, pl_module)
         if start is not None:
+            self.setting.synchronize()
             computed = sum(values.shape[0] * values.shape[1] for values in features.values())
             self.seconds_per_view = (time.perf_counter() - start) / computed
 
 
 def measure(setting: Setting) -> list[dict[str, Any]]:
     """Return images a second of each recipe's phases, and the minutes that its training takes, validation left out."""
-    flush_denormals()
     phases: dict[str, list[Phase]] = {r: build_schedule(compose("train", [f"experiment={r}"])).phases for r in RECIPES}
     candidates = {
         f"{recipe}: {phase}": speed
@@ -152,12 +156,11 @@ def publish_speed(result: Mapping[str, Any], setting: Setting) -> list[Path]:
     rows = []
     for row in result["recipes"]:
         rates = {key.removesuffix(RATE): f"{value:,.0f}" for key, value in row.items() if key.endswith(RATE)}
-        frozen, *others = rates.values()
-        of_each = [f"{rate} {name.removeprefix('fine-tune ')}" for name, rate in list(rates.items())[1:]]
-        tuned = ", ".join(of_each) if len(others) > 1 else others[0]
-        minutes = f"{row['minutes']:.1f}", f"{row['low']:.1f} to {row['high']:.1f}"
+        frozen = rates.pop("frozen", "-")
+        tuned = ", ".join(f"{rate}{name.removeprefix('fine-tune')}" for name, rate in rates.items()) or "-"
+        minutes = f"{row['minutes']:.3g}", f"{row['low']:.3g} to {row['high']:.3g}", str(row["n"])
         rows.append([row["what"], frozen, tuned, *minutes, *(origin[name] for name in PROVENANCE)])
-    head = ["config", "frozen, images/s", "fine-tune, images/s", MINUTES, "range", *PROVENANCE]
+    head = ["config", "frozen, images/s", "fine-tune, images/s", MINUTES, "range", "n", *PROVENANCE]
     path = setting.folder / SPEED.name
     Table("Speed", head, rows).write_csv(path)
     return [*publish([path], checkout()), *draw_frontier(checkout())]
@@ -212,15 +215,17 @@ def _prepared(
 
 
 def _speed(setting: Setting, phase: Phase, config: DictConfig, datamodule: CIFAR10DataModule) -> float:
-    frozen = int(config.finetune.unfreeze_at_epoch)
-    features, clock = TimedFeatures(datamodule, frozen, "true", None), Clock(setting)
+    frozen = 0 if phase.stages else phase.end - phase.start
+    features, clock = TimedFeatures(datamodule, frozen, "true", None), StepClock(setting)
+    features.setting = setting
     callbacks = [EpochSeed(0), build_unfreeze(config), build_guard(config), clock]
     steps = WARM_UP + max(2, TIMED // config.data.batch_size)
-    if not phase.stages:
+    if frozen:
         callbacks.append(features)
-        steps = frozen * math.ceil(images_of(setting) / config.data.batch_size)
+        steps = frozen * len(datamodule.train_dataloader())
     module = build_module(config, datamodule.classes)
     prepare_for(setting.device, module)
-    L.Trainer(**fit_options(setting, steps), callbacks=callbacks).fit(module, datamodule=datamodule)
+    trainer = L.Trainer(**fit_options(setting, steps), callbacks=callbacks, benchmark=setting.is_gpu)
+    trainer.fit(module, datamodule=datamodule)
     features_s = features.views * features.seconds_per_view / frozen if frozen else 0.0
     return 1 / (clock.seconds / clock.images + features_s)

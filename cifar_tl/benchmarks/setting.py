@@ -67,7 +67,7 @@ class Setting:
             torch.cuda.synchronize()
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context in which Lightning runs a forward pass."""
+        """Return the context in which Lightning runs a forward pass; the scaling of 16-mixed's loss is not in it."""
         dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.precision)
         return nullcontext() if dtype is None else torch.autocast(self.device, dtype=dtype)
 

@@ -206,7 +206,7 @@ def candidates(setting: Setting, batch_size: int) -> tuple[Candidates, Candidate
     loops: dict[str, Callable[[], float]] = {"bare loop": bare, "cifar_tl": ours, "tutorial": tutorial}
     if setting.is_gpu:
         loops["cifar_tl, compiled"] = partial(ours, compiled=True)
-    else:
+    elif setting.precision != "bf16-mixed":
         loops["cifar_tl, bf16-mixed"] = partial(ours, precision="bf16-mixed")
     loops["cifar_tl, Muon"] = partial(ours, optimizer="muon")
     shares: Candidates = {"optimizer, AdamW": partial(share, "adamw"), "optimizer, Muon": partial(share, "muon")}
@@ -235,7 +235,7 @@ def peak_bf16(name: str) -> float | None:
 
 
 def add_share_of_peak(rows: list[dict[str, Any]], setting: Setting) -> None:
-    """Add to each row its share of the GPU's peak bf16 arithmetic (MFU), if the peak is known."""
-    peak = peak_bf16(device_name(setting.device))
+    """Add to each row its share of the GPU's peak bf16 arithmetic (MFU), if that is what it computes in and known."""
+    peak = peak_bf16(device_name(setting.device)) if setting.precision == "bf16-mixed" else None
     for row in rows:
         row["MFU"] = row["median"] * flops_per_image() / peak if peak else None

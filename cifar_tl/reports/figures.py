@@ -373,7 +373,7 @@ class Result:
         accuracy: A share.
         low: Lower end of its range.
         high: Upper end.
-        device: On which it ran; empty where the cost is the same on all.
+        device: That the cost is of.
     """
 
     label: str
@@ -381,7 +381,7 @@ class Result:
     accuracy: float
     low: float
     high: float
-    device: str = ""
+    device: str
 
 
 def pareto_front(results: Sequence[Result]) -> list[Result]:
@@ -435,7 +435,7 @@ def frontier(title: str, cost: str, results: Sequence[Result], references: Mappi
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title(title)
-    axes.set_xlabel(f"{cost} on {devices[0]}" if len(devices) == 1 and devices[0] else cost)
+    axes.set_xlabel(f"{cost} on {devices[0]}" if len(devices) == 1 else cost)
     note = "Mean over the seeds and their range; with one seed, 95% interval. * Epoch chosen on the test set."
     figure.supxlabel(note, fontsize=7, x=0.99, ha="right", alpha=0.75)
     axes.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(0, -0.17), borderaxespad=0, ncols=2)

@@ -1,13 +1,12 @@
 """The published accuracies against the minutes that training takes on one device, from speed.csv of a benchmark."""
 
-import csv
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cifar_tl.files import replacing
 from cifar_tl.reports import figures
 from cifar_tl.reports.original import PUBLISHED
-from cifar_tl.reproduce.publish import RESULTS
+from cifar_tl.reproduce.publish import RESULTS, read
 
 PICTURE = Path(".github/images/frontier.png")
 SPEED = RESULTS / "speed.csv"
@@ -29,7 +28,7 @@ def draw_frontier(checkout: Path) -> list[Path]:
 def description(results: Iterable[figures.Result]) -> str:
     """Return what the picture shows, which stands in its file, too."""
     return "; ".join(
-        f"{r.label}: {100 * r.accuracy:.2f}% ({100 * r.low:.2f} to {100 * r.high:.2f}) on {r.device}" for r in results
+        f"{r.label} on {r.device}: {100 * r.accuracy:.2f}% ({100 * r.low:.2f} to {100 * r.high:.2f})" for r in results
     )
 
 
@@ -41,12 +40,12 @@ def published_results(checkout: Path) -> Iterator[figures.Result]:
         row, its = accuracies[recipe], speeds[recipe]
         accuracy, low, high = (float(text) / 100 for text in (row["test acc"], *row["range"].split(" to ")))
         minutes, device = float(its[MINUTES]), f"{its['device']}, {its['precision']}"
-        yield figures.Result(f"{recipe}, {minutes:.0f} min", minutes, accuracy, low, high, device)
+        yield figures.Result(f"{recipe}, {minutes:.3g} min", minutes, accuracy, low, high, device)
 
 
 def _rows(path: Path) -> dict[str, dict[str, str]]:
     """Return the rows of a CSV by their first cell; none without it."""
     if not path.is_file():
         return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        return {next(iter(row.values())): row for row in csv.DictReader(file)}
+    head, rows = read(path)
+    return {row[0]: dict(zip(head, row, strict=True)) for row in rows}

@@ -75,7 +75,7 @@ def check_checkout(folder: Path) -> None:
     Raises:
         UserError: It is none.
     """
-    if not (folder / "pyproject.toml").is_file():
+    if not all((folder / name).is_file() for name in ("pyproject.toml", *DOCUMENTS)):
         raise UserError(f"what is published goes into a checkout of cifar_tl, and {folder} is none.")
 
 

@@ -180,7 +180,7 @@ def test_the_legend_covers_no_point(drawn):
     ],
 )
 def test_the_front_is_what_no_other_is_as_cheap_and_as_good_as(results, front):
-    made = [Result(str(i), cost, y, y, y) for i, (cost, y) in enumerate(results)]
+    made = [Result(str(i), cost, y, y, y, "a device") for i, (cost, y) in enumerate(results)]
     assert [int(result.label) for result in pareto_front(made)] == front
 
 

@@ -41,8 +41,7 @@ def test_every_marked_table_is_its_csv(name):
     assert text.count("<!-- table:") == text.count("<!-- /table -->") == len(MARKED.findall(text))
 
 
-@pytest.mark.resnet50
-def test_the_picture_is_of_the_csv_and_the_recipes():
+def test_the_picture_is_of_both_csvs():
     with Image.open(ROOT / PICTURE) as picture:
         drawn = picture.text["Description"]
     assert drawn == description(published_results(ROOT)), "publish=true draws it"
