@@ -108,5 +108,7 @@ def test_a_devices_peak_is_that_of_its_longest_name(name, peak):
 def test_the_share_of_a_devices_peak_is_of_what_a_step_computes(monkeypatch):
     monkeypatch.setattr(step, "device_name", lambda device: "NVIDIA H100 PCIe")
     rows = [{"median": 1e6}]
-    step.add_share_of_peak(rows, SimpleNamespace(device="cuda"))
+    step.add_share_of_peak(rows, SimpleNamespace(device="cuda", precision="bf16-mixed"))
     assert rows[0]["MFU"] == pytest.approx(1e6 * 0.497e9 / 756e12, rel=0.01)
+    step.add_share_of_peak(rows, SimpleNamespace(device="cuda", precision="32-true"))
+    assert rows[0]["MFU"] is None
