@@ -36,6 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cifar_tl import slurm
 from cifar_tl.callbacks.backbone_unfreeze import BackboneUnfreeze
+from cifar_tl.callbacks.distillation import FeatureDistillation
 from cifar_tl.callbacks.epoch_seed import EpochSeed
 from cifar_tl.callbacks.feature_cache import FeatureCache
 from cifar_tl.callbacks.freeze_guard import FreezeGuard
@@ -62,10 +63,11 @@ from cifar_tl.errors import (
     first_line,
     suggest,
 )
-from cifar_tl.hardware import PRECISIONS, environment, resolve_accelerator, resolve_precision
+from cifar_tl.hardware import PRECISIONS, environment, prepare_for, resolve_accelerator, resolve_precision
+from cifar_tl.model.backbone import Backbone
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.model.optim import check_optimizer
-from cifar_tl.model.weights import file_sha256
+from cifar_tl.model.weights import file_sha256, load_weights
 from cifar_tl.runs.record import config_sha256, git_state
 from cifar_tl.runs.resume import is_first_process
 from cifar_tl.schedule import STAGES, FinetuneSchedule
@@ -160,6 +162,7 @@ def build_module(cfg: DictConfig, classes: Any) -> ResNet50Classifier:
         momentum=cfg.finetune.momentum,
         weight_decay=cfg.finetune.weight_decay,
         label_smoothing=cfg.finetune.label_smoothing,
+        distill_weight=cfg.finetune.distill_weight,
         conventions=cfg.model.conventions,
         **options,
     )
@@ -270,6 +273,7 @@ def build_callbacks(
     features = finetune.features_folder
     if features is not None:
         features = check_path("finetune.features_folder", features)
+    distillation = build_distillation(cfg, datamodule, facts, features)
     callbacks: list[L.Callback] = [
         OwnSignals(),
         EpochSeed(cfg.seed),
@@ -281,6 +285,7 @@ def build_callbacks(
             str(finetune.cache_features).lower(),
             features if facts["weights_sha256"] and not facts.get("own_network") else None,
         ),
+        *([] if distillation is None else [distillation]),
         PhaseLog(schedule, finetune.batchnorm),
         RunRecorder(folder, schedule, facts, cfg.finetune.batchnorm),
         PredictionsRecorder(datamodule, folder, unfreeze_at_epoch, max_epochs),
@@ -290,6 +295,64 @@ def build_callbacks(
     ]
     has_bar = any(isinstance(callback, ProgressBar) for callback in added)
     return callbacks + (progress_bar() if cfg.trainer.get("enable_progress_bar", True) and not has_bar else [])
+
+
+def distills(cfg: DictConfig) -> bool:
+    """Return whether a run learns from a teacher: it has one, the pretrained backbone, and something to teach."""
+    trains = any(phase.stages for phase in build_schedule(cfg).phases)
+    return cfg.finetune.distill_upscale is not None and cfg.model.weights is not None and trains
+
+
+def check_distillation(cfg: DictConfig) -> None:
+    """Refuse a model class that may not have what the teacher's features are compared with.
+
+    Raises:
+        UserError: Its `forward` or its `training_step` is its own.
+    """
+    model = model_class(cfg.model._target_)
+    for name in ("forward", "training_step"):
+        if distills(cfg) and getattr(model, name) is not getattr(ResNet50Classifier, name):
+            raise UserError(
+                f"finetune.distill_upscale={cfg.finetune.distill_upscale} is for a model class without a {name} of its "
+                f"own, and {cfg.model._target_} has one: give finetune.distill_upscale=null, which leaves distillation "
+                f"out."
+            )
+
+
+def build_distillation(
+    cfg: DictConfig, datamodule: CIFAR10DataModule, facts: Mapping[str, Any], folder: Path | None
+) -> FeatureDistillation | None:
+    """Build the callback that brings the teacher's features, if the run has a teacher.
+
+    Args:
+        cfg: As composed from conf/train.yaml.
+        datamodule: Of the run.
+        facts: With the hash of the weights.
+        folder: Where features are kept; None keeps none.
+    """
+    if not distills(cfg):
+        return None
+
+    def pretrained() -> Backbone:
+        module = build_module(cfg, datamodule.classes)
+        prepare_for(resolve_accelerator(cfg.trainer.accelerator), module)
+        if fill_backbone(cfg, module)["weights_sha256"] != facts["weights_sha256"]:
+            raise UserError(
+                f"model.weights={cfg.model.weights} is another file than the run was started with, whose SHA-256 is "
+                f"{facts['weights_sha256']}: the teacher is made of it. Restore it, or give the path of a copy."
+            )
+        return module.backbone
+
+    unfreeze_at_epoch = build_schedule(cfg).unfreeze_at_epoch
+    return FeatureDistillation(datamodule, unfreeze_at_epoch, cfg.finetune.distill_upscale, pretrained, folder)
+
+
+def fill_backbone(cfg: DictConfig, module: ResNet50Classifier) -> dict[str, Any]:
+    """Load the ImageNet weights; return the SHA-256 of their file and the filters' scale, None for random weights."""
+    if cfg.model.weights is None:
+        return {"weights_sha256": None, "filter_rms": None}
+    sha256 = load_weights(module.backbone, cfg.model.weights, cfg.model.filter_rms)
+    return {"weights_sha256": sha256, "filter_rms": cfg.model.filter_rms}
 
 
 def _added_callbacks(nodes: DictConfig) -> list[L.Callback]:
@@ -555,6 +618,9 @@ def keys_without_effect(cfg: DictConfig, given: Sequence[str], own_val: bool = F
         reasons["finetune.momentum"] = f"finetune.optimizer={finetune.optimizer} has none"
     if cfg.model.weights is None:
         reasons["model.filter_rms"] = "random weights are left as they are"
+    if not distills(cfg):
+        why = "random weights have nothing to teach" if cfg.model.weights is None else "nothing is distilled"
+        reasons |= dict.fromkeys(("finetune.distill_upscale", "finetune.distill_weight"), why)
     if not cfg.model.head:
         reasons["model.dropout"] = "model.head=[] has no hidden units to drop"
     if cfg.trainer.get("gradient_clip_val") is None:

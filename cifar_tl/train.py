@@ -34,11 +34,14 @@ from cifar_tl.build import (
     build_schedule,
     build_trainer,
     check_batch_size,
+    check_distillation,
     check_processes,
     check_root,
     check_strategy,
     check_trainer,
     config_warnings,
+    distills,
+    fill_backbone,
     keys_without_effect,
     model_class,
     model_facts,
@@ -49,6 +52,7 @@ from cifar_tl.build import (
 from cifar_tl.checkpoints import BEST, FORMAT, LAST, PacedCheckpointIO, completed, read_checkpoint
 from cifar_tl.cli import DISK_ERRORS
 from cifar_tl.data.datamodule import CIFAR10DataModule
+from cifar_tl.data.decode import SIZE
 from cifar_tl.errors import Interrupted, Pruned, UserError, check_flag, check_int
 from cifar_tl.files import remove_partial_files
 from cifar_tl.hardware import (
@@ -62,7 +66,7 @@ from cifar_tl.hardware import (
 )
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.model.optim import optimizer_text
-from cifar_tl.model.weights import check_weights, load_weights
+from cifar_tl.model.weights import check_weights, file_sha256
 from cifar_tl.processes import check_sweep, own_processes
 from cifar_tl.reports.run_page import REPORT, write_run_report
 from cifar_tl.runs.formatting import duration_text, percent, result_text
@@ -101,13 +105,19 @@ FIXED = (
     "finetune.stages",
     "finetune.stage_epochs",
     "finetune.progressive_resizing",
+    "finetune.distill_upscale",
     "callbacks.ema.",
 )
 """Beginnings of the keys that a resumed run cannot change. Others count from the epoch on at which it goes on."""
 OF_TRAINING = (
     *("augment.", "data.batch_size", "model.dropout", "finetune.head_lr", "finetune.backbone_lr", "finetune.schedule"),
     *("finetune.warmup_epochs", "finetune.batchnorm", "finetune.momentum", "finetune.weight_decay"),
-    *("finetune.label_smoothing", "finetune.frozen_augment", "trainer.accumulate_grad_batches"),
+    *(
+        "finetune.label_smoothing",
+        "finetune.distill_weight",
+        "finetune.frozen_augment",
+        "trainer.accumulate_grad_batches",
+    ),
     *("trainer.gradient_clip", "trainer.limit_train_batches", "trainer.check_val_every_n_epoch"),
     *("trainer.sync_batchnorm", "trainer.detect_anomaly", "callbacks.early_stopping."),
 )
@@ -150,7 +160,7 @@ def keep_own_defaults(cfg: DictConfig, folder: Path) -> None:
         return
     try:
         last = torch.load(folder / "checkpoints" / LAST, map_location="cpu", mmap=True, weights_only=True)
-        saved, now = flat(last["cifar_tl"]["config"]), flat(plain(cfg))
+        saved, now = flat(plain(completed(last["cifar_tl"]["config"]))), flat(plain(cfg))
     except Exception:  # about anything, for a file that is no checkpoint: `read_checkpoint` says what is wrong
         return
     for key in saved.keys() & now.keys():
@@ -188,6 +198,7 @@ def train(cfg: DictConfig, folder: Path, experiment: str) -> dict[str, Any]:
     if cfg.resume is None:  # a run that goes on, or is measured, is what it was
         schedule.check_warmup()
     check_trainer(cfg.trainer)
+    check_distillation(cfg)
     accelerator = resolve_accelerator(cfg.trainer.accelerator)
     select_gpu(cfg.trainer.devices, accelerator)
     forget_peak_memory(accelerator)
@@ -312,14 +323,6 @@ def refuse_without_training(changed: Mapping[str, Any]) -> None:
         )
 
 
-def fill_backbone(cfg: DictConfig, module: ResNet50Classifier) -> dict[str, Any]:
-    """Load the ImageNet weights; return the SHA-256 of their file and the filters' scale, None for random weights."""
-    if cfg.model.weights is None:
-        return {"weights_sha256": None, "filter_rms": None}
-    sha256 = load_weights(module.backbone, cfg.model.weights, cfg.model.filter_rms)
-    return {"weights_sha256": sha256, "filter_rms": cfg.model.filter_rms}
-
-
 def resumed_facts(cfg: DictConfig, last: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what `fill_backbone` did when the run was started, with what is changed now, and all facts of then.
 
@@ -343,6 +346,8 @@ def resumed_facts(cfg: DictConfig, last: Path) -> tuple[dict[str, Any], dict[str
     # where images grow, the number of epochs says when they have grown
     fixed = FIXED if cfg.finetune.progressive_resizing is None else (*FIXED, "trainer.max_epochs")
     lost = {key: values for key, values in changed.items() if key.startswith(fixed)}
+    if "model.weights" in lost and _is_file_of(cfg.model.weights, saved["facts"].get("weights_sha256")):
+        del lost["model.weights"]  # the same weights, elsewhere
     if "model.dropout" in changed and not all(changed["model.dropout"]):
         lost["model.dropout"] = changed["model.dropout"]  # from or to 0: layers come or go
     if lost:
@@ -358,6 +363,11 @@ def resumed_facts(cfg: DictConfig, last: Path) -> tuple[dict[str, Any], dict[str
         log.info("changed    %s=%s from here on (the run had %s)", key, new, old)
     weights = {key: saved["facts"].get(key) for key in ("weights_sha256", "filter_rms")}
     return {**weights, "changed": {key: new for key, (_, new) in changed.items()}}, saved["facts"]
+
+
+def _is_file_of(path: Any, sha256: str | None) -> bool:
+    """Return whether a path is one of a file with this SHA-256."""
+    return path is not None and Path(str(path)).is_file() and file_sha256(Path(str(path))) == sha256
 
 
 def check_data_of_resumed_run(datamodule: CIFAR10DataModule, facts: Mapping[str, Any]) -> None:
@@ -493,6 +503,12 @@ def plan_text(cfg: DictConfig, datamodule: CIFAR10DataModule, facts: dict[str, A
         lines.append(
             f"phase      {phase.name}, epochs {epochs_text(phase)}: {stages_text(phase.stages)}; "
             f"{optimizer}, {schedule.schedule} learning rate, head {learning_rates['head']:g}{backbone}"
+        )
+    if distills(cfg):
+        size = SIZE * cfg.finetune.distill_upscale
+        lines.append(
+            f"distill    from the pretrained backbone on images enlarged to {size}x{size}, while fine-tuning; "
+            f"weight {cfg.finetune.distill_weight:g}"
         )
     average = cfg.callbacks.get("ema") or {}
     if str(average.get("_target_")).endswith(".WeightEMA"):

@@ -104,12 +104,105 @@ def memory_for_features(device: torch.device) -> int:
     return free // 2
 
 
-class FeatureCache(L.Callback):
+class BackboneFeatures(L.Callback):
+    """Compute features of images once, or read those that another run has kept; a base class.
+
+    Features may be kept on disk, under a name derived from all that they depend on; every other run that would compute
+    the same ones reads them.
+
+    Args:
+        datamodule: Whose images they are of.
+        folder: Where to keep features; None keeps none.
+
+    Attributes:
+        views: Views of each training image: 2 has its mirror image, too; 0 computes nothing.
+    """
+
+    what = "features"
+    splits: tuple[str, ...] = SPLITS
+    """Whose features they are."""
+
+    def __init__(self, datamodule: CIFAR10DataModule, folder: Path | None) -> None:
+        self.datamodule = datamodule
+        self.folder = folder
+        self.views = 0
+
+    def _get(self, trainer: L.Trainer, backbone: nn.Module) -> dict[str, Tensor]:
+        start = time.perf_counter()
+        device = trainer.strategy.root_device
+        path = None
+        if self.folder is not None and all(isinstance(self.datamodule.splits[s][0], Tensor) for s in self.splits):
+            path = self.folder / f"{self._key(trainer, backbone)[:16]}.pt"
+        kept = None if path is None else _read(path, self._shapes())
+        if trainer.strategy.reduce_boolean_decision(kept is not None):  # of several processes, all have it or none
+            assert kept is not None
+            log.info("%s read from %s (%.1f s)", self.what, path, time.perf_counter() - start)
+            return {split: values.to(device) for split, values in kept.items()}
+        features = {split: self._compute(trainer, backbone, split) for split in self.splits}
+        images = sum(values.shape[0] * values.shape[1] for values in features.values())
+        seconds = time.perf_counter() - start
+        rate = f"{seconds:.1f} s, {images / seconds:.0f} a second"
+        log.info("%s of %s views computed (%s)", self.what, f"{images:,}", rate)
+        if path is not None and trainer.is_global_zero and _write(path, features):
+            log.info("%s kept in %s for other runs", self.what, path)
+        return features
+
+    def _shapes(self) -> dict[str, tuple[int, int, int]]:
+        sizes, views = self.datamodule.sizes, {"train": self.views, "val": 1}
+        return {split: (views[split], sizes[split], FEATURES) for split in self.splits}
+
+    def _compute(self, trainer: L.Trainer, backbone: nn.Module, split: str) -> Tensor:
+        """Return the features of a split's images, (views, examples, length)."""
+        features = torch.empty(0)
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            for view in range(self._shapes()[split][0]):
+                loader = self.datamodule.images_in_order(split)
+                batches: Iterable[Any] = loader
+                if sys.stdout.isatty():
+                    batches = track(loader, f"{self.what}, {split}, view {view + 1}", len(loader), transient=True)
+                done = 0
+                for images, _ in batches:
+                    batch = backbone(images.flip(3) if view == 1 else images)
+                    if not len(features):
+                        features = batch.new_empty(self._shapes()[split])
+                    features[view, done : done + len(batch)] = batch
+                    done += len(batch)
+        return features
+
+    def _key(self, trainer: L.Trainer, backbone: nn.Module) -> str:
+        """Return a hash of everything that the features depend on."""
+        digest = hashlib.sha256()
+        for name, tensor in backbone.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().numpy().data)
+        for split in self.splits:
+            images, _ = self.datamodule.splits[split]
+            assert isinstance(images, Tensor)
+            digest.update(images.cpu().contiguous().numpy().data)
+        for code in (backbone_code, cpu_kernels):
+            digest.update(inspect.getsource(code).encode())
+        facts = {
+            "views": self.views,
+            "mean": list(self.datamodule.mean),
+            "std": list(self.datamodule.std),
+            "layers": repr(backbone),
+            "upscale": backbone.upscale,
+            "eps": [m.eps for m in batchnorms([backbone])],  # in no state dict
+            "precision": trainer.precision,
+            "device": [trainer.strategy.root_device.type, device_name(trainer.strategy.root_device.type)],
+            "compiled": backbone._compiled_call_impl is not None,
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "torch": torch.__version__,
+        }
+        digest.update(json.dumps(facts, sort_keys=True).encode())
+        return digest.hexdigest()
+
+
+class FeatureCache(BackboneFeatures):
     """Give the frozen phase features instead of images, and images back at the unfreeze.
 
     The frozen backbone in eval mode gives the same features for the same image in every epoch; the head trains on them
-    as it would on images, with the same order and the same flips. Features may be kept on disk, under a name derived
-    from all that they depend on; every other run that would compute the same ones reads them.
+    as it would on images, with the same order and the same flips.
 
     Args:
         datamodule: Its `features` are filled and emptied.
@@ -118,15 +211,13 @@ class FeatureCache(L.Callback):
         folder: Where to keep features; None keeps none.
 
     Attributes:
-        views: Views of each training image, as `decide` decided; 0 caches nothing.
+        views: As `decide` decided.
     """
 
     def __init__(self, datamodule: CIFAR10DataModule, unfreeze_at_epoch: int, mode: str, folder: Path | None) -> None:
-        self.datamodule = datamodule
+        super().__init__(datamodule, folder)
         self.unfreeze_at_epoch = unfreeze_at_epoch
         self.mode = mode
-        self.folder = folder
-        self.views = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Decide whether there will be a cache, and say so.
@@ -158,73 +249,6 @@ class FeatureCache(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Free the memory."""
         self.datamodule.features.clear()
-
-    def _get(self, trainer: L.Trainer, backbone: nn.Module) -> dict[str, Tensor]:
-        start = time.perf_counter()
-        device = trainer.strategy.root_device
-        path = None
-        if self.folder is not None and all(isinstance(self.datamodule.splits[s][0], Tensor) for s in SPLITS):
-            path = self.folder / f"{self._key(trainer, backbone)[:16]}.pt"
-        if path is not None and (features := _read(path, self._shapes())) is not None:
-            log.info("features read from %s (%.1f s)", path, time.perf_counter() - start)
-            return {split: values.to(device) for split, values in features.items()}
-        features = {split: self._compute(trainer, backbone, split) for split in SPLITS}
-        images = sum(values.shape[0] * values.shape[1] for values in features.values())
-        seconds = time.perf_counter() - start
-        log.info("features of %s views computed (%.1f s, %.0f a second)", f"{images:,}", seconds, images / seconds)
-        if path is not None and _write(path, features):
-            log.info("features kept in %s for other runs", path)
-        return features
-
-    def _shapes(self) -> dict[str, tuple[int, int, int]]:
-        sizes = self.datamodule.sizes
-        return {"train": (self.views, sizes["train"], FEATURES), "val": (1, sizes["val"], FEATURES)}
-
-    def _compute(self, trainer: L.Trainer, backbone: nn.Module, split: str) -> Tensor:
-        """Return the features of a split's images, (views, examples, length)."""
-        features = torch.empty(0)
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
-            for view in range(self._shapes()[split][0]):
-                loader = self.datamodule.in_order(split)
-                batches: Iterable[Any] = loader
-                if sys.stdout.isatty():
-                    batches = track(loader, f"features, {split}, view {view + 1}", len(loader), transient=True)
-                done = 0
-                for images, _ in batches:
-                    batch = backbone(images.flip(3) if view == 1 else images)
-                    if not len(features):
-                        features = batch.new_empty(self._shapes()[split])
-                    features[view, done : done + len(batch)] = batch
-                    done += len(batch)
-        return features
-
-    def _key(self, trainer: L.Trainer, backbone: nn.Module) -> str:
-        """Return a hash of everything that the features depend on."""
-        digest = hashlib.sha256()
-        for name, tensor in backbone.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().numpy().data)
-        for split in SPLITS:
-            images, _ = self.datamodule.splits[split]
-            assert isinstance(images, Tensor)
-            digest.update(images.cpu().contiguous().numpy().data)
-        for code in (backbone_code, cpu_kernels):
-            digest.update(inspect.getsource(code).encode())
-        facts = {
-            "views": self.views,
-            "mean": list(self.datamodule.mean),
-            "std": list(self.datamodule.std),
-            "layers": repr(backbone),
-            "upscale": backbone.upscale,
-            "eps": [m.eps for m in batchnorms([backbone])],  # in no state dict
-            "precision": trainer.precision,
-            "device": [trainer.strategy.root_device.type, device_name(trainer.strategy.root_device.type)],
-            "compiled": backbone._compiled_call_impl is not None,
-            "deterministic": torch.are_deterministic_algorithms_enabled(),
-            "torch": torch.__version__,
-        }
-        digest.update(json.dumps(facts, sort_keys=True).encode())
-        return digest.hexdigest()
 
 
 def _write(path: Path, features: dict[str, Tensor]) -> bool:

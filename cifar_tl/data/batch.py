@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 from torchvision.models import ResNet50_Weights
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, ...]
 """Images (batch, 3, height, width), float, normalized, or their features (batch, 2048); targets (batch,) class indices,
-or (batch, classes) with rows that sum to 1."""
+or (batch, classes) with rows that sum to 1; while training with distillation, the teacher's features of the images,
+(batch, 2048)."""
 
 IMAGENET_MEAN: tuple[float, ...] = tuple(ResNet50_Weights.IMAGENET1K_V1.transforms().mean)
 IMAGENET_STD: tuple[float, ...] = tuple(ResNet50_Weights.IMAGENET1K_V1.transforms().std)

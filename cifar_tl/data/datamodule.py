@@ -72,6 +72,8 @@ class CIFAR10DataModule(L.LightningDataModule):
 
     Attributes:
         features: What `train` and `val` batches have instead of images, (views, examples, length); empty for images.
+        teacher: What training batches have as a third part, a row for each of their images, (views, examples, length);
+            None for batches of two parts.
         test_limit: As `limit`, for the test alone.
         split_sha256: Of the training and the validation split: their indices, images, targets and class names.
         test_sha256: The same of the test set.
@@ -110,6 +112,7 @@ class CIFAR10DataModule(L.LightningDataModule):
         self.augment = augment
         self.seed = seed
         self.features: dict[str, Tensor] = {}
+        self.teacher: Tensor | None = None
         self.caching = ""
         """Whether the frozen phase has features instead of images, and why, in words; FeatureCache says so."""
         self.splits: dict[str, tuple[Tensor | LazyImages, Tensor]] = {}
@@ -286,6 +289,12 @@ class CIFAR10DataModule(L.LightningDataModule):
         """Return a split's images in order, as they are."""
         return self._loader(split, self.eval_batch_size)
 
+    def images_in_order(self, split: str) -> ArrayLoader:
+        """Return a split's images in order, where `in_order` has features, too."""
+        loader = self.in_order(split)
+        loader.features = lambda: None
+        return loader
+
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Return the batch: it was made on the device."""
         return batch
@@ -318,6 +327,7 @@ class CIFAR10DataModule(L.LightningDataModule):
             one_hot_targets=self.one_hot,
             augment=augment,
             features=lambda: self.features.get(split),
+            teacher=lambda: self.teacher,
             seed=self.seed,
             epoch=epoch,
             device=trainer.strategy.root_device if trainer else "cpu",

@@ -33,6 +33,8 @@ class ArrayLoader:
         augment: For training: the augmentation of an epoch. None leaves order and images as they are.
         features: Says, when an epoch starts, what to give instead of images: (views, examples, length), view 1 being
             that of the mirror image; or None to give images.
+        teacher: For training: says, when an epoch starts, what to give as a third part of batches, the row of each
+            image or its mirror image, mixed as images are: (views, examples, length); or None to give two parts.
         seed: Of the run.
         epoch: Says which epoch it is when an iteration starts.
         device: Where batches are made.
@@ -52,6 +54,7 @@ class ArrayLoader:
         one_hot_targets: bool = False,
         augment: Callable[[int], Augment] | None = None,
         features: Callable[[], Tensor | None] = lambda: None,
+        teacher: Callable[[], Tensor | None] = lambda: None,
         seed: int = 0,
         epoch: Callable[[], int] = lambda: 0,
         device: torch.device | str = "cpu",
@@ -71,6 +74,7 @@ class ArrayLoader:
         self.one_hot_targets = one_hot_targets
         self.augment = augment
         self.features = features
+        self.teacher = teacher
         self.seed = seed
         self.epoch = epoch
         self.device = torch.device(device)
@@ -112,26 +116,34 @@ class ArrayLoader:
         there = {name: torch.split(values.to(self.device), sizes) for name, values in draws.items()}
         batches = torch.split(order.to(self.device), sizes)
         mix = _mix(augment, self.classes) if augment is not None and features is None else None
+        teacher = self.teacher() if augment is not None and features is None else None
+        rows_of_teacher = teacher.flatten(0, 1) if teacher is not None else None
         pixels = self._pixels(torch.split(order, sizes), batches) if features is None else None
         rows_of_views = features.flatten(0, 1) if features is not None else None
         for step, indices in enumerate(batches):
             rows = {name: values[step] for name, values in there.items()}
             targets = self.targets[indices]
+            in_views = indices + rows["mirrored"].long() * examples if "mirrored" in rows else indices
             if rows_of_views is not None:
-                view = rows["mirrored"].long() * examples if "mirrored" in rows else 0
-                inputs = rows_of_views.index_select(0, indices + view)
+                inputs = rows_of_views.index_select(0, in_views)
             else:
                 assert pixels is not None
                 inputs = next(pixels)
                 inputs = augment.apply(inputs, rows, self.blank) if augment is not None else inputs.float()
                 inputs = inputs.mul_(self.scale).add_(self.offset)
+            taught = [] if rows_of_teacher is None else [rows_of_teacher.index_select(0, in_views)]
             if mix is not None:
-                with torch.random.fork_rng([]):  # not torch.manual_seed, which would seed the GPU's, too
-                    torch.default_generator.manual_seed(make_generator(self.seed, epoch, MIX, step).initial_seed())
-                    batch = mix(inputs, targets)
-                yield batch
-            else:
-                yield inputs, one_hot(targets, self.classes) if self.one_hot_targets else targets
+                assert augment is not None
+                seed = make_generator(self.seed, epoch, MIX, step).initial_seed()
+                if taught:
+                    # which image has which share in which: what labels become if each image is a class of its own
+                    images = torch.arange(len(inputs), device=self.device)
+                    _, shares = _apply(_mix(augment, len(images)), seed, inputs[:, :1], images)
+                    taught = [shares @ taught[0].float()]
+                inputs, targets = _apply(mix, seed, inputs, targets)
+            elif self.one_hot_targets:
+                targets = one_hot(targets, self.classes)
+            yield inputs, targets, *taught
 
     def _pixels(self, on_host: Sequence[Tensor], batches: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yield the images of each batch of indices: files are read by those on the host, tensors indexed by others."""
@@ -150,3 +162,10 @@ def _mix(augment: Augment, classes: int) -> v2.Transform | None:
     if augment.cutmix:
         choices.append(v2.CutMix(alpha=float(augment.cutmix), num_classes=classes))
     return v2.RandomChoice(choices) if choices else None
+
+
+def _apply(mix: v2.Transform, seed: int, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return images and targets mixed as a seed has them mixed."""
+    with torch.random.fork_rng([]):  # not torch.manual_seed, which would seed the GPU's, too
+        torch.default_generator.manual_seed(seed)
+        return mix(images, targets)  # type: ignore[no-any-return]

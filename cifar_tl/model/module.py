@@ -1,7 +1,7 @@
 """The LightningModule: a ResNet-50 backbone and a dense head that classify 32x32 images."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -21,6 +21,7 @@ from torchmetrics.classification import (
 from cifar_tl.data.batch import Batch, class_indices
 from cifar_tl.errors import check_choice, check_number
 from cifar_tl.model.backbone import FEATURES, Backbone
+from cifar_tl.model.distillation import cka
 from cifar_tl.model.head import dense_head, logits_of
 from cifar_tl.model.optim import build_optimizer, match_parameters, parameter_groups, restore_options
 
@@ -42,6 +43,7 @@ class ResNet50Classifier(L.LightningModule):
         momentum: For `sgd` and `muon`.
         weight_decay: For weight matrices and kernels; biases and norms have none.
         label_smoothing: Share of the target spread over all classes, in the training loss only.
+        distill_weight: Weight of `distillation_loss`, for batches that bring a teacher's features.
         conventions: One of CONVENTIONS, whose defaults the layers, Adam and AdamW have (not AdamW beside Muon).
     """
 
@@ -55,6 +57,7 @@ class ResNet50Classifier(L.LightningModule):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         label_smoothing: float = 0.0,
+        distill_weight: float = 0.0,
         conventions: str = "torch",
     ) -> None:
         super().__init__()
@@ -66,6 +69,7 @@ class ResNet50Classifier(L.LightningModule):
         self.momentum = momentum
         self.weight_decay = check_number("finetune.weight_decay", weight_decay, 0)
         self.label_smoothing = check_number("finetune.label_smoothing", label_smoothing, 0, below=1)
+        self.distill_weight = check_number("finetune.distill_weight", distill_weight, 0)
         self.backbone = Backbone(upscale)
         self.head = dense_head(FEATURES, head, len(self.classes), dropout)
         self.adam_eps = 1e-8
@@ -129,9 +133,15 @@ class ResNet50Classifier(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch, a scalar."""
-        images, targets = batch
-        logits = self(images)
-        loss = self.training_loss(logits, targets)
+        images, targets, *teacher = batch
+        if teacher:
+            features = self.backbone(images)
+            logits = logits_of(self.head, features)
+            distillation = self.distill_weight * self.distillation_loss(features, *teacher)
+            loss = self.training_loss(logits, targets) + distillation
+        else:
+            logits = self(images)
+            loss = self.training_loss(logits, targets)
         # on cached features a step is so short that metric objects, and log() in every step, would double it
         correct = (logits.detach().argmax(dim=1) == class_indices(targets)).sum()
         self._train_sums += torch.stack([loss.detach().float() * len(images), correct])
@@ -151,6 +161,18 @@ class ResNet50Classifier(L.LightningModule):
             targets: Class indices, (batch,), or shares of the classes, (batch, classes), from mixup and CutMix.
         """
         return cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+
+    def distillation_loss(self, features: Tensor, teacher: Tensor) -> Tensor:
+        """Return how unlike the features of a batch are to the teacher's: 1 - CKA of all processes' images, a scalar.
+
+        Args:
+            features: (batch, 2048).
+            teacher: Of the same images, (batch, 2048).
+        """
+        if self.trainer.world_size > 1:
+            features = cast(Tensor, self.all_gather(features, sync_grads=True)).flatten(0, 1)
+            teacher = cast(Tensor, self.all_gather(teacher)).flatten(0, 1)
+        return 1 - cka(features, teacher)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Add a batch to the validation metrics; return its logits, (batch, classes), float32."""

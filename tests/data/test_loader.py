@@ -95,6 +95,40 @@ def test_cached_features_come_with_the_same_targets_and_flips_as_images():
     assert len({v.item() > 0 for values, _ in cached for v in values if v}) == 2  # both views were met
 
 
+def test_the_teacher_has_seen_the_view_that_the_student_sees():
+    seen = torch.stack([torch.arange(50.0), -torch.arange(50.0)]).unsqueeze(2)
+    augment = replace(NOTHING, flip="random", crop_padding=4)
+    draws = augment.draw(torch.arange(50), 50, 0, 3)
+    batches = list(loader(augment=lambda epoch: augment, epoch=lambda: 3, teacher=lambda: seen))
+    for _, targets, taught in batches:
+        assert torch.equal(taught.flatten(), torch.where(draws["mirrored"][targets], -1.0, 1.0) * targets)
+    assert len({v.item() > 0 for *_, taught in batches for v in taught if v}) == 2
+    for (images, targets), (same_images, same_targets, _) in zip(
+        loader(augment=lambda epoch: augment, epoch=lambda: 3), batches, strict=True
+    ):
+        assert torch.equal(images, same_images)
+        assert torch.equal(targets, same_targets)
+
+
+def test_evaluation_and_cached_features_have_no_teacher():
+    seen = torch.zeros(1, 50, 1)
+    assert {len(batch) for batch in loader(teacher=lambda: seen)} == {2}
+    cached = loader(augment=lambda epoch: NOTHING, features=lambda: seen, teacher=lambda: seen)
+    assert {len(batch) for batch in cached} == {2}
+
+
+@pytest.mark.parametrize("mix", [{"mixup": 1.0}, {"cutmix": 1.0}, {"mixup": 1.0, "cutmix": 1.0}])
+def test_what_the_teacher_has_seen_is_mixed_as_the_images_are(mix):
+    seen = torch.randn(1, 50, 8)
+    augment = {"augment": lambda epoch: replace(NOTHING, **mix), "classes": 50}
+    for (images, targets), (same_images, same_targets, taught) in zip(
+        loader(**augment), loader(**augment, teacher=lambda: seen), strict=True
+    ):
+        assert torch.equal(images, same_images)
+        assert torch.equal(targets, same_targets)
+        torch.testing.assert_close(taught, targets @ seen[0])  # each image is a class of its own
+
+
 @pytest.mark.parametrize("mix", ["mixup", "cutmix"])
 def test_mixing_gives_targets_that_are_shares(mix):
     torch.manual_seed(0)
