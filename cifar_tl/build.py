@@ -343,8 +343,10 @@ def build_distillation(
             )
         return module.backbone
 
-    unfreeze_at_epoch = build_schedule(cfg).unfreeze_at_epoch
-    return FeatureDistillation(datamodule, unfreeze_at_epoch, cfg.finetune.distill_upscale, pretrained, folder)
+    schedule = build_schedule(cfg)
+    start, upscale = schedule.unfreeze_at_epoch, cfg.finetune.distill_upscale
+    own_upscale = schedule.phase(start).upscale or cfg.model.upscale
+    return FeatureDistillation(datamodule, start, upscale, own_upscale, pretrained, folder)
 
 
 def fill_backbone(cfg: DictConfig, module: ResNet50Classifier) -> dict[str, Any]:
@@ -619,8 +621,14 @@ def keys_without_effect(cfg: DictConfig, given: Sequence[str], own_val: bool = F
     if cfg.model.weights is None:
         reasons["model.filter_rms"] = "random weights are left as they are"
     if not distills(cfg):
-        why = "random weights have nothing to teach" if cfg.model.weights is None else "nothing is distilled"
-        reasons |= dict.fromkeys(("finetune.distill_upscale", "finetune.distill_weight"), why)
+        why = "finetune.distill_upscale=null distills nothing"
+        if cfg.model.weights is None:
+            why = "random weights have nothing to teach"
+        elif start is None:
+            why = "with finetune.unfreeze_at_epoch=null the backbone stays frozen"
+        reasons["finetune.distill_weight"] = why
+        if finetune.distill_upscale is not None:
+            reasons["finetune.distill_upscale"] = why
     if not cfg.model.head:
         reasons["model.dropout"] = "model.head=[] has no hidden units to drop"
     if cfg.trainer.get("gradient_clip_val") is None:

@@ -10,7 +10,7 @@ import torch
 from conftest import TINY
 from torch.nn.functional import cross_entropy
 
-from cifar_tl.build import build_callbacks, build_datamodule, build_module, model_facts
+from cifar_tl.build import build_callbacks, build_datamodule, build_module, check_distillation, model_facts
 from cifar_tl.callbacks.feature_cache import FeatureCache
 from cifar_tl.checkpoints import load_trained
 from cifar_tl.cli import run
@@ -101,6 +101,11 @@ class Forward(ResNet50Classifier):
     def forward(self, images):
         return super().forward(images) / 2
 
+class Step(ResNet50Classifier):
+    def training_step(self, batch, batch_idx):
+        images, targets = batch
+        return self.training_loss(self(images), targets)
+
 class Loss(ResNet50Classifier):
     def training_loss(self, logits, targets):
         return super().training_loss(logits, targets) * 2
@@ -131,6 +136,17 @@ def test_features_of_another_network_are_not_kept_for_the_package_s(compose, tmp
     callbacks = build_callbacks(cfg, build_datamodule(cfg), facts, tmp_path)
     (cache,) = (callback for callback in callbacks if isinstance(callback, FeatureCache))
     assert (cache.folder is None) == another
+
+
+@pytest.mark.parametrize(("name", "method"), [("Forward", "forward"), ("Step", "training_step"), ("Loss", None)])
+def test_a_step_of_ones_own_is_told_that_it_leaves_distillation_out(compose, own, name, method):
+    given = (f"model._target_=own.{name}",)
+    if method is None:
+        return check_distillation(compose(*given))
+    with pytest.raises(UserError, match=rf"without a {method} of its own, and own\.{name}.*distill_upscale=null"):
+        check_distillation(compose(*given))
+    check_distillation(compose(*given, "finetune.distill_upscale=null"))
+    return None
 
 
 @pytest.mark.slow

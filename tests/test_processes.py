@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from lightning.fabric.strategies.launchers.subprocess_script import _ChildProces
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from cifar_tl import processes
+from cifar_tl.model.backbone import Backbone
 from cifar_tl.runs.predictions import read_predictions
 
 ARGUMENTS = (
@@ -50,12 +52,20 @@ def run(folder, *arguments):
     return metrics, weights, done
 
 
+@pytest.mark.parametrize("distills", [False, True])
 @pytest.mark.timeout(600)
 @pytest.mark.slow
-def test_two_processes_train_as_one_does_across_the_unfreeze(tmp_path):
-    one, expected, _ = run(tmp_path / "one")
+def test_two_processes_train_as_one_does_across_the_unfreeze(tmp_path, distills):
+    given = []
+    if distills:
+        torch.save(Backbone(upscale=1).state_dict(), tmp_path / "w.pth")
+        given = [f"model.weights={tmp_path / 'w.pth'}", "finetune.distill_upscale=2"]
+        given += [f"finetune.features_folder={tmp_path / 'features'}"]
+    one, expected, _ = run(tmp_path / "one", *given)
+    if distills:
+        shutil.rmtree(tmp_path / "features")
     check = "+callbacks.ranks._target_=rank_check.RankCheck"
-    two, weights, done = run(tmp_path / "two", "trainer=ddp", "trainer.devices=2", check)
+    two, weights, done = run(tmp_path / "two", "trainer=ddp", "trainer.devices=2", check, *given)
     for key in ("train/loss", "val/loss"):
         assert two[key] == pytest.approx(one[key], rel=1e-3), key
     assert two["test/loss"] == pytest.approx(one["test/loss"], rel=1e-3)

@@ -10,12 +10,14 @@ from typing import Any
 
 import lightning as L
 from omegaconf import DictConfig
+from torch import Tensor, nn
 
 from cifar_tl.benchmarks.setting import Setting, summary, take_turns
 from cifar_tl.benchmarks.step import WARM_UP, fit_options
 from cifar_tl.build import build_datamodule, build_guard, build_module, build_schedule, build_unfreeze
+from cifar_tl.callbacks.distillation import FeatureDistillation
 from cifar_tl.callbacks.epoch_seed import EpochSeed
-from cifar_tl.callbacks.feature_cache import FeatureCache
+from cifar_tl.callbacks.feature_cache import BackboneFeatures, FeatureCache
 from cifar_tl.cli import compose, conf_folder
 from cifar_tl.data.batch import Batch
 from cifar_tl.data.datamodule import CIFAR10DataModule
@@ -71,8 +73,8 @@ class StepClock(L.Callback):
         self._last = now
 
 
-class TimedFeatures(FeatureCache):
-    """Time the computation of the features, that of validation images among them.
+class Timed(BackboneFeatures):
+    """Time the computation of features, that of validation images among them, where there are any.
 
     Attributes:
         setting: To wait for the device.
@@ -82,16 +84,29 @@ class TimedFeatures(FeatureCache):
     setting: Setting
     seconds_per_view = 0.0
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Compute the features, if this is the first epoch."""
-        features = self.datamodule.features
+    def _get(self, trainer: L.Trainer, backbone: nn.Module) -> dict[str, Tensor]:
         self.setting.synchronize()
-        start = None if features else time.perf_counter()
-        super().on_train_epoch_start(trainer, pl_module)
-        if start is not None:
-            self.setting.synchronize()
-            computed = sum(values.shape[0] * values.shape[1] for values in features.values())
-            self.seconds_per_view = (time.perf_counter() - start) / computed
+        start = time.perf_counter()
+        features = super()._get(trainer, backbone)
+        self.setting.synchronize()
+        self.seconds_per_view = (time.perf_counter() - start) / self._count()
+        return features
+
+    def seconds_per_image(self) -> float:
+        """Return the time for all views of a training image."""
+        return self.views * self.seconds_per_view
+
+
+class TimedFeatures(Timed, FeatureCache):
+    """Those of the frozen phase."""
+
+
+class TimedTeacher(Timed, FeatureDistillation):
+    """Those that fine-tuning imitates, with the fitting of the map to them."""
+
+    def seconds_per_image(self) -> float:
+        """Return the time for all views of a training image, one of which the network itself sees, too."""
+        return (self.views + 1) * self.seconds_per_view
 
 
 def measure(setting: Setting) -> list[dict[str, Any]]:
@@ -185,7 +200,8 @@ def speeds(setting: Setting, recipe: Sequence[str]) -> Speeds:
     """Return the speed of each phase of a recipe, in Lightning with the callbacks that freeze, cache and check.
 
     The frozen phase has all its epochs, on features that are computed first: its images a second are those of the
-    epochs, with the time for the features, as they come out for any number of images.
+    epochs, with the time for the features, as they come out for any number of images. So are those of fine-tuning that
+    is taught, with the time for the teacher's features.
 
     Args:
         setting: Where and on what.
@@ -193,9 +209,13 @@ def speeds(setting: Setting, recipe: Sequence[str]) -> Speeds:
     """
     composed = compose("train", recipe)
     batch_size = composed.data.batch_size  # generated images come with another one
+    schedule = build_schedule(composed)
+    epochs = {True: schedule.max_epochs - schedule.unfreeze_at_epoch, False: schedule.unfreeze_at_epoch}
     return {
-        phase.name: partial(_speed, setting, phase, *_prepared(setting, recipe, phase, batch_size))
-        for phase in build_schedule(composed).phases
+        phase.name: partial(
+            _speed, setting, phase, epochs[bool(phase.stages)], *_prepared(setting, recipe, phase, batch_size)
+        )
+        for phase in schedule.phases
     }
 
 
@@ -214,18 +234,23 @@ def _prepared(
     return config, datamodule
 
 
-def _speed(setting: Setting, phase: Phase, config: DictConfig, datamodule: CIFAR10DataModule) -> float:
-    frozen = 0 if phase.stages else phase.end - phase.start
-    features, clock = TimedFeatures(datamodule, frozen, "true", None), StepClock(setting)
-    features.setting = setting
+def _speed(setting: Setting, phase: Phase, epochs: int, config: DictConfig, datamodule: CIFAR10DataModule) -> float:
+    clock = StepClock(setting)
     callbacks = [EpochSeed(0), build_unfreeze(config), build_guard(config), clock]
     steps = WARM_UP + max(2, TIMED // config.data.batch_size)
-    if frozen:
+    features: Timed | None = None
+    if not phase.stages:
+        features = TimedFeatures(datamodule, epochs, "true", None)
+        steps = epochs * len(datamodule.train_dataloader())
+    elif config.finetune.distill_upscale is not None:
+        upscales = config.finetune.distill_upscale, phase.upscale or config.model.upscale
+        features = TimedTeacher(datamodule, 0, *upscales, nn.Identity, None)
+    if features is not None:
+        features.setting = setting
         callbacks.append(features)
-        steps = frozen * len(datamodule.train_dataloader())
     module = build_module(config, datamodule.classes)
     prepare_for(setting.device, module)
     trainer = L.Trainer(**fit_options(setting, steps), callbacks=callbacks, benchmark=setting.is_gpu)
     trainer.fit(module, datamodule=datamodule)
-    features_s = features.views * features.seconds_per_view / frozen if frozen else 0.0
+    features_s = 0.0 if features is None else features.seconds_per_image() / epochs
     return 1 / (clock.seconds / clock.images + features_s)

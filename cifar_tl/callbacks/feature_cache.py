@@ -137,25 +137,32 @@ class BackboneFeatures(L.Callback):
         if trainer.strategy.reduce_boolean_decision(kept is not None):  # of several processes, all have it or none
             assert kept is not None
             log.info("%s read from %s (%.1f s)", self.what, path, time.perf_counter() - start)
-            return {split: values.to(device) for split, values in kept.items()}
-        features = {split: self._compute(trainer, backbone, split) for split in self.splits}
-        images = sum(values.shape[0] * values.shape[1] for values in features.values())
-        seconds = time.perf_counter() - start
-        rate = f"{seconds:.1f} s, {images / seconds:.0f} a second"
-        log.info("%s of %s views computed (%s)", self.what, f"{images:,}", rate)
+            return {name: values.to(device) for name, values in kept.items()}
+        features = self._make(trainer, backbone)
+        views, seconds = self._count(), time.perf_counter() - start
+        log.info("%s of %s views computed (%.1f s, %.0f a second)", self.what, f"{views:,}", seconds, views / seconds)
         if path is not None and trainer.is_global_zero and _write(path, features):
             log.info("%s kept in %s for other runs", self.what, path)
         return features
 
     def _shapes(self) -> dict[str, tuple[int, int, int]]:
-        sizes, views = self.datamodule.sizes, {"train": self.views, "val": 1}
-        return {split: (views[split], sizes[split], FEATURES) for split in self.splits}
+        """Return the shape of each tensor that is made."""
+        sizes = self.datamodule.sizes
+        return {"train": (self.views, sizes["train"], FEATURES), "val": (1, sizes["val"], FEATURES)}
 
-    def _compute(self, trainer: L.Trainer, backbone: nn.Module, split: str) -> Tensor:
+    def _make(self, trainer: L.Trainer, backbone: nn.Module) -> dict[str, Tensor]:
+        """Return the features of each split's images, (views, examples, length)."""
+        return {split: self._compute(trainer, backbone, split, shape[0]) for split, shape in self._shapes().items()}
+
+    def _count(self) -> int:
+        """Return how many views' features are computed."""
+        return sum(views * examples for views, examples, _ in self._shapes().values())
+
+    def _compute(self, trainer: L.Trainer, backbone: nn.Module, split: str, views: int) -> Tensor:
         """Return the features of a split's images, (views, examples, length)."""
         features = torch.empty(0)
         with torch.no_grad(), trainer.precision_plugin.forward_context():
-            for view in range(self._shapes()[split][0]):
+            for view in range(views):
                 loader = self.datamodule.images_in_order(split)
                 batches: Iterable[Any] = loader
                 if sys.stdout.isatty():
@@ -164,7 +171,7 @@ class BackboneFeatures(L.Callback):
                 for images, _ in batches:
                     batch = backbone(images.flip(3) if view == 1 else images)
                     if not len(features):
-                        features = batch.new_empty(self._shapes()[split])
+                        features = batch.new_empty(views, self.datamodule.sizes[split], FEATURES)
                     features[view, done : done + len(batch)] = batch
                     done += len(batch)
         return features
@@ -181,7 +188,11 @@ class BackboneFeatures(L.Callback):
             digest.update(images.cpu().contiguous().numpy().data)
         for code in (backbone_code, cpu_kernels):
             digest.update(inspect.getsource(code).encode())
-        facts = {
+        digest.update(json.dumps(self._facts(trainer, backbone), sort_keys=True).encode())
+        return digest.hexdigest()
+
+    def _facts(self, trainer: L.Trainer, backbone: nn.Module) -> dict[str, Any]:
+        return {
             "views": self.views,
             "mean": list(self.datamodule.mean),
             "std": list(self.datamodule.std),
@@ -194,8 +205,6 @@ class BackboneFeatures(L.Callback):
             "deterministic": torch.are_deterministic_algorithms_enabled(),
             "torch": torch.__version__,
         }
-        digest.update(json.dumps(facts, sort_keys=True).encode())
-        return digest.hexdigest()
 
 
 class FeatureCache(BackboneFeatures):

@@ -1,30 +1,49 @@
-"""How alike two networks see the same images."""
+"""The linear map from a network's features to its teacher's."""
 
 import torch
 from torch import Tensor
 
-EPS = 1e-12
+ROWS = 8192
+"""Images whose features are in float64 at a time."""
+RIDGE = 1e-3
+"""Of ridge regression: share of the mean square of an input that is added to each."""
+FURTHEST = 10.0
+"""Standard deviations from the mean, at most, of a teacher's feature: averages of few pixels have long tails."""
+SMALLEST = 1e-3
+"""What a standard deviation counts as, at least: some features are next to constant."""
 
 
-def cka(features: Tensor, others: Tensor) -> Tensor:
-    """Return the linear centered kernel alignment of two networks' features of the same images.
+def standardize(teacher: Tensor) -> None:
+    """Give every feature a mean of 0 and a standard deviation of 1, in place.
 
-    Kornblith et al. 2019, arXiv:1905.00414, section 3: 1 where one's features are the other's, turned, shifted or
-    scaled as a whole; 0 where images that are alike to one network are so to the other by no more than chance. Computed
-    in float32, under mixed precision, too.
+    Args:
+        teacher: (images, length).
+    """
+    parts = torch.split(teacher, ROWS)
+    mean = torch.stack([part.double().sum(0) for part in parts]).sum(0) / len(teacher)
+    variance = torch.stack([(part.double() - mean).square().sum(0) for part in parts]).sum(0) / len(teacher)
+    std = variance.sqrt().clamp(min=SMALLEST)
+    for part in parts:
+        part.copy_(((part - mean) / std).clamp(-FURTHEST, FURTHEST))
+
+
+def ridge_regression(features: Tensor, teacher: Tensor) -> Tensor:
+    """Return the linear map from features to the teacher's features of the same images that has the least squares.
 
     Args:
         features: (images, length).
-        others: (images, another length).
+        teacher: (images, another length).
 
     Returns:
-        A scalar in 0..1; 0 of a single image, which is like nothing.
+        (length + 1, another length), float32: `features @ map[:-1] + map[-1]` is like `teacher`.
     """
-    with torch.autocast(features.device.type, enabled=False):
-        kernels = []
-        for values in (features.float(), others.float()):
-            centered = values - values.mean(dim=0)
-            kernels.append(centered @ centered.T)
-        first, second = kernels
-        norms = (first.square().sum() * second.square().sum()).clamp(min=EPS).sqrt()
-        return (first * second).sum() / norms
+    length = features.shape[1] + 1
+    gram = torch.zeros(length, length, dtype=torch.float64, device=features.device)
+    products = torch.zeros(length, teacher.shape[1], dtype=torch.float64, device=features.device)
+    for x, y in zip(torch.split(features, ROWS), torch.split(teacher, ROWS), strict=True):
+        inputs = torch.cat([x.double(), x.new_ones(len(x), 1, dtype=torch.float64)], dim=1)
+        gram += inputs.T @ inputs
+        products += inputs.T @ y.double()
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    solution: Tensor = torch.linalg.solve(gram, products)
+    return solution.float()

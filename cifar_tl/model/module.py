@@ -1,12 +1,12 @@
 """The LightningModule: a ResNet-50 backbone and a dense head that classify 32x32 images."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import cross_entropy, linear, mse_loss, one_hot
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import (
@@ -21,7 +21,6 @@ from torchmetrics.classification import (
 from cifar_tl.data.batch import Batch, class_indices
 from cifar_tl.errors import check_choice, check_number
 from cifar_tl.model.backbone import FEATURES, Backbone
-from cifar_tl.model.distillation import cka
 from cifar_tl.model.head import dense_head, logits_of
 from cifar_tl.model.optim import build_optimizer, match_parameters, parameter_groups, restore_options
 
@@ -70,6 +69,8 @@ class ResNet50Classifier(L.LightningModule):
         self.weight_decay = check_number("finetune.weight_decay", weight_decay, 0)
         self.label_smoothing = check_number("finetune.label_smoothing", label_smoothing, 0, below=1)
         self.distill_weight = check_number("finetune.distill_weight", distill_weight, 0)
+        self.map_to_teacher: Tensor | None = None
+        """From features to the teacher's, (2049, 2048), the last row being the bias; FeatureDistillation fits it."""
         self.backbone = Backbone(upscale)
         self.head = dense_head(FEATURES, head, len(self.classes), dropout)
         self.adam_eps = 1e-8
@@ -163,16 +164,15 @@ class ResNet50Classifier(L.LightningModule):
         return cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
 
     def distillation_loss(self, features: Tensor, teacher: Tensor) -> Tensor:
-        """Return how unlike the features of a batch are to the teacher's: 1 - CKA of all processes' images, a scalar.
+        """Return the mean square of how far mapped features are from a teacher's, a scalar.
 
         Args:
             features: (batch, 2048).
             teacher: Of the same images, (batch, 2048).
         """
-        if self.trainer.world_size > 1:
-            features = cast(Tensor, self.all_gather(features, sync_grads=True)).flatten(0, 1)
-            teacher = cast(Tensor, self.all_gather(teacher)).flatten(0, 1)
-        return 1 - cka(features, teacher)
+        assert self.map_to_teacher is not None
+        mapped = linear(features, self.map_to_teacher[:-1].T, self.map_to_teacher[-1])
+        return mse_loss(mapped.float(), teacher.float())
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Add a batch to the validation metrics; return its logits, (batch, classes), float32."""

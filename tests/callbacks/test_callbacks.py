@@ -78,7 +78,8 @@ def test_features_of_images_that_are_not_in_memory_are_not_kept_on_disk(tmp_path
     splits = {"train": (lazy, None), "val": (lazy, None)}
     data = SimpleNamespace(splits=splits, sizes={"train": 0, "val": 0}, mean=(), std=())
     cache = FeatureCache(data, 2, "auto", tmp_path)
-    monkeypatch.setattr(cache, "_compute", lambda trainer, backbone, split: torch.ones(1, 1, 1))
-    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")), precision="32-true")
+    monkeypatch.setattr(cache, "_compute", lambda *of: torch.ones(1, 1, 1))
+    strategy = SimpleNamespace(root_device=torch.device("cpu"), reduce_boolean_decision=lambda decision: decision)
+    trainer = SimpleNamespace(strategy=strategy, precision="32-true")
     assert set(cache._get(trainer, nn.Identity())) == {"train", "val"}
     assert not list(tmp_path.iterdir())

@@ -1,37 +1,44 @@
 import pytest
 import torch
 
-from cifar_tl.model.distillation import cka
+from cifar_tl.model import distillation
+from cifar_tl.model.distillation import ridge_regression, standardize
 
-X = torch.randn(20, 7, generator=torch.Generator().manual_seed(0)) + 3
-Y = torch.randn(20, 12, generator=torch.Generator().manual_seed(1))
-
-
-def test_cka_is_that_of_the_paper():
-    # the feature-space form of Kornblith et al., in numbers of twice the length
-    x, y = (values.double() - values.double().mean(0) for values in (X, Y))
-    expected = (y.T @ x).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())
-    assert cka(X, Y).item() == pytest.approx(expected.item(), rel=1e-5)
-    assert 0 < expected < 0.9
+RANDOM = torch.Generator().manual_seed(0)
+X = torch.randn(500, 7, generator=RANDOM) + 3
 
 
-def test_features_that_are_turned_shifted_and_scaled_are_alike():
-    turn, _ = torch.linalg.qr(torch.randn(7, 7, generator=torch.Generator().manual_seed(2)))
-    assert cka(X, X @ turn * 5 + 1).item() == pytest.approx(1, abs=1e-5)
-    stretched = X * torch.tensor([5.0] + [1.0] * 6)
-    assert cka(X, stretched).item() < 0.95
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch):
+    """Give what goes through images in parts more than one of them."""
+    monkeypatch.setattr(distillation, "ROWS", 64)
 
 
-@pytest.mark.parametrize("rows", [1, 20])
-def test_images_that_do_not_differ_are_like_nothing_and_pull_at_nothing(rows):
-    features = torch.ones(rows, 7, requires_grad=True)
-    alike = cka(features, Y[:rows])
-    alike.backward()
-    assert alike == 0
-    assert torch.equal(features.grad, torch.zeros_like(features))
+def test_the_map_is_the_one_of_least_squares(monkeypatch):
+    monkeypatch.setattr(distillation, "RIDGE", 0)
+    true = torch.randn(8, 5, generator=RANDOM)
+    y = X @ true[:-1] + true[-1]
+    torch.testing.assert_close(ridge_regression(X, y), true, rtol=1e-4, atol=1e-4)
+    noisy = y + torch.randn(y.shape, generator=RANDOM)
+    inputs = torch.cat([X, torch.ones(500, 1)], dim=1)
+    expected = torch.linalg.lstsq(inputs, noisy).solution
+    torch.testing.assert_close(ridge_regression(X, noisy), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_mixed_precision_does_not_reach_it():
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = cka(X, Y)
-    assert mixed == cka(X, Y)
+def test_features_that_say_the_same_twice_have_a_map_all_the_same():
+    fitted = ridge_regression(torch.cat([X, X], dim=1), X)
+    assert fitted.isfinite().all()
+    mapped = torch.cat([X, X], dim=1) @ fitted[:-1] + fitted[-1]
+    assert (mapped - X).square().mean() < 0.05 * X.var()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_feature_of_the_teacher_counts_the_same(dtype):
+    teacher = (X * torch.tensor([1.0, 2, 3, 4, 5, 6, 1e-9])).to(dtype)
+    teacher[0, 0] = 1000.0
+    standardize(teacher)
+    assert teacher.dtype == dtype
+    torch.testing.assert_close(teacher[:, 1:6].float().mean(0), torch.zeros(5), rtol=0, atol=0.01)
+    torch.testing.assert_close(teacher[:, 1:6].float().std(0), torch.ones(5), rtol=0, atol=0.01)
+    assert teacher[0, 0] == 10  # 22 standard deviations from the mean
+    assert teacher[:, 6].float().abs().max() < 0.01  # next to constant: its noise is not made large
