@@ -67,7 +67,7 @@ from cifar_tl.hardware import PRECISIONS, environment, prepare_for, resolve_acce
 from cifar_tl.model.backbone import Backbone
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.model.optim import check_optimizer
-from cifar_tl.model.weights import file_sha256, load_weights
+from cifar_tl.model.weights import check_weights, file_sha256, load_weights
 from cifar_tl.runs.record import config_sha256, git_state
 from cifar_tl.runs.resume import is_first_process
 from cifar_tl.schedule import STAGES, FinetuneSchedule
@@ -334,6 +334,13 @@ def build_distillation(
         return None
 
     def pretrained() -> Backbone:
+        try:
+            check_weights(cfg.model.weights)
+        except UserError as error:
+            raise UserError(
+                f"model.weights={cfg.model.weights}: no such file. The teacher is made of it, where a run goes on, "
+                f"too: give model.weights= the path of a copy."
+            ) from error
         module = build_module(cfg, datamodule.classes)
         prepare_for(resolve_accelerator(cfg.trainer.accelerator), module)
         if fill_backbone(cfg, module)["weights_sha256"] != facts["weights_sha256"]:

@@ -1,6 +1,7 @@
 """Distillation: fine-tuning at 32x32 learns from what the pretrained backbone sees in the same images, enlarged."""
 
 import inspect
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,11 +14,14 @@ from torch import Tensor, nn
 from cifar_tl.callbacks.feature_cache import BackboneFeatures, gigabytes, memory_for_features
 from cifar_tl.callbacks.freezing import evaluating
 from cifar_tl.data.datamodule import CIFAR10DataModule
+from cifar_tl.data.decode import SIZE
 from cifar_tl.errors import UserError, check_int
 from cifar_tl.model import distillation as distillation_code
 from cifar_tl.model.backbone import FEATURES
 from cifar_tl.model.distillation import ridge_regression, standardize
 from cifar_tl.model.module import ResNet50Classifier
+
+log = logging.getLogger(__name__)
 
 
 class FeatureDistillation(BackboneFeatures):
@@ -104,6 +108,7 @@ class FeatureDistillation(BackboneFeatures):
         return {"teacher": (self.views, images, FEATURES), "map": (1, FEATURES + 1, FEATURES)}
 
     def _make(self, trainer: L.Trainer, backbone: nn.Module) -> dict[str, Tensor]:
+        log.info("%s are being computed, of images at %s", self.what, "x".join([str(SIZE * self.upscale)] * 2))
         with _enlarging(backbone, self.upscale):
             teacher = self._compute(trainer, backbone, "train", self.views)
         standardize(teacher.flatten(0, 1))

@@ -15,14 +15,28 @@ def few_rows(monkeypatch):
 
 
 def test_the_map_is_the_one_of_least_squares(monkeypatch):
-    monkeypatch.setattr(distillation, "RIDGE", 0)
     true = torch.randn(8, 5, generator=RANDOM)
-    y = X @ true[:-1] + true[-1]
-    torch.testing.assert_close(ridge_regression(X, y), true, rtol=1e-4, atol=1e-4)
-    noisy = y + torch.randn(y.shape, generator=RANDOM)
+    noisy = X @ true[:-1] + true[-1] + torch.randn(500, 5, generator=RANDOM)
+    monkeypatch.setattr(distillation, "RIDGES", (0.0,))
     inputs = torch.cat([X, torch.ones(500, 1)], dim=1)
     expected = torch.linalg.lstsq(inputs, noisy).solution
     torch.testing.assert_close(ridge_regression(X, noisy), expected, rtol=1e-3, atol=1e-3)
+    # what is held out chooses, and counts afterwards
+    monkeypatch.setattr(distillation, "RIDGES", (100.0, 0.0, 10.0))
+    torch.testing.assert_close(ridge_regression(X, noisy), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_few_images_do_not_get_a_map_that_fits_them_alone():
+    true = torch.zeros(60, 5)
+    true[:3] = 1
+    features, others = (torch.randn(n, 60, generator=RANDOM) for n in (80, 1000))
+
+    def error(fitted):
+        return (others @ fitted[:-1] + fitted[-1] - others @ true).square().mean()
+
+    teacher = features @ true + 2 * torch.randn(80, 5, generator=RANDOM)
+    least_squares = torch.linalg.lstsq(torch.cat([features, torch.ones(80, 1)], dim=1), teacher).solution
+    assert error(ridge_regression(features, teacher)) < error(least_squares) / 2
 
 
 def test_features_that_say_the_same_twice_have_a_map_all_the_same():
