@@ -307,8 +307,10 @@ def check_distillation(cfg: DictConfig) -> None:
     """Refuse a model class that may not have what the teacher's features are compared with.
 
     Raises:
-        UserError: Its `forward` or its `training_step` is its own.
+        UserError: Its `forward` or its `training_step` is its own; or a factor that cannot be.
     """
+    if cfg.finetune.distill_upscale is not None:
+        check_int("finetune.distill_upscale", cfg.finetune.distill_upscale, 1)
     model = model_class(cfg.model._target_)
     for name in ("forward", "training_step"):
         if distills(cfg) and getattr(model, name) is not getattr(ResNet50Classifier, name):

@@ -15,7 +15,7 @@ from cifar_tl.callbacks.feature_cache import BackboneFeatures, gigabytes, memory
 from cifar_tl.callbacks.freezing import evaluating
 from cifar_tl.data.datamodule import CIFAR10DataModule
 from cifar_tl.data.decode import SIZE
-from cifar_tl.errors import UserError, check_int
+from cifar_tl.errors import UserError
 from cifar_tl.model import distillation as distillation_code
 from cifar_tl.model.backbone import FEATURES
 from cifar_tl.model.distillation import ridge_regression, standardize
@@ -56,7 +56,7 @@ class FeatureDistillation(BackboneFeatures):
     ) -> None:
         super().__init__(datamodule, folder)
         self.unfreeze_at_epoch = unfreeze_at_epoch
-        self.upscale = check_int("finetune.distill_upscale", upscale, 1)
+        self.upscale = upscale
         self.own_upscale = own_upscale
         self.pretrained = pretrained
 

@@ -129,30 +129,32 @@ class ResNet50Classifier(L.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Start the sums of the epoch's training metrics."""
-        self._train_sums = torch.zeros(2, device=self.device)
+        self._train_sums = torch.zeros(3, device=self.device)
         self._train_images = 0
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss of a batch, a scalar."""
+        """Return the loss of a batch, a scalar; `train/loss` is without what distillation adds to it."""
         images, targets, *teacher = batch
-        if teacher:
-            features = self.backbone(images)
-            logits = logits_of(self.head, features)
-            distillation = self.distill_weight * self.distillation_loss(features, *teacher)
-            loss = self.training_loss(logits, targets) + distillation
-        else:
-            logits = self(images)
-            loss = self.training_loss(logits, targets)
+        features = self.backbone(images) if teacher else None
+        logits = self(images) if features is None else logits_of(self.head, features)
+        loss = self.training_loss(logits, targets)
+        added = torch.zeros_like(loss)
+        if features is not None:
+            added = self.distill_weight * self.distillation_loss(features, *teacher)
         # on cached features a step is so short that metric objects, and log() in every step, would double it
         correct = (logits.detach().argmax(dim=1) == class_indices(targets)).sum()
-        self._train_sums += torch.stack([loss.detach().float() * len(images), correct])
+        label_loss, distillation = (value.detach().float() * len(images) for value in (loss, added))
+        self._train_sums += torch.stack([label_loss, correct, distillation])
         self._train_images += len(images)
         if self.trainer._logger_connector.should_update_logs:
             self.log("train/loss_step", loss, prog_bar=True)
         if self.trainer.is_last_batch:
-            means = dict(zip(("train/loss", "train/acc"), self._train_sums / self._train_images, strict=True))
+            names = ("train/loss", "train/acc", "train/distillation")
+            means = dict(zip(names, self._train_sums / self._train_images, strict=True))
+            if not teacher:
+                del means["train/distillation"]
             self.log_dict(means, on_step=False, on_epoch=True, batch_size=self._train_images, sync_dist=True)
-        return loss
+        return loss + added
 
     def training_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss of a batch, a scalar; for a subclass to replace. Validation measures cross-entropy.

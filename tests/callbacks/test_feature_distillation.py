@@ -1,5 +1,6 @@
 """Fine-tuning imitates the pretrained backbone on enlarged images, and goes on exactly as it began."""
 
+import csv
 import logging
 import math
 import shutil
@@ -90,7 +91,8 @@ def test_the_loss_has_a_term_for_them_of_the_given_weight(teaching, tmp_path, ba
     losses = {}
     for weight in (0, 3):
         batches.clear()
-        train(teaching(f"finetune.distill_weight={weight}", "finetune=full"), tmp_path / str(weight), "demo")
+        folder = tmp_path / str(weight)
+        metrics = train(teaching(f"finetune.distill_weight={weight}", "finetune=full"), folder, "demo")
         losses[weight] = batches[0]
     (_, (images, _, taught), without), (_, (same_images, _, _), loss) = losses[0], losses[3]
     assert torch.equal(images, same_images)
@@ -107,6 +109,13 @@ def test_the_loss_has_a_term_for_them_of_the_given_weight(teaching, tmp_path, ba
     expected = 3 * (mapped - taught).square().mean().item()
     assert loss - without == pytest.approx(expected, rel=1e-2)
     assert expected > 0.01
+    (file,) = (folder / "csv").rglob("metrics.csv")
+    rows = [row for row in csv.DictReader(file.read_text().splitlines()) if row["train/distillation"]]
+    # what is recorded as the loss is without it, as validation's is; of the four epochs, the first
+    in_epoch = [(len(batch[1]), loss) for epoch, batch, loss in batches if epoch == 0]
+    mean = sum(n * loss for n, loss in in_epoch) / sum(n for n, _ in in_epoch)
+    assert metrics["train/loss"][0] + float(rows[0]["train/distillation"]) == pytest.approx(mean, rel=1e-4)
+    assert metrics["train/loss"][0] < mean - expected / 2
 
 
 @pytest.mark.parametrize("epoch", [2, 3], ids=["at-the-unfreeze", "after-the-unfreeze"])
