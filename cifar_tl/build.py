@@ -273,6 +273,8 @@ def build_callbacks(
     features = finetune.features_folder
     if features is not None:
         features = check_path("finetune.features_folder", features)
+    if not facts["weights_sha256"] or facts.get("own_network"):
+        features = None
     distillation = build_distillation(cfg, datamodule, facts, features)
     callbacks: list[L.Callback] = [
         OwnSignals(),
@@ -283,7 +285,7 @@ def build_callbacks(
             datamodule,
             unfreeze_at_epoch,
             str(finetune.cache_features).lower(),
-            features if facts["weights_sha256"] and not facts.get("own_network") else None,
+            features,
         ),
         *([] if distillation is None else [distillation]),
         PhaseLog(schedule, finetune.batchnorm),

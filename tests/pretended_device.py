@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cifar_tl.build import build_augment, build_module, build_unfreeze
 from cifar_tl.data.loader import ArrayLoader
+from cifar_tl.model.distillation import ridge_regression, standardize
 from cifar_tl.model.optim import match_parameters
 
 register = backend_registration._setup_privateuseone_for_python_backend
@@ -108,10 +109,12 @@ def test_batches_are_made_on_the_device_without_waiting(place, compose, augment)
     build = build_augment(compose(f"augment={augment}", "finetune=full"))
     images, targets = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8), torch.arange(12) % 10
     with Device():
-        batches = iter(ArrayLoader(images, targets, 4, [0.5] * 3, [0.2] * 3, augment=build, device=place))
+        teacher = torch.zeros(2, 12, 5).to(place)
+        options = {"augment": build, "teacher": lambda: teacher, "device": place}
+        batches = iter(ArrayLoader(images, targets, 4, [0.5] * 3, [0.2] * 3, **options))
         next(batches)  # an epoch's order and draws are copied once
         waits.clear()
-        assert [[tensor.device for tensor in batch] for batch in batches] == [[place, place]] * 2
+        assert [[tensor.device for tensor in batch] for batch in batches] == [[place, place, place]] * 2
     assert not waits
 
 
@@ -128,6 +131,23 @@ def test_a_step_stays_on_the_device_without_waiting(place, compose, optimizer, d
         steps.step()
     assert not waits
     assert all(p.device == p.grad.device == place for p in module.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_teacher_is_imitated_on_the_device_without_waiting(place, compose, dtype):
+    features, teacher = torch.randn(40, 2048), torch.randn(40, 2048)
+    with Device():
+        module, images, _ = on(place, compose)
+        there = teacher.to(place, dtype)
+        standardize(there)
+        module.map_to_teacher = ridge_regression(features.to(place, dtype), there)
+        assert module.map_to_teacher.device == place
+        waits.clear()
+        with torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16):  # the values are the CPU's
+            loss = module.distillation_loss(module.backbone(images), there[: len(images)])
+        loss.backward()
+    assert not waits
+    assert loss.device == place
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw", "adam", "sgd"])

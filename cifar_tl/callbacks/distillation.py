@@ -94,6 +94,10 @@ class FeatureDistillation(BackboneFeatures):
         """Free the memory."""
         self._hand_over(pl_module, None, None)
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Free the memory."""
+        self._hand_over(pl_module, None, None)
+
     def _teach(self, trainer: L.Trainer, pl_module: L.LightningModule, backbone: nn.Module) -> None:
         with evaluating(backbone), _enlarging(backbone, self.own_upscale):
             features = self._get(trainer, backbone)
