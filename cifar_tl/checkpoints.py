@@ -31,10 +31,8 @@ BEST, LAST = "best.ckpt", "last.ckpt"
 FORMAT = 1
 """Of what a checkpoint holds under `cifar_tl`, raised when a key changes its name or its meaning."""
 
-ABSENT = {"finetune": {"distill_upscale": None}}
-"""What a run did whose config does not have a key yet, where that is not today's default."""
 COMPLETED = ("data", "augment", "model", "finetune", "trainer")
-"""Groups of the config in which keys that an older checkpoint does not have get values: see `completed`."""
+"""Groups of the config in which keys that an older checkpoint does not have get today's defaults."""
 
 
 class PacedCheckpointIO(TorchCheckpointIO):
@@ -316,11 +314,11 @@ def _of_its_own(values: dict[str, Any], target: str) -> dict[str, Any]:
 
 
 def completed(saved: dict[str, Any]) -> DictConfig:
-    """Return a run's config with values for keys that it does not have: ABSENT's, or today's defaults."""
+    """Return a run's config with today's defaults for keys that it does not have."""
     config = OmegaConf.create(saved)
     defaults = compose("train", [f"data={config.data.name}"])
     OmegaConf.set_struct(defaults, False)
     for group in COMPLETED:
-        config[group] = OmegaConf.merge(defaults[group], ABSENT.get(group, {}), config.get(group, {}))
+        config[group] = OmegaConf.merge(defaults[group], config.get(group, {}))
     config.setdefault("seed", defaults.seed)
     return config

@@ -160,7 +160,7 @@ def keep_own_defaults(cfg: DictConfig, folder: Path) -> None:
         return
     try:
         last = torch.load(folder / "checkpoints" / LAST, map_location="cpu", mmap=True, weights_only=True)
-        saved, now = flat(plain(completed(last["cifar_tl"]["config"]))), flat(plain(cfg))
+        saved, now = flat(last["cifar_tl"]["config"]), flat(plain(cfg))
     except Exception:  # about anything, for a file that is no checkpoint: `read_checkpoint` says what is wrong
         return
     for key in saved.keys() & now.keys():

@@ -140,7 +140,7 @@ def test_features_of_another_network_are_not_kept_for_the_package_s(compose, tmp
 
 @pytest.mark.parametrize(("name", "method"), [("Forward", "forward"), ("Step", "training_step"), ("Loss", None)])
 def test_a_step_of_ones_own_is_told_that_it_leaves_distillation_out(compose, own, name, method):
-    given = (f"model._target_=own.{name}",)
+    given = (f"model._target_=own.{name}", "experiment=distill32")
     if method is None:
         return check_distillation(compose(*given))
     with pytest.raises(UserError, match=rf"without a {method} of its own, and own\.{name}.*distill_upscale=null"):

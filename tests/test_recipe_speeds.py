@@ -162,10 +162,10 @@ def test_a_phase_is_ten_epochs_and_the_features_of_both_views_once(setting, monk
                 callback.views, callback.seconds_per_view = 2, 0.005
 
     monkeypatch.setattr(recipes.L.Trainer, "fit", fit)
-    speeds = recipes.speeds(setting, ["experiment=best32"])
+    speeds = recipes.speeds(setting, ["experiment=distill32"])
     assert speeds["frozen"]() == pytest.approx(500)  # an image 1 ms in each epoch, and once 2 x 5 ms
     assert speeds["fine-tune"]() == pytest.approx(400)  # the same, with the teacher's, and its own once more
-    assert recipes.speeds(setting, ["experiment=best64"])["fine-tune"]() == pytest.approx(1000)
+    assert recipes.speeds(setting, ["experiment=best32"])["fine-tune"]() == pytest.approx(1000)
 
 
 def test_the_clock_leaves_out_the_first_steps_and_each_epochs_first(setting, monkeypatch):

@@ -81,7 +81,7 @@ def test_a_sweeps_folder_may_be_named_by_way_of_another_one(command, tmp_path):
     [
         ("seeds", 3, {"seed=2"}),
         ("lr", 9, {"finetune.backbone_lr=0.003", "finetune.head_lr_unfrozen=0.002"}),
-        ("ablation", 27, {"ablate=adamw", "ablate=none", "seed=0"}),
+        ("ablation", 24, {"ablate=adamw", "ablate=none", "seed=0"}),
     ],
 )
 def test_sweeps_that_are_ready_have_their_jobs(command, choice, count, some):

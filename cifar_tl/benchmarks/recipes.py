@@ -29,7 +29,17 @@ from cifar_tl.runs.table import Table
 from cifar_tl.schedule import Phase
 
 RATE = ", images/s"
-RECIPES = ("seed_baseline", "best32", "long32", "progressive64", "best64", "best96", "progressive", "hires")
+RECIPES = (
+    "seed_baseline",
+    "best32",
+    "distill32",
+    "long32",
+    "progressive64",
+    "best64",
+    "best96",
+    "progressive",
+    "hires",
+)
 TRAINING_IMAGES = 45_000
 IMAGES = 2048
 """Images that a turn has; fewer with --limit, but two batches of the largest size."""

@@ -57,6 +57,7 @@ HPARAMS = (
     "finetune.stages",
     "finetune.stage_epochs",
     "finetune.progressive_resizing",
+    "finetune.distill_upscale",
     "finetune.head_lr",
     "finetune.head_lr_unfrozen",
     "finetune.backbone_lr",

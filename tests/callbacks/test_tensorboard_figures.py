@@ -303,7 +303,17 @@ def test_sprite_is_row_by_row():
 
 
 def test_hparams_tell_recipes_and_the_jobs_of_shipped_sweeps_apart(compose):
-    recipes = ["best32", "best64", "best96", "hires", "progressive", "progressive64", "long32", "seed_baseline"]
+    recipes = [
+        "best32",
+        "distill32",
+        "best64",
+        "best96",
+        "hires",
+        "progressive",
+        "progressive64",
+        "long32",
+        "seed_baseline",
+    ]
     rows = [hparam_values(OmegaConf.to_container(compose(f"experiment={name}"))) for name in recipes]
     assert len({tuple(row.items()) for row in rows}) == len(recipes)
     for path in (cli.conf_folder() / "sweep").glob("*.yaml"):
