@@ -11,7 +11,7 @@ from conftest import TINY
 from torch.nn.functional import cross_entropy
 
 from cifar_tl.build import build_callbacks, build_datamodule, build_module, check_distillation, model_facts
-from cifar_tl.callbacks.feature_cache import FeatureCache
+from cifar_tl.callbacks.feature_cache import BackboneFeatures
 from cifar_tl.checkpoints import load_trained
 from cifar_tl.cli import run
 from cifar_tl.errors import UserError
@@ -128,14 +128,15 @@ def own(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("name", "another"), [("Stem", True), ("Forward", True), ("Loss", False)])
 def test_features_of_another_network_are_not_kept_for_the_package_s(compose, tmp_path, own, name, another):
-    cfg = compose(*TINY, f"model._target_=own.{name}", f"finetune.features_folder={tmp_path}")
+    distills = ("finetune.distill_upscale=2", "model.weights=IMAGENET1K_V1")
+    cfg = compose(*TINY, f"model._target_=own.{name}", f"finetune.features_folder={tmp_path}", *distills)
     prepare_for("cpu", module := build_module(cfg, ["a", "b"]))
     facts = model_facts(module)
     assert facts == {"model_sha256": hashlib.sha256(own.read_bytes()).hexdigest(), "own_network": another}
     facts |= {"weights_sha256": "0", "experiment": "demo"}
     callbacks = build_callbacks(cfg, build_datamodule(cfg), facts, tmp_path)
-    (cache,) = (callback for callback in callbacks if isinstance(callback, FeatureCache))
-    assert (cache.folder is None) == another
+    caches = [callback for callback in callbacks if isinstance(callback, BackboneFeatures)]
+    assert [cache.folder is None for cache in caches] == [another] * 2  # the frozen phase's, and the teacher's
 
 
 @pytest.mark.parametrize(("name", "method"), [("Forward", "forward"), ("Step", "training_step"), ("Loss", None)])

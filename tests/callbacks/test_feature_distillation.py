@@ -1,6 +1,7 @@
 """Fine-tuning imitates the pretrained backbone on enlarged images, and goes on exactly as it began."""
 
 import csv
+import inspect
 import logging
 import math
 import shutil
@@ -17,6 +18,7 @@ from cifar_tl.callbacks import distillation
 from cifar_tl.callbacks.distillation import FeatureDistillation
 from cifar_tl.callbacks.feature_cache import BackboneFeatures
 from cifar_tl.errors import UserError
+from cifar_tl.model import distillation as fitting
 from cifar_tl.model.backbone import FEATURES, Backbone
 from cifar_tl.model.distillation import ridge_regression, standardize
 from cifar_tl.model.module import ResNet50Classifier
@@ -57,6 +59,19 @@ def batches(monkeypatch):
     return seen
 
 
+def seen_by_teacher(cfg):
+    """The pretrained model, the training images in order, and the teacher's features of these and their mirrors."""
+    datamodule = build_datamodule(cfg)
+    datamodule.setup("fit")
+    module = build_module(cfg, datamodule.classes).eval()
+    fill_backbone(cfg, module)
+    images = torch.cat([images for images, _ in datamodule.in_order("train")])
+    with torch.no_grad():
+        views = [module.backbone(interpolate(v, scale_factor=2, mode="bicubic")) for v in (images, images.flip(3))]
+    standardize(teacher := torch.cat(views))
+    return module, images, teacher
+
+
 @pytest.mark.slow
 def test_fine_tuning_has_the_features_that_the_pretrained_backbone_makes_of_enlarged_images(
     teaching, tmp_path, batches, caplog
@@ -73,14 +88,7 @@ def test_fine_tuning_has_the_features_that_the_pretrained_backbone_makes_of_enla
         in caplog.text
     )
 
-    datamodule = build_datamodule(cfg)
-    datamodule.setup("fit")
-    module = build_module(cfg, datamodule.classes).eval()
-    fill_backbone(cfg, module)
-    images = torch.cat([images for images, _ in datamodule.in_order("train")])
-    with torch.no_grad():
-        views = [module.backbone(interpolate(v, scale_factor=2, mode="bicubic")) for v in (images, images.flip(3))]
-    standardize(teacher := torch.cat(views))
+    _, _, teacher = seen_by_teacher(cfg)
     unlike = [(taught[:, None] - teacher).abs().amax(2).min(1).values for _, _, taught in tuned]
     assert torch.cat(unlike).max() < 1e-2
 
@@ -95,14 +103,8 @@ def test_the_loss_has_a_term_for_them_of_the_given_weight(teaching, tmp_path, ba
         losses[weight] = batches[0]
     (_, (images, _, taught), without), (_, (same_images, _, _), loss) = losses[0], losses[3]
     assert torch.equal(images, same_images)
-    datamodule = build_datamodule(cfg := teaching())
-    datamodule.setup("fit")
-    module = build_module(cfg, datamodule.classes).eval()
-    fill_backbone(cfg, module)
-    every = torch.cat([images for images, _ in datamodule.in_order("train")])
+    module, every, teacher = seen_by_teacher(teaching())
     with torch.no_grad():
-        teacher = [module.backbone(interpolate(v, scale_factor=2, mode="bicubic")) for v in (every, every.flip(3))]
-        standardize(teacher := torch.cat(teacher))
         fitted = ridge_regression(module.backbone(every), teacher[: len(every)])
         mapped = module.backbone(images) @ fitted[:-1] + fitted[-1]
     expected = 3 * (mapped - taught).square().mean().item()
@@ -118,12 +120,15 @@ def test_the_loss_has_a_term_for_them_of_the_given_weight(teaching, tmp_path, ba
 
 
 @pytest.mark.parametrize("epoch", [2, 3], ids=["at-the-unfreeze", "after-the-unfreeze"])
+@pytest.mark.parametrize("growing", [False, True], ids=["", "where-images-grow"])
 @pytest.mark.slow
-def test_a_run_that_goes_on_is_taught_by_the_same_teacher(teaching, weights, tmp_path, monkeypatch, epoch):
+def test_a_run_that_goes_on_is_taught_by_the_same_teacher(teaching, weights, tmp_path, monkeypatch, epoch, growing):
+    growth = ["finetune.progressive_resizing=[2,2]", "finetune.distill_upscale=3"] if growing else []
+
     def last(folder):
         return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
-    train(teaching(), tmp_path / "straight", "demo")
+    train(teaching(*growth), tmp_path / "straight", "demo")
     step = ResNet50Classifier.training_step
 
     def dies(self, batch, batch_idx):
@@ -134,9 +139,10 @@ def test_a_run_that_goes_on_is_taught_by_the_same_teacher(teaching, weights, tmp
     with monkeypatch.context() as patched:
         patched.setattr(ResNet50Classifier, "training_step", dies)
         with pytest.raises(BaseException, match="are saved in"):
-            train(teaching(), tmp_path / "resumed", "demo")
+            train(teaching(*growth), tmp_path / "resumed", "demo")
     copy = shutil.copy(weights, tmp_path / "elsewhere.pth")
-    train(teaching(f"resume='{tmp_path / 'resumed'}'", f"model.weights='{copy}'"), tmp_path / "resumed", "demo")
+    given = [f"resume='{tmp_path / 'resumed'}'", f"model.weights='{copy}'"]
+    train(teaching(*growth, *given), tmp_path / "resumed", "demo")
     expected = last(tmp_path / "straight")
     for name, tensor in last(tmp_path / "resumed").items():
         assert torch.equal(tensor, expected[name]), name
@@ -149,6 +155,9 @@ def test_a_run_does_not_go_on_with_another_teacher(teaching, tmp_path):
     train(teaching(given), tmp_path / "run", "demo")
     torch.save(Backbone(upscale=1).state_dict(), file)
     with pytest.raises(UserError, match=r"is another file than the run was started with.*Restore it"):
+        train(teaching(given, f"resume='{tmp_path / 'run'}'", "trainer.max_epochs=5"), tmp_path / "run", "demo")
+    file.unlink()
+    with pytest.raises(UserError, match=r"no such file. The teacher is made of it.*the path of a copy"):
         train(teaching(given, f"resume='{tmp_path / 'run'}'", "trainer.max_epochs=5"), tmp_path / "run", "demo")
     with pytest.raises(UserError, match=r"cannot change finetune.distill_upscale=3"):
         train(
@@ -172,6 +181,29 @@ def test_the_teachers_features_are_kept_for_other_runs_and_freed_at_the_end(teac
     batches.clear()
     train(teaching(folder), tmp_path / "second", "demo")
     assert [loss for *_, loss in batches] == first
+
+
+def test_the_name_of_kept_features_depends_on_the_teacher_and_on_what_the_map_starts_from(compose, monkeypatch):
+    datamodule = build_datamodule(cfg := compose(*TINY))
+    datamodule.setup("fit")
+    backbone = build_module(cfg, datamodule.classes).backbone
+    trainer = SimpleNamespace(precision="32-true", strategy=SimpleNamespace(root_device=torch.device("cpu")))
+
+    def name(upscale, own_upscale):
+        callback = FeatureDistillation(datamodule, 2, upscale, own_upscale, None, None)
+        names = []
+        monkeypatch.setattr(
+            callback, "_get", lambda *of: names.append(callback._key(*of)) or {"teacher": 0, "map": [0]}
+        )
+        callback._teach(trainer, SimpleNamespace(), backbone)
+        return names[0]
+
+    assert name(4, 1) == name(4, 1)
+    names = [name(4, 1), name(3, 1), name(4, 2)]
+    monkeypatch.setattr("inspect.getsource", lambda code, of=inspect.getsource: of(code) + "#" * (code is fitting))
+    names.append(name(4, 1))
+    assert len(set(names)) == 4
+    assert backbone.upscale == 1
 
 
 @pytest.mark.slow

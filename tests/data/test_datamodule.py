@@ -291,3 +291,11 @@ def test_mixing_is_a_function_of_seed_and_epoch(compose):
     (images, after), (again, after_again) = batches(0), batches(1)
     assert torch.equal(images, again)
     assert after != after_again, "the model's own draws have to go on"
+
+
+def test_images_are_there_beside_cached_features(compose):
+    datamodule = build_datamodule(compose(*TINY))
+    datamodule.setup("fit")
+    datamodule.features["train"] = torch.zeros(1, 40, 5)
+    assert {batch.shape[1:] for batch, _ in datamodule.in_order("train")} == {(5,)}
+    assert {batch.shape[1:] for batch, _ in datamodule.images_in_order("train")} == {(3, 32, 32)}
