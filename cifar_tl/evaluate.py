@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig
 from torch import Tensor
 
-from cifar_tl.build import build_datamodule, build_trainer, check_root, quieten_lightning
+from cifar_tl.build import build_datamodule, check_root
 from cifar_tl.checkpoints import Trained, find_checkpoint, load_trained
 from cifar_tl.data import robustness
 from cifar_tl.data.cifar10 import Cifar10
@@ -42,6 +42,7 @@ from cifar_tl.model.tta import AUGMENTED, SINGLE, View, mean_logits
 from cifar_tl.runs.formatting import percent, percent_range, result_text
 from cifar_tl.runs.metrics import Ints, fit_temperature, scores
 from cifar_tl.runs.record import finite, git_state, metrics_of_test
+from cifar_tl.trainer import build_trainer, quieten_lightning
 
 log = logging.getLogger(__name__)
 

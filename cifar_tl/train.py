@@ -32,13 +32,9 @@ from cifar_tl.build import (
     build_loggers,
     build_module,
     build_schedule,
-    build_trainer,
     check_batch_size,
     check_distillation,
-    check_processes,
     check_root,
-    check_strategy,
-    check_trainer,
     config_warnings,
     distills,
     fill_backbone,
@@ -46,7 +42,6 @@ from cifar_tl.build import (
     model_class,
     model_facts,
     plain,
-    quieten_lightning,
     run_facts,
 )
 from cifar_tl.checkpoints import BEST, FORMAT, LAST, PacedCheckpointIO, completed, read_checkpoint
@@ -81,6 +76,7 @@ from cifar_tl.runs.resume import (
     unsaved_overrides,
 )
 from cifar_tl.schedule import FinetuneSchedule, epochs_text, stages_text
+from cifar_tl.trainer import build_trainer, check_processes, check_strategy, check_trainer, quieten_lightning
 
 log = logging.getLogger(__name__)
 

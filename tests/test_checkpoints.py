@@ -154,7 +154,7 @@ def test_loading_a_checkpoint_takes_no_callback_and_no_report():
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     loaded = done.stdout.split()
     assert "cifar_tl.model.module" in loaded
-    modules = ("cifar_tl.callbacks", "cifar_tl.reports", "cifar_tl.build")
+    modules = ("cifar_tl.callbacks", "cifar_tl.reports", "cifar_tl.build", "cifar_tl.trainer")
     assert [name for name in loaded if name.startswith(modules)] == []
 
 

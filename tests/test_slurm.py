@@ -13,10 +13,10 @@ from hydra.errors import HydraException
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
 from cifar_tl import cli, slurm
-from cifar_tl.build import build_trainer
 from cifar_tl.errors import Interrupted, UserError
 from cifar_tl.model.module import ResNet50Classifier
 from cifar_tl.runs.resume import with_folder_of_slurm_job, with_overrides_of_resumed_run
+from cifar_tl.trainer import build_trainer
 
 FAST = (*TINY, "data.train_size=40", "trainer.max_epochs=3", "finetune.features_folder=null")
 BATCH = {"SLURM_JOB_ID": "12", "ENVIRONMENT": "BATCH"}

@@ -19,15 +19,7 @@ from lightning.pytorch.callbacks import RichProgressBar, Timer, TQDMProgressBar
 from torch import nn
 
 from cifar_tl import hardware
-from cifar_tl.build import (
-    Bar,
-    build_callbacks,
-    build_datamodule,
-    build_trainer,
-    check_processes,
-    check_strategy,
-    check_trainer,
-)
+from cifar_tl.build import build_callbacks, build_datamodule
 from cifar_tl.callbacks.epoch_timer import EpochTimer
 from cifar_tl.callbacks.phase_log import PhaseLog
 from cifar_tl.errors import Interrupted, UserError
@@ -37,6 +29,7 @@ from cifar_tl.reports.run_page import write_run_report
 from cifar_tl.runs.predictions import read_predictions
 from cifar_tl.schedule import FinetuneSchedule
 from cifar_tl.train import train
+from cifar_tl.trainer import Bar, build_trainer, check_processes, check_strategy, check_trainer
 
 CPU = {"accelerator": "cpu", "devices": 1, "strategy": "auto", "precision": "32-true", "max_epochs": 3}
 
@@ -320,10 +313,10 @@ def test_parameters_in_pieces_are_refused(four_gpus):
 @pytest.mark.parametrize(("key", "benchmark"), [({}, True), ({"deterministic": True}, False)])
 def test_a_deterministic_run_does_not_choose_algorithms_by_their_time(monkeypatch, key, benchmark):
     given = {}
-    monkeypatch.setattr("cifar_tl.build.resolve_accelerator", lambda name: "cuda")
-    monkeypatch.setattr("cifar_tl.build.resolve_precision", lambda *_: "32-true")
+    monkeypatch.setattr("cifar_tl.trainer.resolve_accelerator", lambda name: "cuda")
+    monkeypatch.setattr("cifar_tl.trainer.resolve_precision", lambda *_: "32-true")
     fake = SimpleNamespace(num_devices=1, num_nodes=1, strategy=None)
-    monkeypatch.setattr("cifar_tl.build.L.Trainer", lambda **keys: given.update(keys) or fake)
+    monkeypatch.setattr("cifar_tl.trainer.L.Trainer", lambda **keys: given.update(keys) or fake)
     build_trainer({**CPU, **key})
     assert given["benchmark"] == benchmark
 
@@ -349,7 +342,7 @@ def test_the_progress_bar_has_no_version_of_a_logger(monkeypatch):
 
 def test_the_progress_bar_has_the_loss_and_reads_it_once_a_second(monkeypatch):
     now, bar, trainer = [0.0], Bar(), SimpleNamespace(progress_bar_metrics={"train/loss_step": 2.0}, loggers=[])
-    monkeypatch.setattr("cifar_tl.build.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("cifar_tl.trainer.time.monotonic", lambda: now[0])
     assert bar.get_metrics(trainer, SimpleNamespace()) == {"train/loss_step": 2.0}
     trainer.progress_bar_metrics = {"train/loss_step": 1.0}
     for now[0], loss in ((0.9, 2.0), (1.0, 1.0)):
@@ -459,9 +452,26 @@ def test_the_memory_of_freed_tensors_is_kept_for_the_next_ones(chosen):
     assert (after < before / 2) == (not chosen)
 
 
+@pytest.mark.parametrize(
+    ("vendor", "rounds", "chosen"),
+    [("AuthenticAMD", False, True), ("AuthenticAMD", True, False), ("Intel", False, False)],
+)
+def test_onednn_multiplies_where_mkl_is_slow_and_never_where_it_would_round(monkeypatch, vendor, rounds, chosen):
+    def product(a, b):
+        if rounds and torch.get_float32_matmul_precision() == "medium":
+            a, b = a.bfloat16().float(), b.bfloat16().float()
+        return torch.bmm(a, b)
+
+    monkeypatch.setattr(hardware, "cpuinfo", lambda key: {"vendor_id": [vendor]}[key])
+    monkeypatch.setattr(torch.Tensor, "__matmul__", product)
+    before = torch.get_float32_matmul_precision()
+    assert hardware.onednn_multiplies_float32.__wrapped__() == chosen
+    assert torch.get_float32_matmul_precision() == before
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_an_evaluation_has_a_progress_bar_at_a_terminal(monkeypatch, terminal):
-    monkeypatch.setattr("cifar_tl.build.progress_bar", lambda: [RichProgressBar()] if terminal else [])
+    monkeypatch.setattr("cifar_tl.trainer.progress_bar", lambda: [RichProgressBar()] if terminal else [])
     trainer = build_trainer(CPU, logger=False)  # without callbacks, as cifar_tl.evaluate builds it
     assert (trainer.progress_bar_callback is not None) == terminal
 

@@ -51,7 +51,6 @@ def main(arguments: list[str]) -> int:
     # late: --help should not wait for torch
     from cifar_tl.benchmarks import frozen, peers, pipeline, predict, recipes, step, whole
     from cifar_tl.benchmarks.setting import Setting
-    from cifar_tl.build import quieten_lightning
     from cifar_tl.errors import Interrupted, UserError
     from cifar_tl.files import write_text
     from cifar_tl.hardware import (
@@ -63,6 +62,7 @@ def main(arguments: list[str]) -> int:
     )
     from cifar_tl.reproduce.publish import check_checkout
     from cifar_tl.runs.record import git_state
+    from cifar_tl.trainer import quieten_lightning
 
     measures = {
         "pipeline": ("Input pipeline, batches of 128, flip and crop", pipeline.measure),

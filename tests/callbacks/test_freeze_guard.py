@@ -204,7 +204,7 @@ def test_steps_that_the_scaler_skips_are_not_counted(compose, tmp_path, monkeypa
     build = command.build_trainer
 
     def scaled(keys, plugins, **extra):
-        monkeypatch.setattr("cifar_tl.build.resolve_precision", lambda *_: None)  # the plugin's
+        monkeypatch.setattr("cifar_tl.trainer.resolve_precision", lambda *_: None)  # the plugin's
         return build(keys, plugins=[*plugins, Scaled()], **extra)
 
     counted = []
