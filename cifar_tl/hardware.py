@@ -7,6 +7,7 @@ import resource
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,27 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
+@cache
+def onednn_multiplies_float32() -> bool:
+    """Return whether float32 matrices are better multiplied at torch's "medium" precision, on this CPU.
+
+    At "highest", torch asks MKL, which goes without AVX-512 on AMD's CPUs, at half of what they can. At "medium" it
+    asks oneDNN, which may round to bfloat16, and does where a CPU has AMX, but otherwise computes in float32: that it
+    does is seen from what it returns.
+    """
+    if "AuthenticAMD" not in cpuinfo("vendor_id"):
+        return False
+    left, right = torch.linspace(-1, 1, 2 * 2 * 128 * 256).view(2, 2, 128, 256).unbind()
+    exact = left.double() @ right.double().mT
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        product = left @ right.mT
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return bool((product - exact).abs().max() < 1e-5 * exact.abs().max())
+
+
 def select_gpu(devices: object, accelerator: str) -> None:
     """Make the GPU that trainer.devices names the current one: its name, capability and memory are asked, not GPU 0's.
 
@@ -171,11 +193,16 @@ def device_name(accelerator: str) -> str:
     """Return the GPU's name, or the CPU's with its cores; both where the GPU is part of it, as Apple's."""
     if accelerator == "cuda":
         return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    models = cpuinfo("model name")
     name = f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     return f"{name}, Apple GPU" if accelerator == "mps" else name
+
+
+def cpuinfo(key: str) -> list[str]:
+    """Return what Linux says of each core; nothing elsewhere."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return [line.partition(":")[2].strip() for line in lines if line.startswith(key)]
 
 
 def host_memory() -> int:

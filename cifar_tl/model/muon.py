@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from cifar_tl.hardware import onednn_multiplies_float32
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic Newton-Schulz iteration (Jordan et al. 2024)."""
 
@@ -60,23 +62,31 @@ class Muon(Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - self.momentum)
-        updates = list(torch._foreach_lerp(grads, buffers, self.momentum))
-        torch._foreach_mul_(params, 1 - lr * weight_decay)
         shapes: dict[torch.Size, list[int]] = defaultdict(list)
         for i, p in enumerate(params):
             shapes[p.shape].append(i)
-        # channels last, as kernels lie in memory: the order of columns changes nothing, and other orders take copies
-        matrices = [
-            torch.stack([updates[i].movedim(1, -1).flatten(1) for i in members]).float() for members in shapes.values()
-        ]
-        with full_precision():
-            directions = orthogonalized(matrices, self.block, self.iterations)
-        torch._foreach_mul_(directions, [-lr * 0.2 * max(d.shape[1:]) ** 0.5 for d in directions])
+        matrices, updates = [], list(params)
+        for shape, members in shapes.items():
+            stacked = params[0].new_empty(len(members), shape[0], *shape[2:], shape[1], dtype=torch.float32)
+            for i, update in zip(members, stacked.movedim(-1, 2), strict=True):
+                updates[i] = update
+            matrices.append(stacked.flatten(2))
+        torch._foreach_copy_(updates, buffers)
+        torch._foreach_lerp_(updates, [g.float() for g in grads], 1 - self.momentum)  # Nesterov's
+        # weights move by lr * weight_decay of the way to these, which is decay and step in one
+        decay = lr * weight_decay
+        lengths = [-0.2 * max(m.shape[1:]) ** 0.5 * (1 / weight_decay if decay else lr) for m in matrices]
+        with full_precision(params[0].device):
+            directions = orthogonalized(matrices, self.block, self.iterations, lengths)
+        targets = list(params)
         for (shape, members), direction in zip(shapes.items(), directions, strict=True):
             kernels = direction.to(params[0].dtype).view(-1, shape[0], *shape[2:], shape[1]).movedim(-1, 2)
             for i, kernel in zip(members, kernels, strict=True):
-                updates[i] = kernel
-        torch._foreach_add_(params, updates)
+                targets[i] = kernel
+        if decay:
+            torch._foreach_lerp_(params, targets, decay)
+        else:
+            torch._foreach_add_(params, targets)
 
     def _adamw(self, params: list[Tensor], lr: float, weight_decay: float) -> None:
         for p in params:
@@ -104,21 +114,22 @@ class Muon(Optimizer):
 
 
 @contextmanager
-def full_precision() -> Iterator[None]:
-    """Multiply float32 matrices as what they are, even where GPUs are allowed to round them to TF32."""
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Multiply float32 matrices as what they are, even where GPUs are allowed to round them to TF32, but fast."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    onednn = device.type == "cpu" and onednn_multiplies_float32()
+    torch.set_float32_matmul_precision("medium" if onednn else "highest")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-def orthogonalized(matrices: Sequence[Tensor], block: int, iterations: int) -> list[Tensor]:
-    """Bring the singular values of blocks of matrices close to 1 by Newton-Schulz iterations on their Gram matrices.
+def orthogonalized(matrices: Sequence[Tensor], block: int, iterations: int, lengths: Sequence[float]) -> list[Tensor]:
+    """Bring the singular values of blocks of matrices close to a length by Newton-Schulz iterations on Gram matrices.
 
     Every iterate of Newton-Schulz is a polynomial of the Gram matrix times the matrix that it started from. The
-    polynomial is built up among square matrices, and meets the wide one once at the end: for the kernels of ResNet-50,
+    polynomial is built up among square matrices, and meets the matrix once at the end: for the kernels of ResNet-50,
     two to nine times as wide as high, about half the products. Gram matrices of one size iterate together, whatever
     the width of their blocks: ResNet-50's kernels of 20 shapes have two.
 
@@ -126,33 +137,48 @@ def orthogonalized(matrices: Sequence[Tensor], block: int, iterations: int) -> l
     steep, and the iteration, which would bring singular values to 1, multiplies these by thousands.
 
     Args:
-        matrices: Each (batch, rows, columns), float32 or float64, all of one type.
-        block: Rows of a block at most, the shorter side of a matrix being cut into equal blocks. The products of a
-            block with n rows grow with the square and the cube of n.
+        matrices: Each (batch, rows, columns), contiguous, float32 or float64, all of one type.
+        block: Rows of a block at most, or columns, if these are fewer: the shorter side of a matrix is cut into equal
+            blocks. The products of a block with n rows grow with the square and the cube of n.
         iterations: 5 are usual; fewer move weak directions less.
+        lengths: One for each entry of `matrices`; negative ones point the other way.
 
     Returns:
         Of the same shapes.
     """
-    blocks = [in_blocks(m if m.shape[1] <= m.shape[2] else m.mT, block) for m in matrices]
+    wide = [m.shape[1] <= m.shape[2] for m in matrices]
+    blocks = [in_blocks(m, block) for m in matrices]
     heights: dict[int, list[int]] = defaultdict(list)
     for i, x in enumerate(blocks):
-        heights[x.shape[1]].append(i)
+        heights[min(x.shape[1:])].append(i)
     results = list(matrices)
     for members in heights.values():
-        polynomials = newton_schulz(torch.cat([blocks[i] @ blocks[i].mT for i in members]), iterations)
-        for i, polynomial in zip(members, torch.split(polynomials, [len(blocks[i]) for i in members]), strict=True):
-            batch, rows, columns = matrices[i].shape
-            wide = torch.bmm(polynomial, blocks[i]).view(batch, min(rows, columns), max(rows, columns))
-            results[i] = wide if rows <= columns else wide.mT
+        grams = [blocks[i] @ blocks[i].mT if wide[i] else blocks[i].mT @ blocks[i] for i in members]
+        polynomials = newton_schulz(torch.cat(grams), iterations)
+        factors = torch.split(polynomials, [len(gram) for gram in grams])
+        torch._foreach_mul_(factors, [lengths[i] for i in members])
+        for i, polynomial in zip(members, factors, strict=True):
+            product = polynomial @ blocks[i] if wide[i] else blocks[i] @ polynomial
+            results[i] = in_place_of(matrices[i], product)
     return results
 
 
 def in_blocks(matrices: Tensor, block: int) -> Tensor:
-    """Cut (batch, rows, columns) into equal blocks of at most `block` rows, (batch * blocks, height, columns)."""
+    """Cut (batch, rows, columns) along the shorter side, (batch * blocks, rows, columns), contiguous."""
     batch, rows, columns = matrices.shape
-    height = next(h for h in range(min(rows, block), 0, -1) if rows % h == 0)
-    return matrices.reshape(batch * rows // height, height, columns)
+    shorter = min(rows, columns)
+    height = next(h for h in range(min(shorter, block), 0, -1) if shorter % h == 0)
+    if rows <= columns:
+        return matrices.view(-1, height, columns)
+    return matrices.view(batch, rows, -1, height).transpose(1, 2).contiguous().view(-1, rows, height)
+
+
+def in_place_of(matrices: Tensor, blocks: Tensor) -> Tensor:
+    """Undo `in_blocks`: return blocks as matrices of the shape of those that they were cut from."""
+    batch, rows, columns = matrices.shape
+    if rows <= columns:
+        return blocks.view(matrices.shape)
+    return blocks.view(batch, -1, rows, blocks.shape[2]).transpose(1, 2).reshape(matrices.shape)
 
 
 def newton_schulz(gram: Tensor, iterations: int) -> Tensor:

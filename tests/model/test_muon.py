@@ -6,7 +6,7 @@ from timm.optim.muon import Muon as TimmMuon
 from timm.optim.muon import zeropower_via_newtonschulz
 from torch import nn
 
-from cifar_tl.model.muon import COEFFICIENTS, Muon, newton_schulz, orthogonalized
+from cifar_tl.model.muon import COEFFICIENTS, Muon, full_precision, newton_schulz, orthogonalized
 
 SHAPES = [(16, 8, 3, 3), (16, 8, 3, 3), (32, 4, 1, 1), (8, 64, 1, 1), (12, 12, 1, 1)]
 
@@ -24,7 +24,7 @@ def test_newton_schulz_on_gram_matrices_is_newton_schulz(shape, dtype):
     matrix = torch.randn(2, *shape, generator=generator)
     matrix[0] += 10 * torch.randn(shape[0], 1, generator=generator) * torch.randn(1, shape[1], generator=generator)
     expected = zeropower_via_newtonschulz(matrix.double(), 3, [COEFFICIENTS], dtype=torch.float64)
-    (got,) = orthogonalized([matrix.to(dtype)], 128, 3)
+    (got,) = orthogonalized([matrix.to(dtype)], 128, 3, [1.0])
     assert got.dtype == dtype
     allowed = {torch.float64: 1e-9, torch.float32: 1e-4}[dtype]
     assert (got - expected).norm() < allowed * expected.norm()
@@ -35,7 +35,7 @@ def test_newton_schulz_on_gram_matrices_is_newton_schulz(shape, dtype):
 )
 def test_blocks_of_the_shorter_side_are_orthogonalized_each_for_itself(shape, heights):
     matrix = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-    (got,) = orthogonalized([matrix.double()], 8, 3)
+    (got,) = orthogonalized([matrix.double()], 8, 3, [1.0])
     shorter = 1 if shape[0] <= shape[1] else 2
     expected = [
         zeropower_via_newtonschulz(block.double(), 3, [COEFFICIENTS], dtype=torch.float64)
@@ -48,11 +48,12 @@ def test_matrices_of_one_height_iterate_together(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 16, 40), (1, 48, 8), (3, 8, 9), (1, 4, 4)]  # blocks of 8 rows, but the last with 4
     matrices = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    alone = [orthogonalized([m], 8, 3)[0] for m in matrices]
+    alone = [orthogonalized([m], 8, 3, [1.0])[0] for m in matrices]
     iterated = []
     monkeypatch.setattr("cifar_tl.model.muon.newton_schulz", lambda *a: iterated.append(a[0]) or newton_schulz(*a))
-    for together, expected in zip(orthogonalized(matrices, 8, 3), alone, strict=True):
-        torch.testing.assert_close(together, expected)
+    lengths = [1.0, -2.0, 0.5, 3.0]
+    for together, length, expected in zip(orthogonalized(matrices, 8, 3, lengths), lengths, alone, strict=True):
+        torch.testing.assert_close(together, length * expected)
     assert [tuple(gram.shape) for gram in iterated] == [(4 + 1 + 3, 8, 8), (1, 4, 4)]
 
 
@@ -78,7 +79,8 @@ def test_no_direction_of_a_step_explodes_however_steep_the_gradients_spectrum(dt
     assert torch.linalg.matrix_norm(directions, 2) < 1.3
 
 
-def test_products_of_a_step_are_never_rounded_to_tf32(monkeypatch):
+@pytest.mark.parametrize("onednn", [True, False])
+def test_products_of_a_step_are_never_rounded_to_tf32(monkeypatch, onednn):
     seen = []
 
     def note(*arguments):
@@ -86,16 +88,28 @@ def test_products_of_a_step_are_never_rounded_to_tf32(monkeypatch):
         return orthogonalized(*arguments)
 
     monkeypatch.setattr("cifar_tl.model.muon.orthogonalized", note)
+    monkeypatch.setattr("cifar_tl.model.muon.onednn_multiplies_float32", lambda: onednn)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
         kernel = nn.Parameter(torch.zeros(4, 8))
         kernel.grad = torch.ones(4, 8)
         Muon([{"params": [kernel], "muon": True, "lr": 1.0}], 0.0, 5, block=128).step()
-        assert seen == ["highest"]
+        assert seen == ["medium" if onednn else "highest"]
         assert torch.get_float32_matmul_precision() == "high"
+        with full_precision(torch.device("cuda")):
+            assert torch.get_float32_matmul_precision() == "highest"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(128, 128), (128, 1152), (2048, 128)])
+def test_products_of_a_step_are_those_of_float32_on_this_cpu(rows, columns):
+    matrices = torch.randn(4, rows, columns, generator=torch.Generator().manual_seed(0))
+    with full_precision(torch.device("cpu")):
+        product = matrices @ matrices.mT
+    exact = matrices.double() @ matrices.double().mT
+    assert (product - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
 def test_steps_are_timms():
@@ -144,6 +158,21 @@ def test_steps_do_not_depend_on_how_kernels_lie_in_memory():
         assert channels_last.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(contiguous, channels_last, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(contiguous, before, atol=1e-2)
+
+
+@pytest.mark.parametrize(("decay", "rate"), [(0.1, 0.01), (0.0, 0.01), (0.1, 0.0), (1e-7, 0.01)])
+def test_decay_and_step_are_one_step(decay, rate):
+    kernels = parameters()[0]
+    grads = [torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) for p in kernels]
+    before = [p.detach().clone() for p in kernels]
+    for p, grad in zip(kernels, grads, strict=True):
+        p.grad = grad
+    Muon([{"params": kernels, "muon": True, "lr": rate, "weight_decay": decay}], 0.0, 5, block=128).step()
+    for p, grad, start in zip(kernels, grads, before, strict=True):
+        matrix = grad.flatten(1).double()
+        direction = zeropower_via_newtonschulz(matrix, 5, [COEFFICIENTS], dtype=torch.float64).view_as(p)
+        expected = start * (1 - rate * decay) - rate * 0.2 * max(matrix.shape) ** 0.5 * direction
+        torch.testing.assert_close(p.detach(), expected.float(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_parameter_without_a_gradient_stays_as_it_is():
