@@ -62,27 +62,34 @@ class Muon(Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - self.momentum)
-        shapes: dict[torch.Size, list[int]] = defaultdict(list)
+        alike: dict[tuple[torch.Size, bool], list[int]] = defaultdict(list)
         for i, p in enumerate(params):
-            shapes[p.shape].append(i)
-        matrices, updates = [], list(params)
-        for shape, members in shapes.items():
-            stacked = params[0].new_empty(len(members), shape[0], *shape[2:], shape[1], dtype=torch.float32)
-            for i, update in zip(members, stacked.movedim(-1, 2), strict=True):
-                updates[i] = update
-            matrices.append(stacked.flatten(2))
+            alike[p.shape, p.is_contiguous()].append(i)
+        # stacked in the order in which kernels lie in memory, channels last or not: that of columns changes nothing
+        stacks = [
+            params[0].new_empty(
+                len(members), *(shape if plain else (shape[0], *shape[2:], shape[1])), dtype=torch.float32
+            )
+            for (shape, plain), members in alike.items()
+        ]
+
+        def kernels(stacks: Sequence[Tensor]) -> list[Tensor]:
+            views = list(params)
+            for ((_, plain), members), stack in zip(alike.items(), stacks, strict=True):
+                for i, kernel in zip(members, stack if plain else stack.movedim(-1, 2), strict=True):
+                    views[i] = kernel
+            return views
+
+        updates = kernels(stacks)
         torch._foreach_copy_(updates, buffers)
         torch._foreach_lerp_(updates, [g.float() for g in grads], 1 - self.momentum)  # Nesterov's
         # weights move by lr * weight_decay of the way to these, which is decay and step in one
         decay = lr * weight_decay
+        matrices = [stack.flatten(2) for stack in stacks]
         lengths = [-0.2 * max(m.shape[1:]) ** 0.5 * (1 / weight_decay if decay else lr) for m in matrices]
         with full_precision(params[0].device):
             directions = orthogonalized(matrices, self.block, self.iterations, lengths)
-        targets = list(params)
-        for (shape, members), direction in zip(shapes.items(), directions, strict=True):
-            kernels = direction.to(params[0].dtype).view(-1, shape[0], *shape[2:], shape[1]).movedim(-1, 2)
-            for i, kernel in zip(members, kernels, strict=True):
-                targets[i] = kernel
+        targets = kernels([d.view_as(stack).to(params[0].dtype) for d, stack in zip(directions, stacks, strict=True)])
         if decay:
             torch._foreach_lerp_(params, targets, decay)
         else:
