@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from cifar_tl.hardware import onednn_multiplies_float32
+from cifar_tl.hardware import cpu_matmul_precision
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic Newton-Schulz iteration (Jordan et al. 2024)."""
@@ -122,10 +122,9 @@ class Muon(Optimizer):
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Multiply float32 matrices as what they are, even where GPUs are allowed to round them to TF32, but fast."""
+    """Multiply float32 matrices as what they are, even where GPUs are allowed to round them to TF32."""
     before = torch.get_float32_matmul_precision()
-    onednn = device.type == "cpu" and onednn_multiplies_float32()
-    torch.set_float32_matmul_precision("medium" if onednn else "highest")
+    torch.set_float32_matmul_precision(cpu_matmul_precision() if device.type == "cpu" else "highest")
     try:
         yield
     finally:

@@ -79,8 +79,8 @@ def test_no_direction_of_a_step_explodes_however_steep_the_gradients_spectrum(dt
     assert torch.linalg.matrix_norm(directions, 2) < 1.3
 
 
-@pytest.mark.parametrize("onednn", [True, False])
-def test_products_of_a_step_are_never_rounded_to_tf32(monkeypatch, onednn):
+@pytest.mark.parametrize("precision", ["medium", "highest"])
+def test_products_of_a_step_are_never_rounded_to_tf32(monkeypatch, precision):
     seen = []
 
     def note(*arguments):
@@ -88,14 +88,14 @@ def test_products_of_a_step_are_never_rounded_to_tf32(monkeypatch, onednn):
         return orthogonalized(*arguments)
 
     monkeypatch.setattr("cifar_tl.model.muon.orthogonalized", note)
-    monkeypatch.setattr("cifar_tl.model.muon.onednn_multiplies_float32", lambda: onednn)
+    monkeypatch.setattr("cifar_tl.model.muon.cpu_matmul_precision", lambda: precision)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
         kernel = nn.Parameter(torch.zeros(4, 8))
         kernel.grad = torch.ones(4, 8)
         Muon([{"params": [kernel], "muon": True, "lr": 1.0}], 0.0, 5, block=128).step()
-        assert seen == ["medium" if onednn else "highest"]
+        assert seen == [precision]
         assert torch.get_float32_matmul_precision() == "high"
         with full_precision(torch.device("cuda")):
             assert torch.get_float32_matmul_precision() == "highest"
